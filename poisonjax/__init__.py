@@ -1,0 +1,2 @@
+"""Study pretraining data poisoning on your own language models, exactly and auditably."""
+
