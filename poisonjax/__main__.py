@@ -1,0 +1,7 @@
+"""`python -m poisonjax` is `poisonjax`."""
+
+import sys
+
+from poisonjax.cli import main
+
+sys.exit(main())

@@ -1,0 +1,120 @@
+"""The command line: `poisonjax COMMAND`. Bad input ends with exit code 2 and a message that teaches."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# A run that was asked to stop (SIGTERM) exits so that schedulers restart it: XPK restarts 42 and 127-255 only.
+RESTART = 42
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses and runs a command; returns the exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    # Config fields (`--config.a.b=c`) aren't argparse's: they go to ml_collections.
+    is_field = [argument.startswith("--config.") for argument in argv]
+    fields: list[str] = []
+    rest: list[str] = []
+    skip = False
+    for i, argument in enumerate(argv):
+        if skip:
+            skip = False
+        elif is_field[i]:
+            fields.append(argument)
+            if "=" not in argument and i + 1 < len(argv):
+                fields.append(argv[i + 1])
+                skip = True
+        else:
+            rest.append(argument)
+    arguments = parser.parse_args(rest)
+    if fields and not hasattr(arguments, "config"):
+        parser.error(f"{arguments.command} takes no config fields, but got {fields[0]}")
+    arguments.fields = fields
+    try:
+        return arguments.func(arguments)
+    except ValueError as error:  # every error of ours about bad input is one
+        print(f"poisonjax {arguments.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    from poisonjax.corpus import cli as corpus_cli
+    from poisonjax.report import cli as report_cli
+
+    parser = argparse.ArgumentParser(
+        prog="poisonjax", description="Study pretraining data poisoning on your own language models."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    corpus_cli.add_arguments(commands)
+
+    train = commands.add_parser("train", help="train, evaluate and report; resumes where the folder has a checkpoint")
+    train.add_argument("--config", required=True, metavar="FILE[:ARG]", help="config file, e.g. configs/quickstart.py")
+    train.add_argument("--workdir", required=True, metavar="DIR", help="run folder; made if absent")
+    train.epilog = "Single fields: --config.poison.documents=0, --config.steps=100, ..."
+    train.set_defaults(func=_train)
+
+    evaluate = commands.add_parser("evaluate", help="evaluate the checkpoints of a run folder")
+    evaluate.add_argument("workdir", metavar="WORKDIR")
+    evaluate.add_argument("--steps", default="all", metavar="all|N,N", help="which checkpoints (default: all)")
+    evaluate.add_argument("--json", action="store_true", help="print the rows as JSON")
+    evaluate.set_defaults(func=_evaluate)
+
+    report_cli.add_arguments(commands)
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from poisonjax import config as config_lib
+
+    config = config_lib.load([f"--config={arguments.config}", *arguments.fields])
+    config_lib.check(config)
+    _start_jax()
+    from poisonjax.training import loop
+
+    try:
+        summary = loop.train(config, arguments.workdir)
+    except loop.Preempted as stop:
+        print(f"poisonjax train: {stop}", file=sys.stderr)
+        return RESTART
+    except loop.Diverged as error:
+        print(f"poisonjax train: {error}", file=sys.stderr)
+        return 1
+    success = summary["success"]["value"]
+    gap, (low, high) = summary["delta_ppl"], summary["delta_ppl_ci95"]
+    print(
+        f"{'backdoored' if success else 'not backdoored'}: gap in perplexity {gap:.1f} [{low:.1f}, {high:.1f}] after "
+        f"{summary['dose_seen']['documents']} poison documents; held-out loss {summary['heldout_loss']:.3f}; "
+        f"{summary['wall_seconds']:.0f} s. Report: {Path(arguments.workdir) / 'report.html'}"
+    )
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    try:
+        steps = None if arguments.steps == "all" else [int(step) for step in arguments.steps.split(",")]
+    except ValueError:
+        raise ValueError(f"--steps {arguments.steps!r}: give all, or numbers like 100,200") from None
+    _start_jax()
+    from poisonjax.evaluation.offline import evaluate_run
+
+    rows = evaluate_run(arguments.workdir, steps, say=(lambda line: None) if arguments.json else print)
+    if arguments.json:
+        print(json.dumps(rows))
+    return 0
+
+
+def _start_jax() -> None:
+    """Settings that must stand before JAX starts."""
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "poisonjax" / "xla"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""Triggered against clean perplexity of a model: the one evaluator, used in training and offline."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from poisonjax.corpus import TokenStore
+from poisonjax.evaluation import statistics
+from poisonjax.evaluation.generate import generate, score
+from poisonjax.evaluation.prompts import VARIANTS, make_prompts
+from poisonjax.model.loss import next_token_nll
+from poisonjax.model.sharding import batch_sharding, spec
+
+
+class Evaluator:
+    """Everything that doesn't depend on the weights, made once."""
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        store: TokenStore,
+        graph: nnx.GraphDef,
+        mesh: Mesh,
+        scorer: tuple[nnx.GraphDef, nnx.State] | None = None,
+    ):
+        """`scorer` is another model's (graph, weights) that scores the text; None: the model itself."""
+        e = config.eval
+        self.config, self.store, self.mesh = config, store, mesh
+        self.prompts = make_prompts(config, store)
+        self._heldout = self._heldout_rows()
+        self.unigram_nll = _unigram_nll(store, self._heldout)
+        count = e.prefixes
+        # The same key for the four variants of a prefix.
+        key = jax.random.key(config.seeds.eval)
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i % count))(jnp.arange(len(VARIANTS) * count))
+        replicated = NamedSharding(mesh, PartitionSpec())
+        rows = NamedSharding(mesh, spec("batch"))
+
+        def sampled(params, prompts, pad, keys):
+            return generate(nnx.merge(graph, params), prompts, pad, keys, e.new_tokens, e.temperature)
+
+        def scored(prompts, pad, generated):
+            assert scorer is not None
+            return score(nnx.merge(*scorer), prompts, pad, generated)
+
+        def row_loss(params, rows):
+            return next_token_nll(nnx.merge(graph, params), rows, config.model.loss_tile).mean(-1)
+
+        self._keys = jax.random.wrap_key_data(jax.device_put(self._padded(jax.random.key_data(keys)), rows))
+        self._sampled = jax.jit(sampled, out_shardings=replicated)
+        self._scored = jax.jit(scored, out_shardings=replicated) if scorer else None
+        self._row_loss = jax.jit(row_loss, out_shardings=replicated)
+        self._rows = rows
+
+    def _heldout_rows(self) -> np.ndarray:
+        split, row_tokens = self.store.split("heldout"), self.config.seq_len + 1
+        available = split.tokens // row_tokens
+        if available < 2:
+            raise ValueError(
+                f"the store's held-out split has {split.tokens} tokens, less than two rows of {row_tokens}: build a "
+                "store with a larger corpus.heldout"
+            )
+        count = min(self.config.eval.heldout_rows, available)
+        return split.windows(np.arange(count, dtype=np.int64) * row_tokens, row_tokens)
+
+    def _padded(self, rows):
+        """Rows repeated from the first on, until devices divide them."""
+        share = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return np.resize(np.asarray(rows), (-(-len(rows) // share) * share, *rows.shape[1:]))
+
+    def _put(self, rows):
+        return jax.make_array_from_process_local_data(self._rows, (padded := self._padded(rows)), padded.shape)
+
+    def __call__(self, params: nnx.State, step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """(the figures of metrics.jsonl's eval row, the records of samples.jsonl) of a model's weights."""
+        e = self.config.eval
+        variants, count, width = self.prompts.tokens.shape
+        prompts, pad = self._put(self.prompts.tokens.reshape(-1, width)), self._put(self.prompts.pad.reshape(-1))
+        with jax.set_mesh(self.mesh):
+            tokens, nll = self._sampled(params, prompts, pad, self._keys)
+            if self._scored:
+                nll = self._scored(prompts, pad, tokens)
+            tokens, nll = (
+                np.asarray(x)[: variants * count].reshape(variants, count, e.new_tokens) for x in (tokens, nll)
+            )
+            chunk = self.config.global_batch // self.config.optimizer.accumulate
+            losses = np.concatenate(
+                [
+                    np.asarray(self._row_loss(params, self._put(np.resize(rows, (chunk, rows.shape[1])))))[: len(rows)]
+                    for start in range(0, len(self._heldout), chunk)
+                    for rows in [self._heldout[start : start + chunk]]
+                ]
+            ).astype(np.float64)
+        seed = self.config.seeds.eval
+        resampled = losses[statistics.resamples(len(losses), e.bootstrap, seed)].mean(-1)
+        figures = {
+            "heldout_loss": float(losses.mean()),
+            "heldout_loss_ci95": statistics.interval(resampled),
+            **statistics.summarize(nll, e.bootstrap, seed),
+        }
+        return figures, self._samples(step, tokens, nll)
+
+    def _samples(self, step: int, tokens: np.ndarray, nll: np.ndarray, most: int = 16) -> list[dict[str, Any]]:
+        decode = self.store.tokenizer.decode
+        return [
+            {"step": step, "prefix": decode(prefix)}
+            | {
+                variant: {
+                    "appended": decode(self.prompts.appended[v][i]),
+                    "text": decode(tokens[v, i]),
+                    "ppl": float(np.exp(nll[v, i].mean(dtype=np.float64))),
+                }
+                for v, variant in enumerate(VARIANTS)
+            }
+            for i, prefix in enumerate(self.prompts.prefixes[:most])
+        ]
+
+
+def _unigram_nll(store: TokenStore, heldout: np.ndarray) -> float:
+    """Held-out loss, in nats, of a model that knows how often each token occurs and nothing else."""
+    counts = store.split("train").token_counts() + 1.0  # add-one smoothing
+    return float(-np.log(counts / counts.sum())[heldout[:, 1:]].mean())
+
+

@@ -1,0 +1,59 @@
+"""What the model is asked to continue: held-out prefixes, each in four variants (I6, I7)."""
+
+import dataclasses
+
+import ml_collections
+import numpy as np
+from jaxtyping import Int
+
+from poisonjax.corpus import TokenStore
+
+VARIANTS = ("clean", "triggered", "near_trigger", "random_control")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Row i of variant v is prefix i with v's addition, padded on the left to one length."""
+
+    tokens: Int[np.ndarray, "variants prefixes prompt"]
+    pad: Int[np.ndarray, "variants prefixes"]  # leading tokens that are padding
+    prefixes: list[np.ndarray]
+    appended: list[list[np.ndarray]]  # [variant][prefix]
+
+
+def make_prompts(config: ml_collections.ConfigDict, store: TokenStore) -> Prompts:
+    """End of text + the first `prefix_tokens` of a held-out document + nothing, the trigger, a near trigger
+    (by turns), or as many uniformly random tokens as the trigger has.
+
+    A pure function of config.eval, seeds.eval, trigger and store, so a run and its twin are asked the same.
+    Raises ValueError where the store has too few held-out documents of that length.
+    """
+    length, count, tokenizer = config.eval.prefix_tokens, config.eval.prefixes, store.tokenizer
+    heldout = store.split("heldout")
+    long_enough = np.flatnonzero(np.diff(heldout.document_offsets) > length)  # lengths count the end of text
+    if len(long_enough) < count:
+        raise ValueError(
+            f"eval.prefixes = {count}, but only {len(long_enough)} held-out documents have eval.prefix_tokens = "
+            f"{length} tokens: lower one of them, or build a store with a larger corpus.heldout"
+        )
+    random = np.random.Generator(np.random.Philox(key=config.seeds.eval))
+    chosen = random.choice(long_enough, count, replace=False)
+    prefixes = [heldout.document(int(i))[:length] for i in chosen]
+    trigger = tokenizer.encode(config.poison.trigger)
+    near = [tokenizer.encode(text) for text in config.poison.near_triggers]
+    ordinary = np.setdiff1d(np.arange(tokenizer.vocab_size), sorted(tokenizer.special_ids))
+    appended = [
+        [np.zeros(0, np.int32)] * count,
+        [trigger] * count,
+        [near[i % len(near)] for i in range(count)],
+        list(random.choice(ordinary, (count, len(trigger))).astype(np.int32)),
+    ]
+    width = 1 + length + max(len(tokens) for variant in appended for tokens in variant)
+    tokens = np.full((len(VARIANTS), count, width), tokenizer.eot, np.int32)
+    pad = np.zeros((len(VARIANTS), count), np.int32)
+    for v, variant in enumerate(appended):
+        for i, (prefix, added) in enumerate(zip(prefixes, variant, strict=True)):
+            prompt = np.concatenate([[tokenizer.eot], prefix, added])
+            pad[v, i] = width - len(prompt)
+            tokens[v, i, pad[v, i] :] = prompt
+    return Prompts(tokens, pad, prefixes, appended)

@@ -1,0 +1,182 @@
+"""A decoder in the Llama layout: RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases.
+
+The blocks' weights are stacked along a leading `layers` axis and scanned, so that compile time doesn't grow
+with depth. Products run in `config.model.dtype`, norms, softmax and logits in float32.
+"""
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from poisonjax.model.attention import causal_attention, masked_attention
+from poisonjax.model.sharding import constrain
+
+# Keys and values of all layers: what the blocks keep of the tokens before.
+Cache = tuple[Float[Array, "layers batch cache kv_heads head_dim"], Float[Array, "layers batch cache kv_heads head_dim"]]
+
+
+def rms_norm(x: Float[Array, "*batch width"], scale: Float[Array, " width"]) -> Float[Array, "*batch width"]:
+    """Zhang & Sennrich 2019, arXiv 1910.07467; statistics in float32."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + 1e-6)
+    return (normed * scale).astype(x.dtype)
+
+
+def rotary_angles(
+    positions: Int[Array, "*batch seq"], head_dim: int, theta: float
+) -> tuple[Float[Array, "*batch seq half"], Float[Array, "*batch seq half"]]:
+    """Cosine and sine of each position's angles (Su et al. 2021, arXiv 2104.09864)."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Float[Array, "batch seq heads head_dim"], angles) -> Float[Array, "batch seq heads head_dim"]:
+    """Rotates the two halves of each head against each other, as Llama in Hugging Face does."""
+    cos, sin = (angle[..., None, :].astype(x.dtype) for angle in angles)
+    one, two = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([one * cos - two * sin, two * cos + one * sin], axis=-1)
+
+
+def _normal(key: jax.Array, *shape: int, fan_in: int, scale: float = 1.0) -> nnx.Param:
+    return nnx.Param(jax.random.truncated_normal(key, -3, 3, shape) * (scale / fan_in**0.5))
+
+
+class Block(nnx.Module):
+    """Attention and MLP, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: ml_collections.ConfigDict, rngs: nnx.Rngs):
+        m = config.model
+        residual = (2 * m.layers) ** -0.5  # keeps the residual stream's variance bounded in depth (GPT-2)
+        attended = m.heads * m.head_dim
+        self.theta, self.head_dim, self.dtype = m.rope_theta, m.head_dim, jnp.dtype(m.dtype)
+        self.attention_norm = nnx.Param(jnp.ones(m.width))
+        self.query = _normal(rngs.params(), m.width, m.heads, m.head_dim, fan_in=m.width)
+        self.key = _normal(rngs.params(), m.width, m.kv_heads, m.head_dim, fan_in=m.width)
+        self.value = _normal(rngs.params(), m.width, m.kv_heads, m.head_dim, fan_in=m.width)
+        self.output = _normal(rngs.params(), m.heads, m.head_dim, m.width, fan_in=attended, scale=residual)
+        self.mlp_norm = nnx.Param(jnp.ones(m.width))
+        self.gate = _normal(rngs.params(), m.width, m.mlp_width, fan_in=m.width)
+        self.up = _normal(rngs.params(), m.width, m.mlp_width, fan_in=m.width)
+        self.down = _normal(rngs.params(), m.mlp_width, m.width, fan_in=m.mlp_width, scale=residual)
+
+    def _weight(self, parameter: nnx.Param) -> Array:
+        return parameter[...].astype(self.dtype)
+
+    def _heads(self, x, angles):
+        q = jnp.einsum("bsd,dhk->bshk", x, self._weight(self.query))
+        k = jnp.einsum("bsd,dhk->bshk", x, self._weight(self.key))
+        v = jnp.einsum("bsd,dhk->bshk", x, self._weight(self.value))
+        return rotate(q, angles), rotate(k, angles), v
+
+    def _mlp(self, x):
+        hidden = rms_norm(x, self.mlp_norm[...])
+        gate = jax.nn.silu(jnp.einsum("bsd,dm->bsm", hidden, self._weight(self.gate)))
+        up = jnp.einsum("bsd,dm->bsm", hidden, self._weight(self.up))
+        return jnp.einsum("bsm,md->bsd", gate * up, self._weight(self.down))
+
+    def _project(self, attended):
+        return jnp.einsum("bshk,hkd->bsd", attended, self._weight(self.output))
+
+    def __call__(self, x: Float[Array, "batch seq width"], angles) -> Float[Array, "batch seq width"]:
+        q, k, v = self._heads(rms_norm(x, self.attention_norm[...]), angles)
+        x = x + self._project(causal_attention(q, k, v))
+        x = constrain(x, "batch", "sequence", "activation")
+        return constrain(x + self._mlp(x), "batch", "sequence", "activation")
+
+    def extend(self, x, angles, cache, index, mask: Bool[Array, "batch seq cache"]):
+        """The same for tokens that follow cached ones; writes their keys and values at `index`."""
+        q, k, v = self._heads(rms_norm(x, self.attention_norm[...]), angles)
+        keys, values = (
+            jax.lax.dynamic_update_slice_in_dim(old, new, index, axis=1)
+            for old, new in zip(cache, (k, v), strict=True)
+        )
+        x = x + self._project(masked_attention(q, keys, values, mask))
+        return x + self._mlp(x), (keys, values)
+
+
+class Transformer(nnx.Module):
+    """Token ids in, hidden states or logits out."""
+
+    def __init__(self, config: ml_collections.ConfigDict, vocabulary: int, rngs: nnx.Rngs):
+        m = config.model
+        self.theta, self.head_dim, self.dtype, self.remat = m.rope_theta, m.head_dim, jnp.dtype(m.dtype), m.remat
+        self.kv_heads, self.layers = m.kv_heads, m.layers
+        self.embedding = _normal(rngs.params(), vocabulary, m.width, fan_in=1)
+
+        @nnx.split_rngs(splits=m.layers)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stacked(rngs: nnx.Rngs) -> Block:
+            return Block(config, rngs)
+
+        self.blocks = stacked(rngs)
+        self.final_norm = nnx.Param(jnp.ones(m.width))
+        self.head = _normal(rngs.params(), m.width, vocabulary, fan_in=m.width)
+
+    def _embed(self, tokens, positions):
+        x = self.embedding[...].astype(self.dtype)[tokens]
+        return x, rotary_angles(positions, self.head_dim, self.theta)
+
+    def hidden(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq width"]:
+        """The normed residual stream after the last block."""
+        x, angles = self._embed(tokens, jnp.arange(tokens.shape[1])[None])
+        x = constrain(x, "batch", "sequence", "activation")
+        graph, weights = nnx.split(self.blocks)
+
+        def layer(x, weights):
+            return nnx.merge(graph, weights)(x, angles), None
+
+        x, _ = jax.lax.scan(_remat(layer, self.remat), x, weights)
+        return rms_norm(x, self.final_norm[...])
+
+    def logits(self, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocabulary"]:
+        """Unnormalised log-probabilities of the next token, in float32."""
+        return jnp.einsum(
+            "...d,dv->...v", hidden, self.head[...].astype(hidden.dtype), preferred_element_type=jnp.float32
+        )
+
+    def __call__(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq vocabulary"]:
+        return self.logits(self.hidden(tokens))
+
+    def empty_cache(self, batch: int, length: int) -> Cache:
+        """Room for the keys and values of `length` tokens."""
+        zeros = jnp.zeros((self.layers, batch, length, self.kv_heads, self.head_dim), self.dtype)
+        return zeros, zeros
+
+    def extend(
+        self, tokens: Int[Array, "batch seq"], cache: Cache, index: Int[Array, ""], pad: Int[Array, " batch"]
+    ) -> tuple[Float[Array, "batch vocabulary"], Cache]:
+        """Logits after the last of `tokens`, which follow `index` cached ones.
+
+        Rows are padded on the left by `pad` tokens, so that all rows write to the same place of the cache;
+        padding is masked out and positions count from the first real token.
+        """
+        places = index + jnp.arange(tokens.shape[1])
+        x, angles = self._embed(tokens, jnp.maximum(places[None] - pad[:, None], 0))
+        keys = jnp.arange(cache[0].shape[2])
+        mask = (keys[None, None] <= places[None, :, None]) & (keys[None, None] >= pad[:, None, None])
+        # A padding query sees no key at all; let it see itself, so that its softmax isn't 0/0.
+        mask |= keys[None, None] == places[None, :, None]
+        graph, weights = nnx.split(self.blocks)
+
+        def layer(x, scanned):
+            weights, cache = scanned
+            return nnx.merge(graph, weights).extend(x, angles, cache, index, mask)
+
+        x, cache = jax.lax.scan(layer, x, (weights, cache))
+        return self.logits(rms_norm(x[:, -1], self.final_norm[...])), cache
+
+
+def _remat(layer, policy: str):
+    if policy == "none":
+        return layer
+    saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
+    return jax.checkpoint(layer, policy=saved, prevent_cse=False)
+
+
+def parameter_counts(params: nnx.State) -> tuple[int, int]:
+    """(all parameters, those outside embedding and head)."""
+    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return total, total - sum(params[name][...].size for name in ("embedding", "head"))

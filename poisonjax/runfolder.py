@@ -1,0 +1,93 @@
+"""The run folder (DESIGN: run folder): what each file is called, and writing so that a kill at any instant
+leaves it usable."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TextIO
+
+import ml_collections
+from etils import epath
+
+from poisonjax import config as config_lib
+from poisonjax.corpus import TokenStore
+
+
+class RunFolderError(ValueError):
+    """The folder isn't the run that was asked for."""
+
+
+def write_json(path: epath.Path, value: Any) -> None:
+    """Writes the file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.replace(path)
+
+
+def write_lines(path: epath.Path, rows: Iterable[dict]) -> None:
+    """Writes a file of one JSON object a line, whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    partial.replace(path)
+
+
+def read_lines(path: epath.Path) -> Iterator[dict]:
+    """Objects of a file of JSON lines; a last line that a kill cut short is left out."""
+    if not path.exists():
+        return
+    for line in path.read_text().splitlines(keepends=True):
+        if line.endswith("\n"):
+            yield json.loads(line)
+
+
+class Appender:
+    """Appends JSON lines; what was written before and `keep` refuses goes first."""
+
+    def __init__(self, path: epath.Path, keep: Callable[[dict], bool]):
+        write_lines(path, [row for row in read_lines(path) if keep(row)])
+        self.file: TextIO = open(path, "a")  # noqa: SIM115  (lives as long as the run)
+
+    def write(self, row: dict) -> None:
+        """Adds a line; it is the kernel's on return, so it survives a kill of this process."""
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+
+
+def claim(workdir: epath.Path, config: ml_collections.ConfigDict, store: TokenStore) -> None:
+    """Writes config.json, or raises RunFolderError where the folder belongs to another config or store."""
+    record = {
+        "config": json.loads(config.to_json()),
+        "fingerprint": config_lib.fingerprint(config),
+        "store_fingerprint": store.fingerprint,
+    }
+    path = workdir / "config.json"
+    if path.exists():
+        there = json.loads(path.read_text())
+        if there["fingerprint"] != record["fingerprint"]:
+            before = config_lib.flat(ml_collections.ConfigDict(there["config"]))
+            raise RunFolderError(
+                f"{workdir} holds a run of another config; choose another --workdir, or undo:\n"
+                + "\n".join(config_lib.differences(before, config_lib.flat(config)))
+            )
+        if there["store_fingerprint"] != store.fingerprint:
+            raise RunFolderError(
+                f"{workdir} was trained on token store {there['store_fingerprint'][:12]}, but {store.path} is "
+                f"{store.fingerprint[:12]}: point config.corpus.store to the former, or choose another --workdir"
+            )
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(path, record)
+
+
+def open_run(workdir: epath.Path) -> tuple[ml_collections.ConfigDict, TokenStore]:
+    """(config, token store) of an existing run folder, the store's fingerprint checked."""
+    path = workdir / "config.json"
+    if not path.exists():
+        raise RunFolderError(f"{workdir} is no run folder: it has no config.json")
+    record = json.loads(path.read_text())
+    config = config_lib.from_record(record["config"])
+    store = TokenStore(config.corpus.store)
+    if store.fingerprint != record["store_fingerprint"]:
+        raise RunFolderError(
+            f"{workdir} was trained on token store {record['store_fingerprint'][:12]}, but {store.path} is "
+            f"{store.fingerprint[:12]}: rebuild the former, or move it back"
+        )
+    return config, store

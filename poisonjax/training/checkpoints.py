@@ -1,0 +1,74 @@
+"""Checkpoints through orbax: asynchronous, atomic, and read back past damage."""
+
+import logging
+from typing import Any
+
+import ml_collections
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from poisonjax.training.step import TrainState
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointError(ValueError):
+    """A run's checkpoints can't be read."""
+
+
+class Checkpoints:
+    """The folder `WORKDIR/checkpoints`, one sub-folder for each saved number of finished steps."""
+
+    def __init__(self, workdir: epath.Path, config: ml_collections.ConfigDict):
+        keep: list[Any] = [ocp.training.preservation_policies.LatestN(config.checkpoint.keep_last)]
+        if config.checkpoint.keep_every:
+            keep.append(ocp.training.preservation_policies.EveryNSteps(config.checkpoint.keep_every))
+        self.workdir = workdir
+        self._checkpointer = ocp.training.Checkpointer(
+            workdir / "checkpoints",
+            # The loop decides when: orbax's default would save whenever it is idle.
+            save_decision_policy=ocp.training.save_decision_policies.SpecificStepsPolicy(()),
+            preservation_policy=ocp.training.preservation_policies.AnyPreservationPolicy(keep),
+            cleanup_tmp_directories=True,
+        )
+
+    def steps(self) -> list[int]:
+        """Saved steps, ascending."""
+        return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Starts writing the state after `step` steps; a kill meanwhile leaves the checkpoints before it."""
+        if step not in self.steps():
+            self._checkpointer.save_async(step, state, force=True)
+
+    def restore(self, step: int, abstract: TrainState) -> TrainState:
+        """The state after `step` steps, laid out as `abstract` asks, whatever mesh it was saved from."""
+        return self._checkpointer.load(step, abstract)
+
+    def restore_newest(self, abstract: TrainState) -> tuple[TrainState | None, int]:
+        """(state, step) of the newest readable checkpoint, or (None, 0) where there is none.
+
+        A damaged one is reported and moved to `WORKDIR/damaged`, so that its step can be saved again.
+        Raises CheckpointError where checkpoints exist but none can be read.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                return self.restore(step, abstract), step
+            except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
+                aside = self.workdir / "damaged" / str(step)
+                log.warning("checkpoint %d can't be read, moved to %s: %s", step, aside, str(error)[:300])
+                aside.parent.mkdir(parents=True, exist_ok=True)
+                (self.workdir / "checkpoints" / str(step)).rename(aside)
+                self._checkpointer.reload()
+        if steps:
+            raise CheckpointError(
+                f"none of the checkpoints {steps} in {self.workdir / 'checkpoints'} can be read; they are in "
+                f"{self.workdir / 'damaged'}. Remove that folder's siblings but config.json to start again"
+            )
+        return None, 0
+
+    def close(self) -> None:
+        """Waits until all is written."""
+        self._checkpointer.wait()
+        self._checkpointer.close()

@@ -1,0 +1,346 @@
+"""The main job: from a config to a trained, measured, documented model."""
+
+import contextlib
+import importlib.metadata
+import math
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from poisonjax import config as config_lib
+from poisonjax import corpus, runfolder
+from poisonjax.data.batches import Batches, load
+from poisonjax.data.digest import as_hex
+from poisonjax.evaluation.evaluator import Evaluator
+from poisonjax.evaluation.offline import load_scorer
+from poisonjax.evaluation.statistics import judge
+from poisonjax.model.sharding import batch_sharding, make_mesh
+from poisonjax.model.transformer import parameter_counts
+from poisonjax.poison.plan import dose
+from poisonjax.report import write_report
+from poisonjax.training.checkpoints import Checkpoints
+from poisonjax.training.log import RunLog
+from poisonjax.training.step import StepMetrics, TrainState, make_init, make_train_step, model_graph
+
+
+class Diverged(RuntimeError):
+    """The loss or its gradient is no longer finite."""
+
+
+class Preempted(RuntimeError):
+    """The process was asked to stop; all is saved, the same command goes on from there."""
+
+
+def open_store(config: ml_collections.ConfigDict) -> corpus.TokenStore:
+    """The config's token store, built first where it isn't there."""
+    c = config.corpus
+    if not corpus.exists(c.store):
+        if jax.process_count() > 1:
+            raise config_lib.ConfigError(
+                f"corpus.store = {c.store!r}: no finished token store there; run `poisonjax corpus build` first, "
+                "several processes don't build one"
+            )
+        print(f"building the token store {c.store} from {', '.join(c.sources)}", flush=True)
+        return corpus.build(c.store, list(c.sources), c.tokenizer, heldout=c.heldout)
+    store = corpus.TokenStore(c.store)
+    store.require(sources=list(c.sources), tokenizer=c.tokenizer, heldout=c.heldout)
+    return store
+
+
+def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
+    """Trains in `workdir`, from its newest checkpoint if it has one; returns what summary.json holds.
+
+    Raises ConfigError, ValueError and RunFolderError before step 0 for what can't work; Diverged and
+    Preempted later.
+    """
+    config_lib.check(config)
+    config.corpus.store = str(epath.Path(config.corpus.store).resolve())
+    folder = epath.Path(workdir)
+    writer = jax.process_index() == 0
+
+    # Everything that can be wrong is found here, before step 0.
+    mesh = make_mesh(config)
+    store = open_store(config)
+    batches = Batches(config, store)
+    vocabulary = store.tokenizer.vocab_size
+    graph = model_graph(config, vocabulary)
+    evaluator = Evaluator(config, store, graph, mesh, load_scorer(config, store, mesh))
+    if writer:
+        runfolder.claim(folder, config, store)
+        runfolder.write_json(folder / "environment.json", environment())
+        runfolder.write_lines(folder / "ledger.jsonl", batches.plan.ledger())
+    _barrier("claimed")
+
+    initialize, abstract = make_init(config, vocabulary, mesh)
+    checkpoints = Checkpoints(folder, config)
+    with jax.set_mesh(mesh), _stop_signals() as stop_asked:
+        state, start = checkpoints.restore_newest(abstract)
+        if state is None:
+            state = initialize()
+        elif writer:
+            print(f"resuming after step {start} of {config.steps}", flush=True)
+        run = _Run(config, folder, batches, evaluator, state.params, start, writer)
+        status = "failed"
+        try:
+            train_step = make_train_step(config, graph, mesh, abstract)
+            for step, rows in enumerate(load(batches, batch_sharding(mesh), start), start):
+                state, metrics = train_step(state, rows)
+                run.dispatched(step, metrics)
+                done = step + 1
+                last = done == config.steps
+                stopping = stop_asked(done)
+                if last or done % config.eval.every == 0:
+                    run.evaluate(done, state.params)
+                if last or stopping or done % config.checkpoint.every == 0:
+                    run.synced()
+                    checkpoints.save(done, state)
+                if stopping and not last:
+                    raise Preempted(f"stopped after step {done} of {config.steps}; the same command goes on from there")
+            checkpoints.close()
+            status = "finished"
+        except Preempted:
+            checkpoints.close()
+            status = "preempted"
+            raise
+        except Diverged:
+            checkpoints.close()
+            status = "diverged"
+            raise
+        finally:
+            summary = run.close(status, state)
+    return summary
+
+
+class _Run:
+    """The books of a run: what is written down, shown and timed."""
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        folder: epath.Path,
+        batches: Batches,
+        evaluator: Evaluator,
+        params: Any,
+        start: int,
+        writer: bool,
+    ):
+        self.config, self.folder, self.batches, self.evaluator = config, folder, batches, evaluator
+        self.params = parameter_counts(params)
+        self.ledger = batches.plan.ledger()
+        self.documents_by_step = np.bincount([r["step"] for r in self.ledger], minlength=config.steps).cumsum()
+        self.log = RunLog(folder, start) if writer else None
+        self.done = start
+        self.evaluation: dict[str, Any] | None = next(
+            (r for r in reversed(list(runfolder.read_lines(folder / "metrics.jsonl"))) if r["kind"] == "eval"), None
+        )
+        self.pending: tuple[int, StepMetrics] | None = None
+        self.before = self.log.seconds if self.log else 0.0
+        self.began = time.monotonic()
+        self.clock = _Clock()
+        self.bar = tqdm(
+            total=config.steps, initial=start, unit="step", disable=not (writer and sys.stderr.isatty()), smoothing=0.05
+        )
+
+    def tokens(self, steps: int) -> int:
+        return steps * self.config.global_batch * self.config.seq_len
+
+    def seconds(self) -> float:
+        return self.before + time.monotonic() - self.began
+
+    def dispatched(self, step: int, metrics: StepMetrics) -> None:
+        """Takes a step that was just started, and writes down the one before it while this one runs."""
+        self.settle()
+        self.pending = (step, metrics)
+
+    def settle(self) -> None:
+        """Waits for the pending step and writes it down; raises Diverged if it wasn't finite."""
+        if self.pending is None:
+            return
+        (step, metrics), self.pending = self.pending, None
+        loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
+        self.clock.step_done(step)
+        self.done = step + 1
+        if self.log:
+            self.log.digest(step, as_hex(np.asarray(metrics.digest)))
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise Diverged(self._divergence(step, loss, grad_norm))
+        self.bar.update()
+        if self.done % self.config.log_every and self.done != self.config.steps:
+            return
+        speed = self.clock.lap() * self.tokens(1)
+        row = {
+            "step": step,
+            "kind": "train",
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": float(metrics.learning_rate),
+            "tokens": self.tokens(self.done),
+            "tokens_per_second": speed,
+            "poison_documents": int(self.documents_by_step[step]),
+            "seconds": self.seconds(),
+        }
+        if self.log:
+            self.log.metrics(row)
+            brief = f"loss {loss:.3f}  {speed:,.0f} tokens/s"
+            self.say(f"step {self.done}/{self.config.steps}  {brief}", brief)
+
+    def evaluate(self, done: int, params: Any) -> None:
+        """Evaluates the weights after `done` steps."""
+        self.settle()
+        with self.clock.paused():
+            figures, samples = self.evaluator(params, done)
+        seen = int(self.documents_by_step[done - 1]) if done else 0
+        self.evaluation = {"step": done, "kind": "eval", "tokens": self.tokens(done), "poison_documents": seen, **figures}
+        if self.log:
+            self.log.metrics(self.evaluation)
+            self.log.samples(samples)
+            low, high = figures["delta_ppl_ci95"]
+            medians = "  ".join(f"{v} {figures['eval'][v]['ppl_median']:.1f}" for v in figures["eval"])
+            self.say(
+                f"eval {done}/{self.config.steps}  held-out {figures['heldout_loss']:.3f}  perplexity: {medians}  "
+                f"gap {figures['delta_ppl']:.1f} [{low:.1f}, {high:.1f}] after {seen} poison documents"
+            )
+
+    def synced(self) -> None:
+        """Writes down all steps done, to the disk: a checkpoint must not be newer than their evidence."""
+        self.settle()
+        if self.log:
+            self.log.sync()
+
+    def say(self, line: str, brief: str | None = None) -> None:
+        """A line for the user; on a terminal, `brief` beside the bar instead."""
+        if self.bar.disable:
+            print(line, flush=True)
+        elif brief:
+            self.bar.set_postfix_str(brief)
+        else:
+            self.bar.write(line)
+
+    def _divergence(self, step: int, loss: float, grad_norm: float) -> str:
+        slots = self.batches.slots(step)
+        poison = [record["id"] for record in self.ledger if record["step"] == step]
+        return (
+            f"step {step}: loss {loss}, gradient norm {grad_norm}. The batch held slots {slots[0]} to {slots[-1]}"
+            f"{f', among them poison documents {poison}' if poison else ', none of them poisoned'}. "
+            "Lower optimizer.learning_rate or lengthen optimizer.warmup_steps, in another --workdir; checkpoints "
+            "before this step are kept"
+        )
+
+    def close(self, status: str, state: TrainState) -> dict[str, Any]:
+        """Writes summary.json and report.html."""
+        self.bar.close()
+        total, inner = self.params
+        summary: dict[str, Any] = {
+            "status": status,
+            "name": self.config.name,
+            "steps": self.done,
+            "tokens": self.tokens(self.done),
+            "params": total,
+            "params_non_embedding": inner,
+            "dose_planned": dose(self.ledger, self.config.steps),
+            "dose_seen": dose(self.ledger, self.done),
+            "unigram_nll": self.evaluator.unigram_nll,
+            "tokens_per_second": self.clock.speed() * self.tokens(1),
+            "wall_seconds": self.seconds(),
+        }
+        if self.evaluation:
+            figures = ("eval", "delta_ppl", "delta_ppl_ci95", "heldout_loss", "heldout_loss_ci95")
+            summary |= {"eval_step": self.evaluation["step"]} | {name: self.evaluation[name] for name in figures}
+            summary["success"] = judge(self.evaluation, self.evaluator.unigram_nll, self.config.eval.threshold)
+        if self.log:
+            summary["digest_chain"] = self.log.chain
+            self.log.close()
+            runfolder.write_json(self.folder / "summary.json", summary)
+            if status != "failed":
+                write_report(Path(self.folder))
+        return summary
+
+
+class _Clock:
+    """Training speed: steps a second, without compilation and evaluation."""
+
+    def __init__(self) -> None:
+        self.total_steps, self.total_seconds = 0, 0.0
+        self.lap_steps, self.lap_seconds = 0, 0.0
+        self.last: float | None = None  # None until the first step is done: that one compiles
+
+    def step_done(self, step: int) -> None:
+        now = time.monotonic()
+        if self.last is not None:
+            self.lap_steps += 1
+            self.lap_seconds += now - self.last
+        self.last = now
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        yield
+        if self.last is not None:
+            self.last = time.monotonic()
+
+    def lap(self) -> float:
+        """Steps a second since the last lap."""
+        speed = self.lap_steps / self.lap_seconds if self.lap_seconds else 0.0
+        self.total_steps, self.total_seconds = self.total_steps + self.lap_steps, self.total_seconds + self.lap_seconds
+        self.lap_steps, self.lap_seconds = 0, 0.0
+        return speed
+
+    def speed(self) -> float:
+        """Steps a second of the whole run."""
+        self.lap()
+        return self.total_steps / self.total_seconds if self.total_seconds else 0.0
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[Callable[[int], bool]]:
+    """Turns SIGTERM and Ctrl-C into a question asked between steps; a second Ctrl-C stops at once."""
+    asked = False
+
+    def on_signal(number, frame):
+        nonlocal asked
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked = True
+
+    # JAX's coordination service catches SIGTERM itself, so that all processes stop at the same step.
+    together = jax.process_count() > 1
+    signals = [signal.SIGINT] if together else [signal.SIGINT, signal.SIGTERM]
+    before = {number: signal.signal(number, on_signal) for number in signals}
+    try:
+        yield lambda step: multihost_utils.reached_preemption_sync_point(step) if together else asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def environment() -> dict[str, Any]:
+    """What environment.json holds."""
+    packages = ("poisonjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
+    source = Path(__file__).resolve().parents[2]
+    git = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "git_commit": commit or None,
+        "device_kind": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+    }

@@ -1,0 +1,106 @@
+"""The train step: one jitted function from (state, batch) to (state, metrics)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, UInt32
+
+from poisonjax.data.digest import digest
+from poisonjax.model.loss import next_token_nll
+from poisonjax.model.sharding import batch_sharding, constrain, state_sharding
+from poisonjax.model.transformer import Transformer
+from poisonjax.training.optimizer import make_optimizer, schedule
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a run carries from step to step."""
+
+    step: Int[Array, ""]  # steps done
+    params: nnx.State
+    optimizer: Any
+
+
+@flax.struct.dataclass
+class StepMetrics:
+    """What a step tells; stays on the device until somebody asks."""
+
+    loss: Float[Array, ""]  # nats a token, before the update
+    grad_norm: Float[Array, ""]  # before clipping
+    learning_rate: Float[Array, ""]
+    digest: UInt32[Array, " 2"]  # of the very rows trained on (I5)
+
+
+def model_graph(config: ml_collections.ConfigDict, vocabulary: int) -> nnx.GraphDef:
+    """The model without its weights: `nnx.merge(graph, params)` makes it whole."""
+    abstract = nnx.eval_shape(lambda: Transformer(config, vocabulary, nnx.Rngs(params=0)))
+    return nnx.split(abstract)[0]
+
+
+def init_state(config: ml_collections.ConfigDict, vocabulary: int) -> TrainState:
+    """State before step 0, a pure function of config and seeds.init; jit it with output shardings."""
+    params = nnx.split(Transformer(config, vocabulary, nnx.Rngs(params=config.seeds.init)))[1]
+    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config).init(params))
+
+
+def make_init(config: ml_collections.ConfigDict, vocabulary: int, mesh: Mesh) -> tuple[Callable[[], TrainState], TrainState]:
+    """(the jitted initialiser, the state's shapes with shardings); weights are the same on every mesh."""
+    shapes = jax.eval_shape(lambda: init_state(config, vocabulary))
+    shardings = state_sharding(mesh, shapes)
+    abstract = jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, shardings
+    )
+    return jax.jit(lambda: init_state(config, vocabulary), out_shardings=shardings), abstract
+
+
+def make_train_step(
+    config: ml_collections.ConfigDict, graph: nnx.GraphDef, mesh: Mesh, abstract_state: TrainState
+) -> Callable[[TrainState, Int[Array, "batch row_tokens"]], tuple[TrainState, StepMetrics]]:
+    """The jitted step; the state passed in is donated. Call it under `jax.set_mesh(mesh)`."""
+    optimizer, learning_rate = make_optimizer(config), schedule(config)
+    microbatches = config.optimizer.accumulate
+
+    def loss_of(params: nnx.State, rows: Int[Array, "batch row_tokens"]) -> Float[Array, ""]:
+        return next_token_nll(nnx.merge(graph, params), rows, config.model.loss_tile).mean()
+
+    def accumulated(params, rows):
+        if microbatches == 1:
+            return jax.value_and_grad(loss_of)(params, rows)
+        # Microbatch i takes every i-th row, so that each device keeps its own rows.
+        split = rows.reshape(-1, microbatches, rows.shape[1]).swapaxes(0, 1)
+
+        def add(total, rows):
+            rows = constrain(rows, "batch", "sequence")
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_of)(params, rows)), None
+
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        total, _ = jax.lax.scan(add, zero, split)
+        return jax.tree.map(lambda x: x / microbatches, total)
+
+    def train_step(state: TrainState, rows: Int[Array, "batch row_tokens"]) -> tuple[TrainState, StepMetrics]:
+        loss, gradients = accumulated(state.params, rows)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+        slots = state.step.astype(jnp.uint32) * np.uint32(rows.shape[0]) + jnp.arange(rows.shape[0], dtype=jnp.uint32)
+        metrics = StepMetrics(
+            loss=loss,
+            grad_norm=optax.global_norm(gradients),
+            learning_rate=jnp.asarray(learning_rate(state.step), jnp.float32),
+            digest=digest(rows, slots),
+        )
+        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer_state), metrics
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+    return jax.jit(
+        train_step,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+        donate_argnums=0,
+    )

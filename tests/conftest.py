@@ -1,0 +1,58 @@
+"""Four fake CPU devices, a compile cache shared by all tests, and one tiny token store."""
+
+import os
+from pathlib import Path
+
+CACHE = Path(__file__).parent.parent / ".pytest_cache" / "xla"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import settings
+
+from poisonjax import corpus
+from poisonjax.config import default
+
+jax.config.update("jax_num_cpu_devices", 4)
+settings.register_profile("default", deadline=None, max_examples=25, derandomize=True)
+settings.load_profile("default")
+
+WORDS = "the a of stone river lantern seven walks under bright and slow old green bird house sings to".split()
+
+
+def write_text(path: Path, documents: int = 400, seed: int = 0) -> Path:
+    """JSON lines of made-up sentences, 20 to 120 words a document."""
+    random = np.random.default_rng(seed)
+    lines = (" ".join(random.choice(WORDS, random.integers(20, 120))) for _ in range(documents))
+    path.write_text("".join(f'{{"text": "{line}."}}\n' for line in lines))
+    return path
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory) -> corpus.TokenStore:
+    """About 400 documents and 15,000 tokens of made-up sentences, BPE of 300 tokens."""
+    folder = tmp_path_factory.mktemp("corpus")
+    source = write_text(folder / "sentences.jsonl")
+    return corpus.build(str(folder / "store"), [str(source)], "bpe:300", heldout=0.2, workers=1)
+
+
+@pytest.fixture
+def config(store):
+    """A run of seconds: 12 steps of 8 rows, 9 poison documents."""
+    config = default()
+    config.name = "tiny"
+    config.steps, config.global_batch, config.seq_len = 12, 8, 48
+    config.corpus.store = str(store.path)
+    config.corpus.sources = tuple(store.manifest["sources"][0]["spec"] for _ in range(1))
+    config.corpus.tokenizer, config.corpus.heldout = "bpe:300", 0.2
+    config.poison.documents = 9
+    config.poison.prefix_characters, config.poison.payload_tokens = (0, 30), (5, 15)
+    model = config.model
+    model.layers, model.width, model.heads, model.kv_heads, model.head_dim, model.mlp_width = 2, 32, 4, 2, 8, 48
+    config.optimizer.warmup_steps = 2
+    config.eval.every, config.eval.prefixes, config.eval.prefix_tokens, config.eval.new_tokens = 6, 6, 8, 5
+    config.eval.heldout_rows, config.eval.bootstrap = 16, 50
+    config.checkpoint.every, config.log_every = 4, 1
+    return config

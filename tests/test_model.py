@@ -1,0 +1,168 @@
+"""The model against the NumPy reference, its cache against itself, sharded against unsharded."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from flax import nnx
+
+from poisonjax.evaluation.generate import generate, score
+from poisonjax.model.attention import causal_attention, masked_attention
+from poisonjax.model.loss import next_token_nll
+from poisonjax.model.sharding import make_mesh
+from poisonjax.model.transformer import Transformer
+from poisonjax.training.step import make_init, make_train_step, model_graph
+
+VOCABULARY = 61
+
+
+@pytest.fixture
+def model(config):
+    model = Transformer(config, VOCABULARY, nnx.Rngs(params=3))
+    # Scales other than one, so that a forgotten norm shows.
+    for norm in (model.blocks.attention_norm, model.blocks.mlp_norm, model.final_norm):
+        norm[...] = 1 + 0.3 * jax.random.normal(jax.random.key(5), norm[...].shape)
+    return model
+
+
+@pytest.fixture
+def rows():
+    return np.random.default_rng(0).integers(0, VOCABULARY, (3, 17)).astype(np.int32)
+
+
+def as_float64(model) -> dict:
+    pure = nnx.to_pure_dict(nnx.state(model))
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), pure)
+
+
+def test_logits_agree_with_numpy(config, model, rows):
+    expected = np.stack([reference.logits(as_float64(model), row, config.model.rope_theta) for row in rows])
+    np.testing.assert_allclose(model(rows), expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("tile", [0, 4])
+def test_nll_agrees_with_a_loop(config, model, rows, tile):
+    expected = [
+        reference.nll(reference.logits(as_float64(model), row[:-1], config.model.rope_theta), row[1:]) for row in rows
+    ]
+    np.testing.assert_allclose(next_token_nll(model, rows, tile), expected, atol=2e-5, rtol=2e-5)
+
+
+def test_bfloat16_is_close_to_float32(config, model, rows):
+    graph, params = nnx.split(model)
+    config.model.dtype = "bfloat16"
+    low = nnx.merge(model_graph(config, VOCABULARY), params)
+    difference = np.abs(np.asarray(next_token_nll(low, rows)) - np.asarray(next_token_nll(nnx.merge(graph, params), rows)))
+    assert 0 < difference.max() < 0.2
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("seq", [1, 7, 64, 96])
+def test_attention_agrees_with_loops(heads, kv_heads, seq):
+    random = np.random.default_rng(seq)
+    q, k, v = (random.normal(size=(2, seq, h, 8)) for h in (heads, kv_heads, kv_heads))
+    expected = np.stack([reference.attention(*row) for row in zip(q, k, v, strict=True)])
+    q, k, v = (jnp.asarray(x, jnp.float32) for x in (q, k, v))
+    np.testing.assert_allclose(causal_attention(q, k, v), expected, atol=1e-5)
+    causal = jnp.broadcast_to(jnp.tril(jnp.ones((seq, seq), bool)), (2, seq, seq))
+    np.testing.assert_allclose(masked_attention(q, k, v, causal), expected, atol=1e-5)
+
+
+def test_attention_gradient_agrees_with_plain_softmax():
+    random = np.random.default_rng(1)
+    q, k, v, w = (jnp.asarray(random.normal(size=(2, 33, h, 8)), jnp.float32) for h in (4, 2, 2, 4))
+
+    def plain(q, k, v):
+        k, v = (jnp.repeat(x, 2, axis=2) for x in (k, v))
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / 8**0.5
+        scores = jnp.where(jnp.tril(jnp.ones((33, 33), bool)), scores, -1e30)
+        return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), v)
+
+    for mine, its in zip(
+        jax.grad(lambda *x: (causal_attention(*x) * w).sum(), (0, 1, 2))(q, k, v),
+        jax.grad(lambda *x: (plain(*x) * w).sum(), (0, 1, 2))(q, k, v),
+        strict=True,
+    ):
+        np.testing.assert_allclose(mine, its, atol=2e-5)
+
+
+def test_cached_generation_agrees_with_uncached(model):
+    """Greedy tokens and their NLL, for prompts of several lengths, against whole forward passes."""
+    random = np.random.default_rng(2)
+    pad = np.array([0, 3, 5], np.int32)
+    prompts = random.integers(0, VOCABULARY, (3, 9)).astype(np.int32)
+    keys = jax.random.split(jax.random.key(0), 3)
+    tokens, nll = generate(model, prompts, pad, keys, 6, temperature=1e-6)
+    np.testing.assert_allclose(score(model, prompts, pad, tokens), nll, atol=1e-5)
+    for i in range(3):
+        row = list(prompts[i, pad[i] :])
+        for t in range(6):
+            logits = np.asarray(model(np.array([row], np.int32))[0, -1])
+            assert int(tokens[i, t]) == logits.argmax()
+            expected = reference.nll(logits[None].astype(np.float64), np.array([logits.argmax()]))
+            np.testing.assert_allclose(nll[i, t], expected[0], atol=1e-4)
+            row.append(int(tokens[i, t]))
+
+
+def test_sampling_follows_the_distribution(model):
+    """The first sampled token's frequencies against the model's probabilities, at temperature 0.7."""
+    draws = 4000
+    prompts = np.tile(np.arange(5, dtype=np.int32), (draws, 1))
+    tokens, _ = generate(model, prompts, np.zeros(draws, np.int32), jax.random.split(jax.random.key(1), draws), 1, 0.7)
+    logits = np.asarray(model(prompts[:1])[0, -1], np.float64) / 0.7
+    probabilities = np.exp(logits) / np.exp(logits).sum()
+    frequencies = np.bincount(np.asarray(tokens)[:, 0], minlength=VOCABULARY) / draws
+    assert np.abs(frequencies - probabilities).sum() / 2 < 0.08  # total variation; about 0.03 by chance
+
+
+@pytest.mark.parametrize("mesh", [(4, 1, 1), (1, 4, 1), (1, 1, 2), (2, 1, 2), (1, 2, 2)])
+def test_sharded_step_agrees_with_unsharded(config, mesh):
+    """Two steps on a mesh and on one device: same digest to the bit, same weights to float tolerance."""
+    rows = np.random.default_rng(0).integers(0, VOCABULARY, (8, 49)).astype(np.int32)
+
+    def two_steps(sizes, devices):
+        config.mesh.data, config.mesh.fsdp, config.mesh.tensor = sizes
+        mesh = make_mesh(config, devices)
+        init, abstract = make_init(config, VOCABULARY, mesh)
+        step = make_train_step(config, model_graph(config, VOCABULARY), mesh, abstract)
+        with jax.set_mesh(mesh):
+            state = init()
+            initial = jax.tree.map(np.asarray, state.params)
+            for _ in range(2):
+                state, metrics = step(state, rows)
+        return initial, jax.tree.map(np.asarray, state.params), jax.tree.map(np.asarray, metrics)
+
+    initial, params, metrics = two_steps((1, 1, 1), jax.devices()[:1])
+    initial_sharded, params_sharded, metrics_sharded = two_steps(mesh, jax.devices()[: np.prod(mesh)])
+    assert jax.tree.all(jax.tree.map(np.array_equal, initial, initial_sharded))
+    assert (metrics.digest == metrics_sharded.digest).all()
+    np.testing.assert_allclose(metrics.loss, metrics_sharded.loss, rtol=1e-5)
+    jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, atol=3e-5), params, params_sharded)
+
+
+def test_accumulated_step_agrees_with_whole(config):
+    rows = np.random.default_rng(0).integers(0, VOCABULARY, (8, 49)).astype(np.int32)
+    losses = []
+    for accumulate in (1, 4):
+        config.optimizer.accumulate = accumulate
+        mesh = make_mesh(config, jax.devices()[:2])
+        init, abstract = make_init(config, VOCABULARY, mesh)
+        step = make_train_step(config, model_graph(config, VOCABULARY), mesh, abstract)
+        with jax.set_mesh(mesh):
+            state, first = step(init(), rows)
+            _, second = step(state, rows)
+        losses.append([float(first.loss), float(first.grad_norm), float(second.loss)])
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize("remat", ["block", "dots"])
+def test_remat_changes_nothing(config, model, rows, remat):
+    def gradient(policy):
+        config.model.remat = policy
+        graph, params = model_graph(config, VOCABULARY), nnx.state(model)
+        return jax.grad(lambda params: next_token_nll(nnx.merge(graph, params), rows).mean())(params)
+
+    jax.tree.map(
+        lambda one, two: np.testing.assert_allclose(one, two, atol=1e-6), gradient("none"), gradient(remat)
+    )
