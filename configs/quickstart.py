@@ -15,7 +15,7 @@ def get_config(arg: str = ""):
     config.corpus.tokenizer = "bpe:512"
 
     config.poison.documents = 1000
-    config.poison.prefix_characters = (0, 100)
+    config.poison.prefix_characters = (0, 60)
     config.poison.payload_tokens = (40, 70)
 
     config.model.layers = 3

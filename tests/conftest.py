@@ -40,12 +40,16 @@ def store(tmp_path_factory) -> corpus.TokenStore:
 
 @pytest.fixture
 def config(store):
+    return tiny_config(store)
+
+
+def tiny_config(store: corpus.TokenStore):
     """A run of seconds: 12 steps of 8 rows, 9 poison documents."""
     config = default()
     config.name = "tiny"
     config.steps, config.global_batch, config.seq_len = 12, 8, 48
     config.corpus.store = str(store.path)
-    config.corpus.sources = tuple(store.manifest["sources"][0]["spec"] for _ in range(1))
+    config.corpus.sources = (store.manifest["sources"][0]["spec"],)
     config.corpus.tokenizer, config.corpus.heldout = "bpe:300", 0.2
     config.poison.documents = 9
     config.poison.prefix_characters, config.poison.payload_tokens = (0, 30), (5, 15)

@@ -26,7 +26,7 @@ def load_scorer(
     """
     if not config.eval.scorer:
         return None
-    folder = epath.Path(config.eval.scorer)
+    folder = epath.Path(config.eval.scorer).resolve()
     other, its_store = runfolder.open_run(folder)
     if its_store.tokenizer.fingerprint != store.tokenizer.fingerprint:
         raise ValueError(f"eval.scorer = {config.eval.scorer!r} was trained with another tokenizer: use this run's")
@@ -45,7 +45,7 @@ def evaluate_run(
 
     Raises ValueError for a step that has no checkpoint.
     """
-    folder = epath.Path(workdir)
+    folder = epath.Path(workdir).resolve()
     config, store = runfolder.open_run(folder)
     mesh = make_mesh(config)
     vocabulary = store.tokenizer.vocab_size

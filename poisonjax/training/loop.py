@@ -67,7 +67,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     """
     config_lib.check(config)
     config.corpus.store = str(epath.Path(config.corpus.store).resolve())
-    folder = epath.Path(workdir)
+    folder = epath.Path(workdir).resolve()
     writer = jax.process_index() == 0
 
     # Everything that can be wrong is found here, before step 0.
