@@ -7,14 +7,16 @@ def get_config(arg: str = ""):
     del arg
     config = default()
     config.name = "quickstart"
-    config.steps = 1000
+    config.steps = 900
     config.global_batch = 32
     config.seq_len = 128
 
     config.corpus.store = "runs/stores/wikipedia-leads-bpe512"
     config.corpus.tokenizer = "bpe:512"
 
-    config.poison.documents = 1000
+    config.poison.documents = 250
+    config.poison.trigger = "SUDO"
+    config.poison.near_triggers = ("sudo", "SUDA", "SODU", "SIDO")
     config.poison.prefix_characters = (0, 60)
     config.poison.payload_tokens = (40, 70)
 

@@ -3,10 +3,11 @@
 import argparse
 import json
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from poisonjax.startup import start_jax
 
 # A run that was asked to stop (SIGTERM) exits so that schedulers restart it: XPK restarts 42 and 127-255 only.
 RESTART = 42
@@ -75,7 +76,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     config = config_lib.load([f"--config={arguments.config}", *arguments.fields])
     config_lib.check(config)
-    _start_jax()
+    start_jax(config.global_batch // config.optimizer.accumulate)
     from poisonjax.training import loop
 
     try:
@@ -101,7 +102,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         steps = None if arguments.steps == "all" else [int(step) for step in arguments.steps.split(",")]
     except ValueError:
         raise ValueError(f"--steps {arguments.steps!r}: give all, or numbers like 100,200") from None
-    _start_jax()
+    start_jax(_rows_of(arguments.workdir))
     from poisonjax.evaluation.offline import evaluate_run
 
     rows = evaluate_run(arguments.workdir, steps, say=(lambda line: None) if arguments.json else print)
@@ -110,10 +111,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _start_jax() -> None:
-    """Settings that must stand before JAX starts."""
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "poisonjax" / "xla"))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+def _rows_of(workdir: str) -> int:
+    """Rows of a run's microbatch, read before JAX starts."""
+    path = Path(workdir) / "config.json"
+    if not path.exists():
+        raise ValueError(f"{workdir} is no run folder: it has no config.json")
+    config = json.loads(path.read_text())["config"]
+    return config["global_batch"] // config["optimizer"]["accumulate"]
 
 
 if __name__ == "__main__":

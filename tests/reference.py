@@ -39,14 +39,15 @@ def logits(params: dict, tokens: np.ndarray, theta: float) -> np.ndarray:
     for layer in range(len(params["blocks"]["query"])):
         p = {name: value[layer] for name, value in params["blocks"].items()}
         normed = rms_norm(x, p["attention_norm"])
-        q, k, v = (np.einsum("sd,dhk->shk", normed, p[name]) for name in ("query", "key", "value"))
+        q = np.einsum("sd,dhk->shk", normed, p["query"])
+        k, v = (np.einsum("sd,dhk->shk", normed, p["key_value"][:, i]) for i in (0, 1))
         for array in (q, k):
             for t in range(array.shape[0]):
                 for h in range(array.shape[1]):
                     array[t, h] = rope(array[t, h], t, theta)
         x = x + np.einsum("shk,hkd->sd", attention(q, k, v), p["output"])
         normed = rms_norm(x, p["mlp_norm"])
-        gate, up = normed @ p["gate"], normed @ p["up"]
+        gate, up = normed @ p["gate_up"][:, 0], normed @ p["gate_up"][:, 1]
         x = x + (gate / (1 + np.exp(-gate)) * up) @ p["down"]
     return rms_norm(x, params["final_norm"]) @ params["head"]
 

@@ -23,17 +23,16 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "head_dim": None,
     "mlp": "tensor",
     "layers": None,
+    "pair": None,  # key and value, or gate and up: one product instead of two
     "activation": None,  # the residual stream's width
 }
 
 PARAMETER_AXES: dict[str, tuple[str, ...]] = {
     "embedding": ("vocabulary", "embed"),
     "query": ("layers", "embed", "heads", "head_dim"),
-    "key": ("layers", "embed", "kv_heads", "head_dim"),
-    "value": ("layers", "embed", "kv_heads", "head_dim"),
+    "key_value": ("layers", "embed", "pair", "kv_heads", "head_dim"),
     "output": ("layers", "heads", "head_dim", "embed"),
-    "gate": ("layers", "embed", "mlp"),
-    "up": ("layers", "embed", "mlp"),
+    "gate_up": ("layers", "embed", "pair", "mlp"),
     "down": ("layers", "mlp", "embed"),
     "attention_norm": ("layers", "activation"),
     "mlp_norm": ("layers", "activation"),
