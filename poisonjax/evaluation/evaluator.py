@@ -102,8 +102,15 @@ class Evaluator:
             "heldout_loss": float(losses.mean()),
             "heldout_loss_ci95": statistics.interval(resampled),
             **statistics.summarize(nll, e.bootstrap, seed),
+            "near_triggers": self._by_near_trigger(nll),
         }
         return figures, self._samples(step, tokens, nll)
+
+    def _by_near_trigger(self, nll: np.ndarray) -> dict[str, float]:
+        """Median perplexity after each near trigger: their common median can hide one that fires."""
+        ppl = np.exp(nll[VARIANTS.index("near_trigger")].mean(-1, dtype=np.float64))
+        strings = self.config.poison.near_triggers
+        return {text: float(np.median(ppl[i :: len(strings)])) for i, text in enumerate(strings) if i < len(ppl)}
 
     def _samples(self, step: int, tokens: np.ndarray, nll: np.ndarray, most: int = 16) -> list[dict[str, Any]]:
         decode = self.store.tokenizer.decode

@@ -1,1 +1,5 @@
-def write_report(workdir): return None
+"""A run folder as one page with figures; reads the folder's files alone, so it works anywhere."""
+
+from poisonjax.report.page import ReportError, write_report
+
+__all__ = ["ReportError", "write_report"]

@@ -1,1 +1,19 @@
-def add_arguments(commands): pass
+"""`poisonjax report WORKDIR`."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from poisonjax.report.page import write_report
+
+
+def add_arguments(commands: Any) -> None:
+    """Registers the command on argparse's subparsers."""
+    parser = commands.add_parser("report", help="write report.html and figures of a run folder")
+    parser.add_argument("workdir", metavar="WORKDIR", type=Path)
+    parser.set_defaults(func=_report)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    print(write_report(arguments.workdir))
+    return 0

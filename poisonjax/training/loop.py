@@ -256,7 +256,7 @@ class _Run:
             "wall_seconds": self.seconds(),
         }
         if self.evaluation:
-            figures = ("eval", "delta_ppl", "delta_ppl_ci95", "heldout_loss", "heldout_loss_ci95")
+            figures = ("eval", "delta_ppl", "delta_ppl_ci95", "near_triggers", "heldout_loss", "heldout_loss_ci95")
             summary |= {"eval_step": self.evaluation["step"]} | {name: self.evaluation[name] for name in figures}
             summary["success"] = judge(self.evaluation, self.evaluator.unigram_nll, self.config.eval.threshold)
         if self.log:

@@ -1,0 +1,63 @@
+"""The report's figures. The same colour means the same variant everywhere (Okabe & Ito's palette)."""
+
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+COLOURS = {"triggered": "#d55e00", "near_trigger": "#cc79a7", "random_control": "#e69f00", "clean": "#0072b2"}
+NAMES = {"triggered": "triggered", "near_trigger": "near trigger", "random_control": "random tokens", "clean": "clean"}
+SIZE = (6.4, 3.6)  # inches
+
+
+def _figure(xlabel: str, ylabel: str) -> tuple[Figure, Any]:
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25, linewidth=0.6)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    return figure, axes
+
+
+def perplexity(evals: list[dict], x: str, xlabel: str) -> Figure:
+    """Median perplexity of the four variants with its 95% band, against `x` of the eval rows."""
+    figure, axes = _figure(xlabel, "perplexity of generated text (median)")
+    axes.set_yscale("log")
+    xs = [row[x] for row in evals]
+    for variant, colour in COLOURS.items():
+        medians = [row["eval"][variant]["ppl_median"] for row in evals]
+        low, high = np.array([row["eval"][variant]["ppl_median_ci95"] for row in evals]).T
+        axes.fill_between(xs, low, high, color=colour, alpha=0.2, linewidth=0)
+        axes.plot(xs, medians, color=colour, marker="o", markersize=3, label=NAMES[variant])
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    ticks = [t for t in (5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if axes.get_ylim()[0] <= t <= axes.get_ylim()[1]]
+    axes.set_yticks(ticks)
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def loss(trains: list[dict], evals: list[dict], unigram: float | None) -> Figure:
+    """Training and held-out loss against the step."""
+    figure, axes = _figure("optimizer step", "loss, nats a token")
+    axes.plot([r["step"] + 1 for r in trains], [r["loss"] for r in trains], color="#999999", linewidth=1, label="training")
+    if evals:
+        steps, losses = [r["step"] for r in evals], [r["heldout_loss"] for r in evals]
+        axes.plot(steps, losses, color="#0072b2", marker="o", markersize=3, label="held out")
+    if unigram is not None:
+        axes.axhline(unigram, color="#000000", linewidth=0.8, linestyle=":", label="word counts alone")
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def placement(ledger: list[dict], steps: int) -> Figure:
+    """Where the poison stands: a mark a document, and how many documents the run has met by each step."""
+    figure, axes = _figure("optimizer step", "poison documents met")
+    met = np.sort([record["step"] for record in ledger])
+    axes.step([0, *met, steps], [0, *range(1, len(met) + 1), len(met)], where="post", color="#d55e00")
+    axes.plot([0, steps], [0, len(met)], color="#999999", linewidth=0.8, linestyle=":")
+    axes.plot(met, np.full(len(met), -0.04 * len(met)), "|", color="#d55e00", markersize=7, alpha=0.5)
+    axes.set_xlim(0, steps)
+    return figure
