@@ -35,7 +35,7 @@ def default() -> ml_collections.ConfigDict:
 
     config.corpus = ml_collections.ConfigDict()
     config.corpus.store = ""  # folder of the token store; built from the fields below where it is absent
-    config.corpus.sources = ("wikipedia-leads",)
+    config.corpus.sources = ("default",)  # as `poisonjax corpus build --source`
     config.corpus.tokenizer = "bpe:4096"
     config.corpus.heldout = 0.05  # fraction of the documents that no training row may use
 

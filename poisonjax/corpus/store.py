@@ -56,9 +56,9 @@ def open_array(path: epath.Path) -> Any:
     return ts.open({"driver": "zarr3", "kvstore": _kvstore(path)}, open=True, read=True).result()
 
 
-def _kvstore(path: epath.Path) -> str:
-    text = str(path)
-    return f"{text}/" if "://" in text else f"file://{path.resolve()}/"
+def _kvstore(path: epath.Path) -> str | dict[str, str]:
+    # Local paths may hold characters that mean something in a URL.
+    return f"{path}/" if "://" in str(path) else {"driver": "file", "path": f"{path.resolve()}/"}
 
 
 def sha256_of(path: epath.Path) -> str:
