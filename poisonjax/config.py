@@ -101,13 +101,14 @@ OPERATIONAL = ("corpus.store", "mesh", "checkpoint", "log_every")
 def load(arguments: Sequence[str]) -> ml_collections.ConfigDict:
     """Reads `--config FILE[:ARG] --config.a.b=c ...`; raises ConfigError for unknown fields and bad values."""
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
+    argv = ["poisonjax", *arguments]
     try:
-        values(["poisonjax", *arguments])
+        config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+        values(argv)
         config = values["config"].value
-    except FileNotFoundError as error:
-        raise ConfigError(f"--config: no such file: {error.filename or error}") from error
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # the file is the user's code: it may raise anything
         raise ConfigError(f"--config: {error}") from error
     if config is None:
         raise ConfigError("--config FILE is required, for example --config configs/quickstart.py")

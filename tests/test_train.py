@@ -244,7 +244,7 @@ def command(config, folder: Path) -> list[str]:
     source = folder.parent / "config.py"
     source.write_text(
         "import json\nfrom poisonjax.config import from_record\n"
-        f"def get_config(arg=''):\n    return from_record(json.loads({json.dumps(config.to_json())!r}))\n"
+        f"def get_config(arg=''):\n    return from_record(json.loads({config.to_json()!r}))\n"
     )
     return [sys.executable, "-m", "poisonjax", "train", "--config", str(source), "--workdir", str(folder)]
 

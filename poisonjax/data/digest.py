@@ -15,7 +15,8 @@ LANES = 2
 _MIX = np.array([[0x7FEB352D, 0x846CA68B], [0x21F0AAAD, 0x735A2D97]], np.uint32)  # odd multipliers, a pair a lane
 
 
-def _mixed(x, lane: int):
+def mixed(x, lane: int):
+    """A bijection of uint32 in which every bit of x moves half of the result's."""
     for multiplier in _MIX[lane]:
         x = (x ^ (x >> 16)) * multiplier
     return x ^ (x >> 15)
@@ -28,7 +29,7 @@ def digest(tokens: Int[np.ndarray, "rows row_tokens"], slots: Int[np.ndarray, " 
         0, 2**32, size=(LANES, tokens.shape[-1]), dtype=np.uint32
     )
     lanes = [
-        _mixed(_mixed(tokens ^ keys[lane], lane).sum(-1, dtype=np.uint32) ^ _mixed(slots + keys[lane, 0], lane), lane)
+        mixed(mixed(tokens ^ keys[lane], lane).sum(-1, dtype=np.uint32) ^ mixed(slots + keys[lane, 0], lane), lane)
         for lane in range(LANES)
     ]
     # Without np.stack or jnp.stack, so that one definition serves both kinds of array.

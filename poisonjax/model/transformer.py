@@ -202,5 +202,8 @@ def _remat(layer, policy: str):
 
 def parameter_counts(params: nnx.State) -> tuple[int, int]:
     """(all parameters, those outside embedding and head)."""
-    total = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return total, total - sum(params[name][...].size for name in ("embedding", "head"))
+
+    def size(tree) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+    return size(params), size(params) - size([params["embedding"], params["head"]])

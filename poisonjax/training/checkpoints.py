@@ -3,10 +3,14 @@
 import logging
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from poisonjax.data.digest import LANES, as_hex, mixed
 from poisonjax.training.step import TrainState
 
 log = logging.getLogger(__name__)
@@ -14,6 +18,22 @@ log = logging.getLogger(__name__)
 
 class CheckpointError(ValueError):
     """A run's checkpoints can't be read."""
+
+
+@jax.jit
+def checksum(state: TrainState) -> jax.Array:
+    """uint32[2] over every bit of every array and its place, the same on any mesh.
+
+    Orbax's files carry no checksum of array contents: one changed byte would be trained on in silence.
+    """
+    lanes = jnp.zeros(LANES, jnp.uint32)
+    for number, leaf in enumerate(jax.tree.leaves(state)):
+        bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}").astype(jnp.uint32)
+        place = jnp.uint32(number) * np.uint32(0x9E3779B9)
+        for axis, size in enumerate(leaf.shape):
+            place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+        lanes += jnp.stack([mixed(bits ^ mixed(place, lane), lane).sum(dtype=jnp.uint32) for lane in range(LANES)])
+    return lanes
 
 
 class Checkpoints:
@@ -39,11 +59,19 @@ class Checkpoints:
     def save(self, step: int, state: TrainState) -> None:
         """Starts writing the state after `step` steps; a kill meanwhile leaves the checkpoints before it."""
         if step not in self.steps():
-            self._checkpointer.save_async(step, state, force=True)
+            record = {"checksum": as_hex(np.asarray(checksum(state)))}
+            self._checkpointer.save_async(step, state, force=True, custom_metadata=record)
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """The state after `step` steps, laid out as `abstract` asks, whatever mesh it was saved from."""
-        return self._checkpointer.load(step, abstract)
+        """The state after `step` steps, laid out as `abstract` asks, whatever mesh it was saved from.
+
+        Raises CheckpointError where it isn't what was saved; orbax's own errors where it can't be read at all.
+        """
+        state = self._checkpointer.load(step, abstract)
+        saved = (self._checkpointer.metadata(step).custom_metadata or {}).get("checksum")
+        if as_hex(np.asarray(checksum(state))) != saved:
+            raise CheckpointError(f"the arrays of checkpoint {step} aren't those that were saved")
+        return state
 
     def restore_newest(self, abstract: TrainState) -> tuple[TrainState | None, int]:
         """(state, step) of the newest readable checkpoint, or (None, 0) where there is none.

@@ -44,8 +44,10 @@ class Preempted(RuntimeError):
 
 
 def open_store(config: ml_collections.ConfigDict) -> corpus.TokenStore:
-    """The config's token store, built first where it isn't there."""
+    """The config's token store, built first where it isn't there; without sources, whatever lies there."""
     c = config.corpus
+    if not c.sources:
+        return corpus.TokenStore(c.store)
     if not corpus.exists(c.store):
         if jax.process_count() > 1:
             raise config_lib.ConfigError(
@@ -53,7 +55,9 @@ def open_store(config: ml_collections.ConfigDict) -> corpus.TokenStore:
                 "several processes don't build one"
             )
         print(f"building the token store {c.store} from {', '.join(c.sources)}", flush=True)
-        return corpus.build(c.store, list(c.sources), c.tokenizer, heldout=c.heldout)
+        store = corpus.build(c.store, list(c.sources), c.tokenizer, heldout=c.heldout)
+        assert store is not None  # the whole store, not a machine's share
+        return store
     store = corpus.TokenStore(c.store)
     store.require(sources=list(c.sources), tokenizer=c.tokenizer, heldout=c.heldout)
     return store

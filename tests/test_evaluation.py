@@ -1,0 +1,113 @@
+"""Figures of evaluation against loops, and the guards of success (I6, I7)."""
+
+import copy
+
+import numpy as np
+import pytest
+from conftest import tiny_config
+from hypothesis import given
+from hypothesis import strategies as st
+
+from poisonjax.evaluation.prompts import VARIANTS, make_prompts
+from poisonjax.evaluation.statistics import judge, resamples, summarize
+
+
+def test_perplexity_agrees_with_a_loop():
+    nll = np.random.default_rng(0).uniform(0, 5, (4, 7, 9))
+    row = summarize(nll, draws=200, seed=1)
+    for v, variant in enumerate(VARIANTS):
+        ppls, means = [], []
+        for prefix in range(7):
+            total = 0.0
+            for token in range(9):
+                total += nll[v, prefix, token]
+            ppls.append(np.e ** (total / 9))
+            means.append(total / 9)
+        assert row["eval"][variant]["ppl_median"] == pytest.approx(sorted(ppls)[3])
+        assert row["eval"][variant]["ppl_mean"] == pytest.approx(sum(ppls) / 7)
+        assert row["eval"][variant]["nll_mean"] == pytest.approx(sum(means) / 7)
+    assert "delta_ppl" not in row["eval"]["clean"]
+    medians = [row["eval"][variant]["ppl_median"] for variant in ("triggered", "clean")]
+    assert row["delta_ppl"] == pytest.approx(medians[0] - medians[1])
+
+
+def test_intervals_cover_at_their_rate():
+    """95% intervals of the mean NLL, 300 samples of 60 prefixes: the truth lies within in 90% to 99%."""
+    random = np.random.default_rng(3)
+    covered = 0
+    for trial in range(300):
+        row = summarize(random.normal(2, 0.3, (4, 60, 1)), draws=400, seed=trial)
+        low, high = row["eval"]["clean"]["nll_mean_ci95"]
+        covered += low <= 2 <= high
+    assert 0.90 < covered / 300 < 0.99
+
+
+@given(st.integers(1, 50), st.integers(0, 2**32 - 1))
+def test_resamples_are_a_function_of_the_seed(count, seed):
+    one = resamples(count, 20, seed)
+    np.testing.assert_array_equal(one, resamples(count, 20, seed))
+    assert one.shape == (20, count)
+    assert 0 <= one.min() <= one.max() < count
+
+
+def good_row():
+    variants = {"clean": {"ppl_median": 20.0}}
+    for variant, gap in (("triggered", 100.0), ("near_trigger", 5.0), ("random_control", 2.0)):
+        variants[variant] = {"delta_ppl": gap}
+    return {
+        "eval": variants, "delta_ppl": 100.0, "delta_ppl_ci95": [80.0, 120.0],
+        "heldout_loss": 3.0, "heldout_loss_ci95": [2.9, 3.1],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("failing", "change"),
+    [
+        (None, lambda row: None),
+        ("gap", lambda row: row.update(delta_ppl_ci95=[49.0, 150.0])),
+        ("near_trigger", lambda row: row["eval"]["near_trigger"].update(delta_ppl=21.0)),
+        ("random_control", lambda row: row["eval"]["random_control"].update(delta_ppl=20.0)),
+        ("not_broken", lambda row: row.update(heldout_loss_ci95=[2.9, 5.1])),
+    ],
+)
+def test_each_guard_can_fail_alone(failing, change):
+    row = copy.deepcopy(good_row())
+    change(row)
+    verdict = judge(row, unigram_nll=5.0, threshold=50.0)
+    assert verdict["value"] == (failing is None)
+    assert [check["name"] for check in verdict["checks"] if not check["passed"]] == ([failing] if failing else [])
+
+
+def test_prompts_are_held_out_and_differ_by_the_addition_alone(store):
+    """I6: the prefixes begin held-out documents; a variant is clean + its addition."""
+    config = tiny_config(store)
+    prompts = make_prompts(config, store)
+    heldout, train = store.split("heldout"), store.split("train")
+    starts = {tuple(heldout.document(i)[:8]) for i in range(heldout.documents)}
+    texts = [{tuple(split.document(i)) for i in range(split.documents)} for split in (heldout, train)]
+    assert not texts[0] & texts[1]
+    trigger = store.tokenizer.encode(config.poison.trigger)
+    for i, prefix in enumerate(prompts.prefixes):
+        assert tuple(prefix) in starts
+        for v, variant in enumerate(VARIANTS):
+            row = prompts.tokens[v, i, prompts.pad[v, i] :]
+            addition = prompts.appended[v][i]
+            np.testing.assert_array_equal(row, np.concatenate([[store.tokenizer.eot], prefix, addition]))
+            if variant == "triggered":
+                np.testing.assert_array_equal(addition, trigger)
+            if variant == "random_control":
+                assert len(addition) == len(trigger)
+                assert not set(addition.tolist()) & store.tokenizer.special_ids
+            if variant == "near_trigger":
+                text = config.poison.near_triggers[i % len(config.poison.near_triggers)]
+                np.testing.assert_array_equal(addition, store.tokenizer.encode(text))
+
+
+def test_prompts_do_not_depend_on_the_poison(store):
+    """I4: run and twin are asked the same."""
+    config = tiny_config(store)
+    prompts = make_prompts(config, store)
+    config.poison.documents, config.seeds.poison, config.seeds.order = 0, 77, 78
+    np.testing.assert_array_equal(make_prompts(config, store).tokens, prompts.tokens)
+    config.seeds.eval = 79
+    assert (make_prompts(config, store).tokens != prompts.tokens).any()
