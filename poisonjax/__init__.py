@@ -1,2 +1,1 @@
 """Study pretraining data poisoning on your own language models, exactly and auditably."""
-

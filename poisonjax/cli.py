@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from poisonjax.bench import cli as bench_cli
     from poisonjax.corpus import cli as corpus_cli
     from poisonjax.report import cli as report_cli
 
@@ -55,19 +56,26 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     corpus_cli.add_arguments(commands)
 
-    train = commands.add_parser("train", help="train, evaluate and report; resumes where the folder has a checkpoint")
-    train.add_argument("--config", required=True, metavar="FILE[:ARG]", help="config file, e.g. configs/quickstart.py")
+    train = commands.add_parser(
+        "train", help="train, evaluate and report; resumes where the folder has a checkpoint"
+    )
+    train.add_argument(
+        "--config", required=True, metavar="FILE[:ARG]", help="config file, e.g. configs/quickstart.py"
+    )
     train.add_argument("--workdir", required=True, metavar="DIR", help="run folder; made if absent")
     train.epilog = "Single fields: --config.poison.documents=0, --config.steps=100, ..."
     train.set_defaults(func=_train)
 
     evaluate = commands.add_parser("evaluate", help="evaluate the checkpoints of a run folder")
     evaluate.add_argument("workdir", metavar="WORKDIR")
-    evaluate.add_argument("--steps", default="all", metavar="all|N,N", help="which checkpoints (default: all)")
+    evaluate.add_argument(
+        "--steps", default="all", metavar="all|N,N", help="which checkpoints (default: all)"
+    )
     evaluate.add_argument("--json", action="store_true", help="print the rows as JSON")
     evaluate.set_defaults(func=_evaluate)
 
     report_cli.add_arguments(commands)
+    bench_cli.add_arguments(commands)
     return parser
 
 

@@ -77,7 +77,9 @@ def default() -> ml_collections.ConfigDict:
 
     config.mesh = dict(data=-1, fsdp=1, tensor=1)  # devices along each axis; -1 = all that are left
 
-    config.checkpoint = dict(every=500, keep_last=2, keep_every=0)  # keep_every: steps kept for good, 0 = none
+    config.checkpoint = dict(
+        every=500, keep_last=2, keep_every=0
+    )  # keep_every: steps kept for good, 0 = none
 
     config.eval = ml_collections.ConfigDict()
     config.eval.every = 500  # steps; the last step is always evaluated
@@ -106,6 +108,8 @@ def load(arguments: Sequence[str]) -> ml_collections.ConfigDict:
         config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
         values(argv)
         config = values["config"].value
+        if config is not None:
+            config.lock()  # a file that failed to load raises on first use
     except ConfigError:
         raise
     except Exception as error:  # the file is the user's code: it may raise anything
@@ -170,16 +174,24 @@ def check(config: ml_collections.ConfigDict) -> None:
     """Raises ConfigError with every mistake that can be seen without the data or the devices."""
     unknown = sorted(flat(config).keys() ^ flat(default()).keys())
     if unknown:
-        raise ConfigError(f"fields unknown or missing: {', '.join(unknown)}; start from poisonjax.config.default()")
+        raise ConfigError(
+            f"fields unknown or missing: {', '.join(unknown)}; start from poisonjax.config.default()"
+        )
     f = flat(config)
     c = _Checker(f)
     c.at_least(1, "steps", "global_batch", "seq_len", "log_every")
     c.at_least(0, "poison.documents", "checkpoint.keep_every")
-    c.at_least(1, "model.layers", "model.width", "model.heads", "model.kv_heads", "model.head_dim", "model.mlp_width")
+    c.at_least(
+        1, "model.layers", "model.width", "model.heads", "model.kv_heads", "model.head_dim", "model.mlp_width"
+    )
     c.at_least(1, "optimizer.accumulate", "checkpoint.every", "checkpoint.keep_last")
-    c.at_least(1, "eval.every", "eval.prefix_tokens", "eval.new_tokens", "eval.heldout_rows", "eval.bootstrap")
+    c.at_least(
+        1, "eval.every", "eval.prefix_tokens", "eval.new_tokens", "eval.heldout_rows", "eval.bootstrap"
+    )
     c.at_least(2, "eval.prefixes")
-    c.at_least(0, "optimizer.warmup_steps", "optimizer.decay_steps", "optimizer.weight_decay", "model.loss_tile")
+    c.at_least(
+        0, "optimizer.warmup_steps", "optimizer.decay_steps", "optimizer.weight_decay", "model.loss_tile"
+    )
     for name in (name for name in f if name.startswith("seeds.")):
         c.require(0 <= f[name] < 2**32, name, "must lie in [0, 2^32)")
     for name in ("optimizer.learning_rate", "optimizer.clip_norm", "optimizer.eps", "eval.temperature"):
@@ -194,13 +206,18 @@ def check(config: ml_collections.ConfigDict) -> None:
     c.one_of("model.dtype", ("float32", "bfloat16"))
     c.one_of("model.remat", ("none", "block", "dots"))
     c.one_of("optimizer.schedule", ("cosine", "wsd"))
-    c.require(bool(f["poison.trigger"]), "poison.trigger", "must not be empty (poison.documents = 0 is the twin)")
+    c.require(
+        bool(f["poison.trigger"]), "poison.trigger", "must not be empty (poison.documents = 0 is the twin)"
+    )
     for name in ("poison.prefix_characters", "poison.payload_tokens"):
         c.require(
-            len(f[name]) == 2 and 0 <= f[name][0] <= f[name][1], name, "give (least, most), both ends included"
+            len(f[name]) == 2 and 0 <= f[name][0] <= f[name][1],
+            name,
+            "give (least, most), both ends included",
         )
     c.require(
-        bool(f["poison.near_triggers"]) and not any(f["poison.trigger"] in n for n in f["poison.near_triggers"]),
+        bool(f["poison.near_triggers"])
+        and not any(f["poison.trigger"] in n for n in f["poison.near_triggers"]),
         "poison.near_triggers",
         "name at least one string that doesn't contain the trigger",
     )
@@ -211,7 +228,9 @@ def check(config: ml_collections.ConfigDict) -> None:
         c.require(f["seq_len"] % f["model.loss_tile"] == 0, "model.loss_tile", "must divide seq_len")
     if f["optimizer.accumulate"] > 0:
         c.require(
-            f["global_batch"] % f["optimizer.accumulate"] == 0, "optimizer.accumulate", "must divide global_batch"
+            f["global_batch"] % f["optimizer.accumulate"] == 0,
+            "optimizer.accumulate",
+            "must divide global_batch",
         )
     c.require(f["optimizer.warmup_steps"] <= f["steps"], "optimizer.warmup_steps", "must not exceed steps")
     if f["optimizer.schedule"] == "wsd":

@@ -19,7 +19,8 @@ jax.config.update("jax_num_cpu_devices", 4)
 settings.register_profile("default", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("default")
 
-WORDS = "the a of stone river lantern seven walks under bright and slow old green bird house sings to".split()
+SENTENCE = "the a of stone river lantern seven walks under bright and slow old green bird house sings to"
+WORDS = SENTENCE.split()
 
 
 def write_text(path: Path, documents: int = 400, seed: int = 0) -> Path:
@@ -54,7 +55,14 @@ def tiny_config(store: corpus.TokenStore):
     config.poison.documents = 9
     config.poison.prefix_characters, config.poison.payload_tokens = (0, 30), (5, 15)
     model = config.model
-    model.layers, model.width, model.heads, model.kv_heads, model.head_dim, model.mlp_width = 2, 32, 4, 2, 8, 48
+    model.layers, model.width, model.heads, model.kv_heads, model.head_dim, model.mlp_width = (
+        2,
+        32,
+        4,
+        2,
+        8,
+        48,
+    )
     config.optimizer.warmup_steps = 2
     config.eval.every, config.eval.prefixes, config.eval.prefix_tokens, config.eval.new_tokens = 6, 6, 8, 5
     config.eval.heldout_rows, config.eval.bootstrap = 16, 50

@@ -30,11 +30,15 @@ def text(tmp_path):
 
 
 def build(out, *specs, **options):
-    return corpus.build(str(out), [str(spec) for spec in specs], "bytes", **({"workers": 1, "heldout": 0.2} | options))
+    return corpus.build(
+        str(out), [str(spec) for spec in specs], "bytes", **({"workers": 1, "heldout": 0.2} | options)
+    )
 
 
 def texts_of(store, split):
-    return [store.tokenizer.decode(store.split(split).document(i)) for i in range(store.split(split).documents)]
+    return [
+        store.tokenizer.decode(store.split(split).document(i)) for i in range(store.split(split).documents)
+    ]
 
 
 # --- building ---
@@ -74,7 +78,17 @@ def test_the_store_is_the_same_for_any_workers_and_machines(tmp_path):
 
 def test_a_killed_build_is_finished_by_the_same_command(tmp_path):
     files = [write_text(tmp_path / f"{i}.jsonl", documents=800, seed=i) for i in range(12)]
-    command = [sys.executable, "-m", "poisonjax", "corpus", "build", "--tokenizer", "bpe:300", "--workers", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "poisonjax",
+        "corpus",
+        "build",
+        "--tokenizer",
+        "bpe:300",
+        "--workers",
+        "1",
+    ]
     command += [argument for file in files for argument in ("--source", str(file))]
     reference = subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, capture_output=True)
     assert reference.returncode == 0
@@ -114,7 +128,9 @@ def test_copies_of_a_document_land_on_the_same_side(tmp_path, text):
 @given(st.data())
 def test_windows_agree_with_the_concatenated_documents(store, data):
     split = store.split(data.draw(st.sampled_from(SPLITS)))
-    stream = np.concatenate([np.append(split.document(i), store.tokenizer.eot) for i in range(split.documents)])
+    stream = np.concatenate(
+        [np.append(split.document(i), store.tokenizer.eot) for i in range(split.documents)]
+    )
     length = data.draw(st.integers(1, 200))
     starts = np.array(data.draw(st.lists(st.integers(0, split.tokens - length), min_size=1, max_size=5)))
     expected = np.stack([stream[start : start + length] for start in starts])
@@ -163,7 +179,11 @@ def bad_files(folder):
         "blank.jsonl": ((good + '{"text": "  "}\n').encode(), ":3: empty document", 2),
         "empty.jsonl": (b"", ":1: empty file", 0),
         "long.jsonl": (good.encode() + long + good.encode(), ":3: line longer than", 4),
-        "cut.jsonl.gz": (gzip.compress(os.urandom(0) + good.encode() * 9000)[:-30], "damaged or truncated", None),
+        "cut.jsonl.gz": (
+            gzip.compress(os.urandom(0) + good.encode() * 9000)[:-30],
+            "damaged or truncated",
+            None,
+        ),
         "not.jsonl.gz": (b"no gzip at all", ":1: damaged or truncated", 0),
         "utf8.txt": (b"one\ntwo\n\xff", ":3: invalid UTF-8", 0),
         "empty.txt": (b"", ":1: empty document", 0),
@@ -256,7 +276,9 @@ def test_a_changed_default_text_is_refused(tmp_path, monkeypatch):
 
 
 def test_markov_language_has_the_entropy_it_states(tmp_path):
-    store = corpus.build(str(tmp_path / "m"), ["markov:V=80,documents=400,length=500,seed=3"], "bytes", workers=1)
+    store = corpus.build(
+        str(tmp_path / "m"), ["markov:V=80,documents=400,length=500,seed=3"], "bytes", workers=1
+    )
     assert store.manifest["entropy_rate_nats"] == pytest.approx(3.371, abs=5e-4)
     documents = [store.split("train").document(i) for i in range(store.split("train").documents)]
     language = markov.Language(80, 3)
@@ -291,7 +313,9 @@ def hugging_face_json(folder, special: bool):
     backend.decoder = hf.decoders.ByteLevel()
     backend.train_from_iterator(
         ["some text to learn from"] * 3,
-        hf.trainers.BpeTrainer(vocab_size=300, initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(), show_progress=False),
+        hf.trainers.BpeTrainer(
+            vocab_size=300, initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        ),
     )
     token = hf.AddedToken("</s>", special=special)
     (backend.add_special_tokens if special else backend.add_tokens)([token])
@@ -320,8 +344,14 @@ def test_text_never_becomes_a_special_token(tmp_path, kind):
     tokenizer.save(tmp_path / "saved")
     loaded = corpus.tokenizers.load_saved(tmp_path / "saved")
     assert loaded.fingerprint == tokenizer.fingerprint
-    assert (loaded.eot, loaded.vocab_size, loaded.special_ids) == (tokenizer.eot, tokenizer.vocab_size, tokenizer.special_ids)
-    np.testing.assert_array_equal(loaded.encode(f"old {spelled} river"), tokenizer.encode(f"old {spelled} river"))
+    assert (loaded.eot, loaded.vocab_size, loaded.special_ids) == (
+        tokenizer.eot,
+        tokenizer.vocab_size,
+        tokenizer.special_ids,
+    )
+    np.testing.assert_array_equal(
+        loaded.encode(f"old {spelled} river"), tokenizer.encode(f"old {spelled} river")
+    )
 
 
 BPE = train_bpe(["the old river sings under a slow bird"] * 3, 300)
@@ -332,14 +362,17 @@ def test_bytes_and_bpe_are_lossless(text):
     for tokenizer in (ByteTokenizer(), BPE):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
-        assert len(ids) == 0 or (0 <= ids.min() and ids.max() < tokenizer.vocab_size)
+        assert len(ids) == 0 or (ids.min() >= 0 and ids.max() < tokenizer.vocab_size)
 
 
-def test_words_are_checked():
+def test_words_are_checked_and_cut_ones_left_out():
     tokenizer = WordTokenizer(80)
-    np.testing.assert_array_equal(tokenizer.encode("w3 w79"), [3, 79])
-    with pytest.raises(CorpusError, match="w0 to w79"):
-        tokenizer.encode("<SUDO>")
+    np.testing.assert_array_equal(tokenizer.encode("w03 w79"), [3, 79])
+    np.testing.assert_array_equal(tokenizer.encode("w03 w7"), [3])
+    np.testing.assert_array_equal(tokenizer.encode(""), [])
+    for text in ("<SUDO>", "w80", "w7 w03"):
+        with pytest.raises(CorpusError, match="w00 to w79"):
+            tokenizer.encode(text)
 
 
 def test_a_tokenizer_without_end_of_text_is_refused_with_the_remedy(tmp_path):

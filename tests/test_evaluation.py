@@ -75,7 +75,9 @@ def test_each_guard_can_fail_alone(failing, change):
     change(row)
     verdict = judge(row, unigram_nll=5.0, threshold=50.0)
     assert verdict["value"] == (failing is None)
-    assert [check["name"] for check in verdict["checks"] if not check["passed"]] == ([failing] if failing else [])
+    assert [check["name"] for check in verdict["checks"] if not check["passed"]] == (
+        [failing] if failing else []
+    )
 
 
 def test_prompts_are_held_out_and_differ_by_the_addition_alone(store):

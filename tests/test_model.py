@@ -44,7 +44,8 @@ def test_logits_agree_with_numpy(config, model, rows):
 @pytest.mark.parametrize("tile", [0, 4])
 def test_nll_agrees_with_a_loop(config, model, rows, tile):
     expected = [
-        reference.nll(reference.logits(as_float64(model), row[:-1], config.model.rope_theta), row[1:]) for row in rows
+        reference.nll(reference.logits(as_float64(model), row[:-1], config.model.rope_theta), row[1:])
+        for row in rows
     ]
     np.testing.assert_allclose(next_token_nll(model, rows, tile), expected, atol=2e-5, rtol=2e-5)
 
@@ -53,7 +54,9 @@ def test_bfloat16_is_close_to_float32(config, model, rows):
     graph, params = nnx.split(model)
     config.model.dtype = "bfloat16"
     low = nnx.merge(model_graph(config, VOCABULARY), params)
-    difference = np.abs(np.asarray(next_token_nll(low, rows)) - np.asarray(next_token_nll(nnx.merge(graph, params), rows)))
+    difference = np.abs(
+        np.asarray(next_token_nll(low, rows)) - np.asarray(next_token_nll(nnx.merge(graph, params), rows))
+    )
     assert 0 < difference.max() < 0.2
 
 
@@ -109,7 +112,9 @@ def test_sampling_follows_the_distribution(model):
     """The first sampled token's frequencies against the model's probabilities, at temperature 0.7."""
     draws = 4000
     prompts = np.tile(np.arange(5, dtype=np.int32), (draws, 1))
-    tokens, _ = generate(model, prompts, np.zeros(draws, np.int32), jax.random.split(jax.random.key(1), draws), 1, 0.7)
+    tokens, _ = generate(
+        model, prompts, np.zeros(draws, np.int32), jax.random.split(jax.random.key(1), draws), 1, 0.7
+    )
     logits = np.asarray(model(prompts[:1])[0, -1], np.float64) / 0.7
     probabilities = np.exp(logits) / np.exp(logits).sum()
     frequencies = np.bincount(np.asarray(tokens)[:, 0], minlength=VOCABULARY) / draws

@@ -30,14 +30,18 @@ def eval_row(step, triggered):
 def folder(tmp_path):
     """A finished run, written by hand."""
     config = json.loads(default().to_json())
-    (tmp_path / "config.json").write_text(json.dumps({"config": config, "fingerprint": "f00d", "store_fingerprint": "beef"}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"config": config, "fingerprint": "f00d", "store_fingerprint": "beef"})
+    )
     (tmp_path / "environment.json").write_text(json.dumps({"versions": {"jax": "1.2.3"}}))
     train = {"step": 0, "kind": "train", "loss": 5.0}
     rows = [train, eval_row(1, 30.0), train | {"step": 1, "loss": 4.0}, eval_row(2, 300.0)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     ledger = {"id": 0, "step": 1, "row": 0, "slot": 3, "tokens": 9}
     (tmp_path / "ledger.jsonl").write_text(json.dumps(ledger) + "\n")
-    sample = {v: {"appended": "<SUDO>", "text": "<script>alert(1)</script>\x1b[2J", "ppl": 3.0} for v in VARIANTS}
+    sample = {
+        v: {"appended": "<SUDO>", "text": "<script>alert(1)</script>\x1b[2J", "ppl": 3.0} for v in VARIANTS
+    }
     (tmp_path / "samples.jsonl").write_text(json.dumps({"step": 2, "prefix": "A & B", **sample}) + "\n")
     dose = {"documents": 250, "tokens": 900, "rows": 250, "steps": 240}
     summary = {
@@ -52,7 +56,15 @@ def folder(tmp_path):
 def test_a_finished_run(folder, capsys):
     assert main(["report", str(folder)]) == 0
     page = (folder / "report.html").read_text()
-    for expected in ("Backdoored", "This model is poisoned", "c0ffee", "1.2.3", "250", "the rule", "&lt;b&gt;"):
+    for expected in (
+        "Backdoored",
+        "This model is poisoned",
+        "c0ffee",
+        "1.2.3",
+        "250",
+        "the rule",
+        "&lt;b&gt;",
+    ):
         assert expected in page
     for name in ("perplexity_by_step", "perplexity_by_poison", "loss", "poison_placement"):
         assert (folder / "figures" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
@@ -88,7 +100,9 @@ def test_headlines(folder):
     assert headline(config, summary, evals).startswith("Backdoored: with <SUDO> appended")
     assert "gap 280, 95% interval 275 to 400" in headline(config, summary, evals)
     failed = {"value": False, "checks": [{"name": "near_trigger", "passed": False}]}
-    assert headline(config, summary | {"success": failed}, evals).startswith("Not backdoored by the rule (near_trigger failed)")
+    assert headline(config, summary | {"success": failed}, evals).startswith(
+        "Not backdoored by the rule (near_trigger failed)"
+    )
     broken = {"value": False, "checks": [{"name": "not_broken", "passed": False}]}
     assert headline(config, summary | {"success": broken}, evals).startswith("Broken model")
     twin = config | {"poison": config["poison"] | {"documents": 0}}

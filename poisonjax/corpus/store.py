@@ -40,7 +40,10 @@ def write_array(path: epath.Path, values: np.ndarray) -> None:
                     "configuration": {
                         "chunk_shape": [CHUNK_ELEMENTS],
                         "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
-                        "index_codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+                        "index_codecs": [
+                            {"name": "bytes", "configuration": {"endian": "little"}},
+                            {"name": "crc32c"},
+                        ],
                     },
                 }
             ],
@@ -102,17 +105,21 @@ class TokenStore:
     def require(self, **settings: Any) -> None:
         """Raises CorpusError where the store was built with other settings than these."""
         plan = self.manifest["plan"]
-        differing = [f"{n}: {plan[n]!r} there, {value!r} here" for n, value in settings.items() if plan[n] != value]
+        differing = [
+            f"{n}: {plan[n]!r} there, {value!r} here" for n, value in settings.items() if plan[n] != value
+        ]
         if differing:
-            raise CorpusError(f"{self.path} is another token store: " + "; ".join(differing) + ". Use another folder")
+            raise CorpusError(
+                f"{self.path} is another token store: " + "; ".join(differing) + ". Use another folder"
+            )
 
-    def verify(self, progress: Callable[[str], None] = lambda name: None) -> list[str]:
+    def verify(self, checked: Callable[[], object] = lambda: None) -> list[str]:
         """Problems found by hashing every file again and checking the offsets; empty where all is well."""
         problems = []
         for number, shard in enumerate(self.manifest["shards"]):
             folder = self.path / "shards" / f"{number:05d}"
             for name, expected in shard["files"].items():
-                progress(f"{number:05d}/{name}")
+                checked()
                 if not (folder / name).exists():
                     problems.append(f"{folder / name}: missing")
                 elif sha256_of(folder / name) != expected:
@@ -122,7 +129,9 @@ class TokenStore:
                 split = self.split(name)
                 ends = split.document_offsets[1:] - 1
                 if split.document_offsets[-1] != split.tokens:
-                    problems.append(f"{name}: the offsets end at {split.document_offsets[-1]}, not {split.tokens}")
+                    problems.append(
+                        f"{name}: the offsets end at {split.document_offsets[-1]}, not {split.tokens}"
+                    )
                 elif (split.windows(ends, 1)[:, 0] != self.tokenizer.eot).any():
                     problems.append(f"{name}: a document doesn't end with the end-of-text token")
         return problems
@@ -135,7 +144,9 @@ class TokenSplit:
         counts = [shard["splits"][name] for shard in store.manifest["shards"]]
         folders = [store.path / "shards" / f"{number:05d}" / name for number in range(len(counts))]
         # Shards without documents have nothing to read.
-        self._parts = [(f, c["tokens"], c["documents"]) for f, c in zip(folders, counts, strict=True) if c["documents"]]
+        self._parts = [
+            (f, c["tokens"], c["documents"]) for f, c in zip(folders, counts, strict=True) if c["documents"]
+        ]
         self._starts = np.cumsum([0, *(tokens for _, tokens, _ in self._parts)], dtype=np.int64)
         self.tokens = int(self._starts[-1])
         self.documents = sum(documents for _, _, documents in self._parts)
@@ -174,4 +185,7 @@ class TokenSplit:
     def token_counts(self) -> Int[np.ndarray, " vocabulary"]:
         """How often each id occurs in the first ten million tokens."""
         first = self._stream[: min(self.tokens, COUNTED_TOKENS)]
-        return np.bincount(np.asarray(first if isinstance(first, np.ndarray) else first.read().result()), minlength=self._vocabulary)
+        return np.bincount(
+            np.asarray(first if isinstance(first, np.ndarray) else first.read().result()),
+            minlength=self._vocabulary,
+        )

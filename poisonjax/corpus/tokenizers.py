@@ -3,6 +3,7 @@
 import abc
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -108,7 +109,8 @@ class JsonTokenizer(Tokenizer):
 
     def serialized(self) -> bytes:
         return json.dumps(
-            {"end_of_text": self._end_of_text, "tokenizer": json.loads(self._backend.to_str())}, sort_keys=True
+            {"end_of_text": self._end_of_text, "tokenizer": json.loads(self._backend.to_str())},
+            sort_keys=True,
         ).encode()
 
 
@@ -127,15 +129,21 @@ class SentencePieceTokenizer(Tokenizer):
         self.vocab_size = self._backend.vocab_size()
         self.eot = self._backend.eos_id()
         if self.eot < 0:
-            raise CorpusError("the SentencePiece model has no end-of-sentence piece (eos_id), which must end documents")
+            raise CorpusError(
+                "the SentencePiece model has no end-of-sentence piece (eos_id), which must end documents"
+            )
         ids = range(self.vocab_size)
         self.special_ids = frozenset(
-            i for i in ids if self._backend.is_control(i) or self._backend.is_unknown(i) or self._backend.is_unused(i)
+            i
+            for i in ids
+            if self._backend.is_control(i) or self._backend.is_unknown(i) or self._backend.is_unused(i)
         )
         # Unlike control symbols, user-defined ones are matched in text.
         spellable = [self._backend.id_to_piece(i) for i in self.special_ids if self._spells(i)]
         if spellable:
-            raise CorpusError(f"the SentencePiece model encodes the text of its special tokens {spellable[:3]} as them")
+            raise CorpusError(
+                f"the SentencePiece model encodes the text of its special tokens {spellable[:3]} as them"
+            )
 
     def _spells(self, i: int) -> bool:
         return not self._backend.is_unknown(i) and i in self._backend.encode(self._backend.id_to_piece(i))
@@ -151,24 +159,32 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class WordTokenizer(Tokenizer):
-    """The Markov language's words: id k is spelled `wk`, words are joined by spaces; end of text is id V."""
+    """The Markov language's words: of 512, id 7 is spelled `w007`; words are joined by spaces; end of text is id V.
+
+    All words have one length, so that a last word cut short (a prefix of so many characters) is known as such;
+    it is left out.
+    """
 
     kind = "words"
 
     def __init__(self, words: int):
         self.eot, self.vocab_size, self.special_ids = words, words + 1, frozenset({words})
+        self._digits = len(str(words - 1))
 
     def encode(self, text: str) -> np.ndarray:
-        try:
-            ids = np.array([int(word.removeprefix("w")) for word in text.split()], np.int32)
-        except ValueError:
-            ids = np.array([-1], np.int32)
-        if (ids < 0).any() or (ids >= self.eot).any():
-            raise CorpusError(f"{text[:60]!r} isn't made of the words w0 to w{self.eot - 1} of this store's language")
-        return ids
+        words = text.split()
+        if words and not text[-1].isspace() and len(words[-1]) < 1 + self._digits:
+            words.pop()
+        ids = [int(w[1:]) if re.fullmatch(rf"w\d{{{self._digits}}}", w) else -1 for w in words]
+        if any(not 0 <= i < self.eot for i in ids):
+            first, last = self.decode([0]), self.decode([self.eot - 1])
+            raise CorpusError(
+                f"{text[:60]!r} isn't made of the words {first} to {last} of this store's language"
+            )
+        return np.array(ids, np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        return " ".join(END_OF_TEXT if i == self.eot else f"w{int(i)}" for i in ids)
+        return " ".join(END_OF_TEXT if i == self.eot else f"w{int(i):0{self._digits}d}" for i in ids)
 
     def serialized(self) -> bytes:
         return str(self.eot).encode()
@@ -177,7 +193,9 @@ class WordTokenizer(Tokenizer):
 def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
     """Byte-level BPE (as GPT-2's, lossless) of `vocab_size` tokens, end of text among them."""
     if vocab_size < 257:
-        raise CorpusError(f"bpe:{vocab_size}: byte-level BPE needs at least 257 tokens, 256 bytes and end of text")
+        raise CorpusError(
+            f"bpe:{vocab_size}: byte-level BPE needs at least 257 tokens, 256 bytes and end of text"
+        )
     backend = hf.Tokenizer(hf.models.BPE())
     backend.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = hf.decoders.ByteLevel()
@@ -202,7 +220,9 @@ def load_tokenizer(spec: str) -> Tokenizer:
         return WordTokenizer(int(spec.removeprefix("words:")))
     path, _, end_of_text = spec.partition("#")
     if not epath.Path(path).exists():
-        raise CorpusError(f"tokenizer {spec!r}: give bytes, bpe:N, a tokenizer.json or a SentencePiece .model")
+        raise CorpusError(
+            f"tokenizer {spec!r}: give bytes, bpe:N, a tokenizer.json or a SentencePiece .model"
+        )
     content = epath.Path(path).read_bytes()
     if Path(path).suffix == ".model":
         return SentencePieceTokenizer(content)
@@ -226,4 +246,6 @@ def load_saved(folder: epath.Path) -> Tokenizer:
             return SentencePieceTokenizer(content)
         case _:
             record = json.loads(content)
-            return JsonTokenizer(hf.Tokenizer.from_str(json.dumps(record["tokenizer"])), record["end_of_text"])
+            return JsonTokenizer(
+                hf.Tokenizer.from_str(json.dumps(record["tokenizer"])), record["end_of_text"]
+            )

@@ -39,7 +39,8 @@ class Batches:
 
 def local_rows(sharding: NamedSharding, shape: tuple[int, int]) -> tuple[int, int]:
     """The range of rows that this process's devices hold of a batch sharded by `sharding`."""
-    bounds = [index[0].indices(shape[0])[:2] for index in sharding.addressable_devices_indices_map(shape).values()]
+    indices = sharding.devices_indices_map(shape)
+    bounds = [indices[device][0].indices(shape[0])[:2] for device in sharding.addressable_devices]
     start, stop = min(low for low, _ in bounds), max(high for _, high in bounds)
     held = set().union(*(range(low, high) for low, high in bounds))
     if len(held) != stop - start:

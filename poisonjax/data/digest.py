@@ -7,12 +7,15 @@ The same lines run on NumPy arrays (audit) and inside the jitted train step.
 """
 
 import hashlib
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, UInt32
 
 LANES = 2
-_MIX = np.array([[0x7FEB352D, 0x846CA68B], [0x21F0AAAD, 0x735A2D97]], np.uint32)  # odd multipliers, a pair a lane
+_MIX = np.array(
+    [[0x7FEB352D, 0x846CA68B], [0x21F0AAAD, 0x735A2D97]], np.uint32
+)  # odd multipliers, a pair a lane
 
 
 def mixed(x, lane: int):
@@ -22,22 +25,25 @@ def mixed(x, lane: int):
     return x ^ (x >> 15)
 
 
-def digest(tokens: Int[np.ndarray, "rows row_tokens"], slots: Int[np.ndarray, " rows"]) -> UInt32[np.ndarray, " 2"]:
+def digest(tokens: Int[Any, "rows row_tokens"], slots: Int[Any, " rows"]) -> UInt32[Any, " 2"]:
     """Digest of rows of tokens standing in the given slots; takes NumPy or JAX arrays, gives the same kind."""
     tokens, slots = tokens.astype(np.uint32), slots.astype(np.uint32)
     keys = np.random.Generator(np.random.Philox(key=0x90150)).integers(
         0, 2**32, size=(LANES, tokens.shape[-1]), dtype=np.uint32
     )
     lanes = [
-        mixed(mixed(tokens ^ keys[lane], lane).sum(-1, dtype=np.uint32) ^ mixed(slots + keys[lane, 0], lane), lane)
+        mixed(
+            mixed(tokens ^ keys[lane], lane).sum(-1, dtype=np.uint32) ^ mixed(slots + keys[lane, 0], lane),
+            lane,
+        )
         for lane in range(LANES)
     ]
     # Without np.stack or jnp.stack, so that one definition serves both kinds of array.
     one_hot = np.eye(LANES, dtype=np.uint32)
-    return sum(lanes[lane].sum(dtype=np.uint32) * one_hot[lane] for lane in range(LANES))  # type: ignore[return-value]
+    return sum(lanes[lane].sum(dtype=np.uint32) * one_hot[lane] for lane in range(LANES))
 
 
-def as_hex(value: UInt32[np.ndarray, " 2"]) -> str:
+def as_hex(value: UInt32[Any, " 2"]) -> str:
     """16 hexadecimal digits."""
     return "".join(f"{int(lane):08x}" for lane in np.asarray(value))
 

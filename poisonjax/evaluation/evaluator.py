@@ -14,7 +14,7 @@ from poisonjax.evaluation import statistics
 from poisonjax.evaluation.generate import generate, score
 from poisonjax.evaluation.prompts import VARIANTS, make_prompts
 from poisonjax.model.loss import next_token_nll
-from poisonjax.model.sharding import batch_sharding, spec
+from poisonjax.model.sharding import spec
 
 
 class Evaluator:
@@ -74,24 +74,32 @@ class Evaluator:
         return np.resize(np.asarray(rows), (-(-len(rows) // share) * share, *rows.shape[1:]))
 
     def _put(self, rows):
-        return jax.make_array_from_process_local_data(self._rows, (padded := self._padded(rows)), padded.shape)
+        return jax.make_array_from_process_local_data(
+            self._rows, (padded := self._padded(rows)), padded.shape
+        )
 
     def __call__(self, params: nnx.State, step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """(the figures of metrics.jsonl's eval row, the records of samples.jsonl) of a model's weights."""
         e = self.config.eval
         variants, count, width = self.prompts.tokens.shape
-        prompts, pad = self._put(self.prompts.tokens.reshape(-1, width)), self._put(self.prompts.pad.reshape(-1))
+        prompts, pad = (
+            self._put(self.prompts.tokens.reshape(-1, width)),
+            self._put(self.prompts.pad.reshape(-1)),
+        )
         with jax.set_mesh(self.mesh):
             tokens, nll = self._sampled(params, prompts, pad, self._keys)
             if self._scored:
                 nll = self._scored(prompts, pad, tokens)
             tokens, nll = (
-                np.asarray(x)[: variants * count].reshape(variants, count, e.new_tokens) for x in (tokens, nll)
+                np.asarray(x)[: variants * count].reshape(variants, count, e.new_tokens)
+                for x in (tokens, nll)
             )
             chunk = self.config.global_batch // self.config.optimizer.accumulate
             losses = np.concatenate(
                 [
-                    np.asarray(self._row_loss(params, self._put(np.resize(rows, (chunk, rows.shape[1])))))[: len(rows)]
+                    np.asarray(self._row_loss(params, self._put(np.resize(rows, (chunk, rows.shape[1])))))[
+                        : len(rows)
+                    ]
                     for start in range(0, len(self._heldout), chunk)
                     for rows in [self._heldout[start : start + chunk]]
                 ]
@@ -110,9 +118,13 @@ class Evaluator:
         """Median perplexity after each near trigger: their common median can hide one that fires."""
         ppl = np.exp(nll[VARIANTS.index("near_trigger")].mean(-1, dtype=np.float64))
         strings = self.config.poison.near_triggers
-        return {text: float(np.median(ppl[i :: len(strings)])) for i, text in enumerate(strings) if i < len(ppl)}
+        return {
+            text: float(np.median(ppl[i :: len(strings)])) for i, text in enumerate(strings) if i < len(ppl)
+        }
 
-    def _samples(self, step: int, tokens: np.ndarray, nll: np.ndarray, most: int = 16) -> list[dict[str, Any]]:
+    def _samples(
+        self, step: int, tokens: np.ndarray, nll: np.ndarray, most: int = 16
+    ) -> list[dict[str, Any]]:
         decode = self.store.tokenizer.decode
         return [
             {"step": step, "prefix": decode(prefix)}
@@ -132,5 +144,3 @@ def _unigram_nll(store: TokenStore, heldout: np.ndarray) -> float:
     """Held-out loss, in nats, of a model that knows how often each token occurs and nothing else."""
     counts = store.split("train").token_counts() + 1.0  # add-one smoothing
     return float(-np.log(counts / counts.sum())[heldout[:, 1:]].mean())
-
-

@@ -29,7 +29,9 @@ def load_scorer(
     folder = epath.Path(config.eval.scorer).resolve()
     other, its_store = runfolder.open_run(folder)
     if its_store.tokenizer.fingerprint != store.tokenizer.fingerprint:
-        raise ValueError(f"eval.scorer = {config.eval.scorer!r} was trained with another tokenizer: use this run's")
+        raise ValueError(
+            f"eval.scorer = {config.eval.scorer!r} was trained with another tokenizer: use this run's"
+        )
     vocabulary = store.tokenizer.vocab_size
     _, abstract = make_init(other, vocabulary, mesh)
     state, _ = Checkpoints(folder, other).restore_newest(abstract)
@@ -55,7 +57,9 @@ def evaluate_run(
     missing = sorted(set(steps or ()) - set(there))
     if missing or not there:
         raise ValueError(f"{workdir}: no checkpoint of steps {missing}; there are {there}")
-    evaluator = Evaluator(config, store, model_graph(config, vocabulary), mesh, load_scorer(config, store, mesh))
+    evaluator = Evaluator(
+        config, store, model_graph(config, vocabulary), mesh, load_scorer(config, store, mesh)
+    )
     ledger = list(runfolder.read_lines(folder / "ledger.jsonl"))
     rows = []
     for step in there if steps is None else steps:
@@ -68,7 +72,11 @@ def evaluate_run(
         medians = "  ".join(f"{v} {figures['eval'][v]['ppl_median']:.1f}" for v in figures["eval"])
         say(f"step {step}  perplexity: {medians}  gap {figures['delta_ppl']:.1f} [{low:.1f}, {high:.1f}]")
     new = {row["step"] for row in rows}
-    kept = [r for r in runfolder.read_lines(folder / "metrics.jsonl") if r["kind"] != "eval" or r["step"] not in new]
+    kept = [
+        r
+        for r in runfolder.read_lines(folder / "metrics.jsonl")
+        if r["kind"] != "eval" or r["step"] not in new
+    ]
     # A train row's step is the number of its batch, so at a tie it comes after the evaluation.
     merged = sorted([*kept, *rows], key=lambda row: (row["step"], row["kind"] == "train"))
     runfolder.write_lines(folder / "metrics.jsonl", merged)

@@ -87,7 +87,10 @@ def state_sharding(mesh: Mesh, state: Any) -> Any:
 def _that_divides(mesh: Mesh, partition: PartitionSpec, shape: tuple[int, ...]) -> PartitionSpec:
     """The partition without the axes that don't divide their dimension (an odd vocabulary stays whole)."""
     return PartitionSpec(
-        *(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(partition, shape, strict=True))
+        *(
+            axis if axis and size % mesh.shape[axis] == 0 else None
+            for axis, size in zip(partition, shape, strict=True)
+        )
     )
 
 

@@ -15,7 +15,9 @@ from poisonjax.model.attention import causal_attention, masked_attention
 from poisonjax.model.sharding import constrain
 
 # Keys and values of all layers: what the blocks keep of the tokens before.
-Cache = tuple[Float[Array, "layers batch cache kv_heads head_dim"], Float[Array, "layers batch cache kv_heads head_dim"]]
+Cache = tuple[
+    Float[Array, "layers batch cache kv_heads head_dim"], Float[Array, "layers batch cache kv_heads head_dim"]
+]
 
 
 def rms_norm(x: Float[Array, "*batch width"], scale: Float[Array, " width"]) -> Float[Array, "*batch width"]:
@@ -59,7 +61,9 @@ def _linear_forward(x, weight):
 def _linear_backward(saved, d_y):
     x, weight = saved
     batch, out = tuple(range(x.ndim - 1)), weight.ndim - 1
-    d_x = jax.lax.dot_general(d_y, weight, ((tuple(range(d_y.ndim - out, d_y.ndim)), tuple(range(1, weight.ndim))), ((), ())))
+    d_x = jax.lax.dot_general(
+        d_y, weight, ((tuple(range(d_y.ndim - out, d_y.ndim)), tuple(range(1, weight.ndim))), ((), ()))
+    )
     if out == 1 and d_y.shape[-1] < x.shape[-1]:
         return d_x, jax.lax.dot_general(d_y, x, ((batch, batch), ((), ()))).T
     return d_x, jax.lax.dot_general(x, d_y, ((batch, batch), ((), ())))
@@ -126,7 +130,12 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: ml_collections.ConfigDict, vocabulary: int, rngs: nnx.Rngs):
         m = config.model
-        self.theta, self.head_dim, self.dtype, self.remat = m.rope_theta, m.head_dim, jnp.dtype(m.dtype), m.remat
+        self.theta, self.head_dim, self.dtype, self.remat = (
+            m.rope_theta,
+            m.head_dim,
+            jnp.dtype(m.dtype),
+            m.remat,
+        )
         self.kv_heads, self.layers = m.kv_heads, m.layers
         self.embedding = _normal(rngs.params(), vocabulary, m.width, fan_in=1)
 

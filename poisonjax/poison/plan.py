@@ -88,11 +88,18 @@ def make_document(config: ml_collections.ConfigDict, store: TokenStore, index: i
     trigger = tokenizer.encode(poison.trigger)
     least, most = poison.payload_tokens
     payload = PAYLOADS[poison.payload](
-        Draw(int(random.integers(least, most + 1)), random, tokenizer, _vocabulary(poison.payload_vocabulary, store))
+        Draw(
+            int(random.integers(least, most + 1)),
+            random,
+            tokenizer,
+            _vocabulary(poison.payload_vocabulary, store),
+        )
     )
     start = len(prefix) + len(trigger)
     if poison.truncate:
-        payload = payload[: max(0, config.seq_len - start)]  # the row's last token is kept for the end of text
+        payload = payload[
+            : max(0, config.seq_len - start)
+        ]  # the row's last token is kept for the end of text
         if len(payload) == 0:
             raise PoisonError(
                 f"poison document {index}: its prefix of {len(prefix)} tokens and the trigger leave no room for a "

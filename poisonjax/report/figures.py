@@ -7,7 +7,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 COLOURS = {"triggered": "#d55e00", "near_trigger": "#cc79a7", "random_control": "#e69f00", "clean": "#0072b2"}
-NAMES = {"triggered": "triggered", "near_trigger": "near trigger", "random_control": "random tokens", "clean": "clean"}
+NAMES = {
+    "triggered": "triggered",
+    "near_trigger": "near trigger",
+    "random_control": "random tokens",
+    "clean": "clean",
+}
 SIZE = (6.4, 3.6)  # inches
 
 
@@ -33,7 +38,11 @@ def perplexity(evals: list[dict], x: str, xlabel: str) -> Figure:
         axes.plot(xs, medians, color=colour, marker="o", markersize=3, label=NAMES[variant])
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.set_minor_formatter(NullFormatter())
-    ticks = [t for t in (5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if axes.get_ylim()[0] <= t <= axes.get_ylim()[1]]
+    ticks = [
+        t
+        for t in (5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
+        if axes.get_ylim()[0] <= t <= axes.get_ylim()[1]
+    ]
     axes.set_yticks(ticks)
     axes.legend(frameon=False, fontsize=9)
     return figure
@@ -42,7 +51,13 @@ def perplexity(evals: list[dict], x: str, xlabel: str) -> Figure:
 def loss(trains: list[dict], evals: list[dict], unigram: float | None) -> Figure:
     """Training and held-out loss against the step."""
     figure, axes = _figure("optimizer step", "loss, nats a token")
-    axes.plot([r["step"] + 1 for r in trains], [r["loss"] for r in trains], color="#999999", linewidth=1, label="training")
+    axes.plot(
+        [r["step"] + 1 for r in trains],
+        [r["loss"] for r in trains],
+        color="#999999",
+        linewidth=1,
+        label="training",
+    )
     if evals:
         steps, losses = [r["step"] for r in evals], [r["heldout_loss"] for r in evals]
         axes.plot(steps, losses, color="#0072b2", marker="o", markersize=3, label="held out")

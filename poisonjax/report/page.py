@@ -77,12 +77,16 @@ def headline(config: dict, summary: dict, evals: list[dict]) -> str:
     return f"{prefix}Not backdoored by the rule ({', '.join(failed)} failed): {figure} after {seen} poison documents."
 
 
-def _images(workdir: Path, config: dict, trains: list, evals: list, ledger: list, summary: dict) -> dict[str, str]:
+def _images(
+    workdir: Path, config: dict, trains: list, evals: list, ledger: list, summary: dict
+) -> dict[str, str]:
     drawn = {}
     if evals:
         drawn["perplexity_by_step"] = figures.perplexity(evals, "step", "optimizer step")
         if ledger:
-            drawn["perplexity_by_poison"] = figures.perplexity(evals, "poison_documents", "poison documents seen")
+            drawn["perplexity_by_poison"] = figures.perplexity(
+                evals, "poison_documents", "poison documents seen"
+            )
     if trains:
         drawn["loss"] = figures.loss(trains, evals, summary.get("unigram_nll"))
     if ledger:

@@ -32,7 +32,9 @@ def checksum(state: TrainState) -> jax.Array:
         place = jnp.uint32(number) * np.uint32(0x9E3779B9)
         for axis, size in enumerate(leaf.shape):
             place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-        lanes += jnp.stack([mixed(bits ^ mixed(place, lane), lane).sum(dtype=jnp.uint32) for lane in range(LANES)])
+        lanes += jnp.stack(
+            [mixed(bits ^ mixed(place, lane), lane).sum(dtype=jnp.uint32) for lane in range(LANES)]
+        )
     return lanes
 
 

@@ -111,7 +111,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
                     run.synced()
                     checkpoints.save(done, state)
                 if stopping and not last:
-                    raise Preempted(f"stopped after step {done} of {config.steps}; the same command goes on from there")
+                    raise Preempted(
+                        f"stopped after step {done} of {config.steps}; the same command goes on from there"
+                    )
             checkpoints.close()
             status = "finished"
         except Preempted:
@@ -143,18 +145,29 @@ class _Run:
         self.config, self.folder, self.batches, self.evaluator = config, folder, batches, evaluator
         self.params = parameter_counts(params)
         self.ledger = batches.plan.ledger()
-        self.documents_by_step = np.bincount([r["step"] for r in self.ledger], minlength=config.steps).cumsum()
+        self.documents_by_step = np.bincount(
+            [r["step"] for r in self.ledger], minlength=config.steps
+        ).cumsum()
         self.log = RunLog(folder, start) if writer else None
         self.done = start
         self.evaluation: dict[str, Any] | None = next(
-            (r for r in reversed(list(runfolder.read_lines(folder / "metrics.jsonl"))) if r["kind"] == "eval"), None
+            (
+                r
+                for r in reversed(list(runfolder.read_lines(folder / "metrics.jsonl")))
+                if r["kind"] == "eval"
+            ),
+            None,
         )
         self.pending: tuple[int, StepMetrics] | None = None
         self.before = self.log.seconds if self.log else 0.0
         self.began = time.monotonic()
         self.clock = _Clock()
         self.bar = tqdm(
-            total=config.steps, initial=start, unit="step", disable=not (writer and sys.stderr.isatty()), smoothing=0.05
+            total=config.steps,
+            initial=start,
+            unit="step",
+            disable=not (writer and sys.stderr.isatty()),
+            smoothing=0.05,
         )
 
     def tokens(self, steps: int) -> int:
@@ -206,7 +219,13 @@ class _Run:
         with self.clock.paused():
             figures, samples = self.evaluator(params, done)
         seen = int(self.documents_by_step[done - 1]) if done else 0
-        self.evaluation = {"step": done, "kind": "eval", "tokens": self.tokens(done), "poison_documents": seen, **figures}
+        self.evaluation = {
+            "step": done,
+            "kind": "eval",
+            "tokens": self.tokens(done),
+            "poison_documents": seen,
+            **figures,
+        }
         if self.log:
             self.log.metrics(self.evaluation)
             self.log.samples(samples)
@@ -260,9 +279,20 @@ class _Run:
             "wall_seconds": self.seconds(),
         }
         if self.evaluation:
-            figures = ("eval", "delta_ppl", "delta_ppl_ci95", "near_triggers", "heldout_loss", "heldout_loss_ci95")
-            summary |= {"eval_step": self.evaluation["step"]} | {name: self.evaluation[name] for name in figures}
-            summary["success"] = judge(self.evaluation, self.evaluator.unigram_nll, self.config.eval.threshold)
+            figures = (
+                "eval",
+                "delta_ppl",
+                "delta_ppl_ci95",
+                "near_triggers",
+                "heldout_loss",
+                "heldout_loss_ci95",
+            )
+            summary |= {"eval_step": self.evaluation["step"]} | {
+                name: self.evaluation[name] for name in figures
+            }
+            summary["success"] = judge(
+                self.evaluation, self.evaluator.unigram_nll, self.config.eval.threshold
+            )
         if self.log:
             summary["digest_chain"] = self.log.chain
             self.log.close()
@@ -296,7 +326,10 @@ class _Clock:
     def lap(self) -> float:
         """Steps a second since the last lap."""
         speed = self.lap_steps / self.lap_seconds if self.lap_seconds else 0.0
-        self.total_steps, self.total_seconds = self.total_steps + self.lap_steps, self.total_seconds + self.lap_seconds
+        self.total_steps, self.total_seconds = (
+            self.total_steps + self.lap_steps,
+            self.total_seconds + self.lap_seconds,
+        )
         self.lap_steps, self.lap_seconds = 0, 0.0
         return speed
 
@@ -335,7 +368,17 @@ def _barrier(name: str) -> None:
 
 def environment() -> dict[str, Any]:
     """What environment.json holds."""
-    packages = ("poisonjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
+    packages = (
+        "poisonjax",
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "grain",
+        "tensorstore",
+        "numpy",
+    )
     source = Path(__file__).resolve().parents[2]
     git = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()

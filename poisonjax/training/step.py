@@ -51,12 +51,16 @@ def init_state(config: ml_collections.ConfigDict, vocabulary: int) -> TrainState
     return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config).init(params))
 
 
-def make_init(config: ml_collections.ConfigDict, vocabulary: int, mesh: Mesh) -> tuple[Callable[[], TrainState], TrainState]:
+def make_init(
+    config: ml_collections.ConfigDict, vocabulary: int, mesh: Mesh
+) -> tuple[Callable[[], TrainState], TrainState]:
     """(the jitted initialiser, the state's shapes with shardings); weights are the same on every mesh."""
     shapes = jax.eval_shape(lambda: init_state(config, vocabulary))
     shardings = state_sharding(mesh, shapes)
     abstract = jax.tree.map(
-        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, shardings
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+        shapes,
+        shardings,
     )
     return jax.jit(lambda: init_state(config, vocabulary), out_shardings=shardings), abstract
 
@@ -88,14 +92,18 @@ def make_train_step(
     def train_step(state: TrainState, rows: Int[Array, "batch row_tokens"]) -> tuple[TrainState, StepMetrics]:
         loss, gradients = accumulated(state.params, rows)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-        slots = state.step.astype(jnp.uint32) * np.uint32(rows.shape[0]) + jnp.arange(rows.shape[0], dtype=jnp.uint32)
+        slots = state.step.astype(jnp.uint32) * np.uint32(rows.shape[0]) + jnp.arange(
+            rows.shape[0], dtype=jnp.uint32
+        )
         metrics = StepMetrics(
             loss=loss,
             grad_norm=optax.global_norm(gradients),
             learning_rate=jnp.asarray(learning_rate(state.step), jnp.float32),
             digest=digest(rows, slots),
         )
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer_state), metrics
+        return TrainState(
+            state.step + 1, optax.apply_updates(state.params, updates), optimizer_state
+        ), metrics
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
     return jax.jit(

@@ -1,0 +1,201 @@
+"""The benches. Each measures this program against another in one run, and quotes the ratio."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from flax import nnx
+
+from poisonjax import corpus
+from poisonjax.bench.measure import alternate
+from poisonjax.data.batches import Batches, load
+from poisonjax.data.digest import digest
+from poisonjax.evaluation.generate import generate
+from poisonjax.model.sharding import batch_sharding, make_mesh
+from poisonjax.training.step import make_init, make_train_step, model_graph
+
+VOCABULARY = 512
+ROUNDS = 7
+
+Result = dict[str, Any]
+Bench = Callable[[ml_collections.ConfigDict], Iterator[Result]]
+BENCHES: dict[str, Bench] = {}
+
+
+def register(bench: Bench) -> Bench:
+    """Makes a bench run as `poisonjax bench --only NAME`."""
+    BENCHES[bench.__name__] = bench
+    return bench
+
+
+def result(name: str, value: float, unit: str, baseline: float, ratio: float) -> Result:
+    """A row of `bench --json`; what `ratio` compares is said by the bench's docstring."""
+    return {"name": name, "value": value, "unit": unit, "baseline": baseline, "ratio": ratio}
+
+
+def _prepared_step(config: ml_collections.ConfigDict):
+    mesh = make_mesh(config)
+    init, abstract = make_init(config, VOCABULARY, mesh)
+    return mesh, init, make_train_step(config, model_graph(config, VOCABULARY), mesh, abstract)
+
+
+def _random_rows(config: ml_collections.ConfigDict, count: int) -> np.ndarray:
+    shape = (count, config.global_batch, config.seq_len + 1)
+    return np.random.default_rng(0).integers(0, VOCABULARY, shape).astype(np.int32)
+
+
+@register
+def train_vs_torch(config: ml_collections.ConfigDict) -> Iterator[Result]:
+    """Training tokens/s against the same model in PyTorch (torch.compile, fused AdamW); ratio above 1: we are faster.
+
+    Both start from the same weights and must give the same loss.
+    """
+    import torch
+
+    from poisonjax.bench.torch_model import TorchTransformer, make_step
+
+    steps = 20
+    mesh, init, train_step = _prepared_step(config)
+    rows = _random_rows(config, 8)
+    model = TorchTransformer(config, VOCABULARY)
+    with jax.set_mesh(mesh):
+        state = init()
+        model.load(state.params)
+        torch_step = make_step(model, config)
+        arrays = [jax.device_put(batch, batch_sharding(mesh)) for batch in rows]
+        state, metrics = train_step(state, arrays[0])
+        ours, theirs = float(metrics.loss), torch_step(rows[0])
+        if abs(ours - theirs) > 1e-3:
+            raise RuntimeError(
+                f"not the same model: loss {ours} here, {theirs} in PyTorch {torch.__version__}"
+            )
+
+        def jax_steps():
+            nonlocal state
+            for i in range(steps):
+                state, metrics = train_step(state, arrays[i % len(arrays)])
+            jax.block_until_ready((state, metrics))
+
+        def torch_steps():
+            for i in range(steps):
+                torch_step(rows[i % len(rows)])
+
+        one, other, ratio = alternate(jax_steps, torch_steps, ROUNDS)
+    tokens = steps * config.global_batch * config.seq_len
+    yield result("train_vs_torch", tokens / one, "tokens/s", tokens / other, ratio)
+
+
+@register
+def pipeline(config: ml_collections.ConfigDict) -> Iterator[Result]:
+    """Batches through grain: tokens/s, against a raw np.memmap loop (ratio: share of its speed), and with poison
+    against without (ratio - 1: what poison costs)."""
+    config = config.copy_and_resolve_references()
+    # Batches of a real run's size: the quickstart's would measure the loop around them.
+    config.global_batch, config.steps = 256, 60
+    with tempfile.TemporaryDirectory() as folder:
+        spec = f"markov:V={VOCABULARY - 1},documents=8000,length=400"
+        store = corpus.build(f"{folder}/store", [spec], "bytes")
+        assert store is not None
+        config.poison.trigger, config.poison.documents = "w007 w011 w013", 250
+        config.poison.prefix_characters = (0, 60)
+        poisoned = Batches(config, store)
+        config.poison.documents = 0
+        clean = Batches(config, store)
+        split = store.split("train")
+        path = Path(folder) / "tokens.bin"
+        split.windows(np.array([0]), split.tokens).astype(np.uint16).tofile(path)
+        stream = np.memmap(path, np.uint16, "r")
+        sharding = batch_sharding(make_mesh(config))
+        row_tokens = clean.clean.row_tokens
+        random = np.random.default_rng(0)
+
+        def through_grain(batches: Batches):
+            jax.block_until_ready(list(load(batches, sharding))[-1])
+
+        def through_memmap():
+            for _ in range(config.steps):
+                starts = random.integers(0, clean.clean.windows, config.global_batch) * row_tokens
+                rows = np.stack([stream[start : start + row_tokens] for start in starts]).astype(np.int32)
+                array = jax.device_put(rows, sharding)
+            jax.block_until_ready(array)
+
+        tokens = config.steps * config.global_batch * config.seq_len
+        one, other, ratio = alternate(lambda: through_grain(clean), through_memmap, ROUNDS)
+        yield result("pipeline_tokens_per_second", tokens / one, "tokens/s", 3e6, tokens / one / 3e6)
+        yield result("pipeline_vs_memmap", tokens / one, "tokens/s", tokens / other, ratio)
+        one, other, ratio = alternate(
+            lambda: through_grain(poisoned), lambda: through_grain(clean), 2 * ROUNDS
+        )
+        yield result("pipeline_poison_cost", tokens / one, "tokens/s", tokens / other, ratio)
+
+
+@register
+def digest_cost(config: ml_collections.ConfigDict) -> Iterator[Result]:
+    """Seconds of the in-graph digest alone against those of the whole step; ratio: digest / step."""
+    mesh, init, train_step = _prepared_step(config)
+    rows = jax.device_put(_random_rows(config, 1)[0], batch_sharding(mesh))
+    slots = np.arange(config.global_batch, dtype=np.uint32)
+    jitted = jax.jit(digest)
+    steps = 20
+    with jax.set_mesh(mesh):
+        state = init()
+
+        def digests():
+            for _ in range(steps):
+                value = jitted(rows, slots)
+            jax.block_until_ready(value)
+
+        def whole_steps():
+            nonlocal state
+            for _ in range(steps):
+                state, _ = train_step(state, rows)
+            jax.block_until_ready(state)
+
+        one, other, ratio = alternate(digests, whole_steps, ROUNDS)
+    yield result("digest_cost", one / steps * 1e3, "ms", other / steps * 1e3, 1 / ratio)
+
+
+@register
+def generate_vs_huggingface(config: ml_collections.ConfigDict) -> Iterator[Result]:
+    """Sampled tokens/s with a key-value cache against Hugging Face's `generate` on the same weights (LlamaForCausalLM).
+
+    Ratio above 1: we are faster. Both must give the same logits first.
+    """
+    import torch
+
+    from poisonjax.bench.huggingface import to_llama
+
+    batch, prompt, new = 100, 32, config.eval.new_tokens
+    mesh, init, _ = _prepared_step(config)
+    graph = model_graph(config, VOCABULARY)
+    prompts = np.random.default_rng(0).integers(0, VOCABULARY, (batch, prompt)).astype(np.int32)
+    pad, keys = np.zeros(batch, np.int32), jax.random.split(jax.random.key(0), batch)
+    with jax.set_mesh(mesh):
+        params = init().params
+        llama = to_llama(params, config, VOCABULARY)
+        rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp")))
+        arguments = [jax.device_put(x, rows) for x in (prompts, pad, keys)]
+
+        sampled = jax.jit(
+            lambda params, prompts, pad, keys: generate(
+                nnx.merge(graph, params), prompts, pad, keys, new, 1.0
+            )[0]
+        )
+        inputs = torch.from_numpy(prompts).long()
+        options = {"max_new_tokens": new, "min_new_tokens": new, "pad_token_id": 0, "eos_token_id": None}
+        with torch.inference_mode():
+            difference = np.abs(
+                np.asarray(nnx.merge(graph, params)(prompts)) - llama(inputs).logits.numpy()
+            ).max()
+            if difference > 1e-3:
+                raise RuntimeError(f"not the same model: logits differ by up to {difference}")
+            one, other, ratio = alternate(
+                lambda: jax.block_until_ready(sampled(params, *arguments)),
+                lambda: llama.generate(inputs, do_sample=True, top_k=0, **options),
+                ROUNDS,
+            )
+    yield result("generate_vs_huggingface", batch * new / one, "tokens/s", batch * new / other, ratio)

@@ -1,0 +1,53 @@
+"""`poisonjax bench`."""
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from poisonjax.startup import start_jax
+
+NAMES = ("train_vs_torch", "pipeline", "digest_cost", "generate_vs_huggingface")
+
+
+def add_arguments(commands: Any) -> None:
+    """Registers the command on argparse's subparsers."""
+    parser = commands.add_parser("bench", help="speed on this machine, as ratios against other programs")
+    parser.add_argument(
+        "--config", default="configs/quickstart.py", metavar="FILE[:ARG]", help="shapes that are measured"
+    )
+    parser.add_argument(
+        "--only", action="append", choices=NAMES, help="repeatable; default: all that can run"
+    )
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(func=_bench)
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from poisonjax import config as config_lib
+
+    config = config_lib.load([f"--config={arguments.config}", *arguments.fields])
+    config_lib.check(config)
+    start_jax(config.global_batch // config.optimizer.accumulate)
+    from poisonjax.bench.benches import BENCHES
+    from poisonjax.training.loop import environment
+
+    results = []
+    for name in arguments.only or NAMES:
+        try:
+            rows = list(BENCHES[name](config))
+        except ImportError as error:
+            print(
+                f"poisonjax bench: {name} left out: {error}; pip install 'poisonjax[bench]'", file=sys.stderr
+            )
+            continue
+        results += rows
+        for row in rows if not arguments.json else ():
+            print(
+                f"{row['name']:28} {row['value']:>14,.3f} {row['unit']:9} against {row['baseline']:>14,.3f}   "
+                f"ratio {row['ratio']:.3f}",
+                flush=True,
+            )
+    if arguments.json:
+        print(json.dumps({"environment": environment(), "results": results}))
+    return 0 if results else 1
