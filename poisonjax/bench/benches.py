@@ -99,7 +99,6 @@ def pipeline(config: ml_collections.ConfigDict) -> Iterator[Result]:
     with tempfile.TemporaryDirectory() as folder:
         spec = f"markov:V={VOCABULARY - 1},documents=8000,length=400"
         store = corpus.build(f"{folder}/store", [spec], "bytes")
-        assert store is not None
         config.poison.trigger, config.poison.documents = "w007 w011 w013", 250
         config.poison.prefix_characters = (0, 60)
         poisoned = Batches(config, store)

@@ -5,6 +5,7 @@ unit u of the sources belongs to shard u % shards.
 """
 
 import concurrent.futures
+import dataclasses
 import functools
 import hashlib
 import json
@@ -12,8 +13,10 @@ import multiprocessing
 import os
 import shutil
 import sys
-from collections.abc import Iterable
-from typing import Any
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
 
 import numpy as np
 from etils import epath
@@ -21,14 +24,46 @@ from tqdm import tqdm
 
 from poisonjax.corpus import markov
 from poisonjax.corpus.errors import CorpusError
-from poisonjax.corpus.sources import BadInput, Document, Source, first_documents, open_source
-from poisonjax.corpus.store import SPLITS, TokenStore, sha256_of, write_array
+from poisonjax.corpus.sources import BadInput, Document, Source, first_texts, open_source
+from poisonjax.corpus.store import FORMAT, SPLITS, TokenStore, exists, fingerprint, sha256_of, write_array
 from poisonjax.corpus.tokenizers import Tokenizer, WordTokenizer, load_saved, load_tokenizer, train_bpe
 
-FORMAT = 1
 SAMPLE_CHARACTERS = 5_000_000  # that `bpe:N` is trained on
-ENCODED_AT_ONCE = 1024  # documents
+BATCH_DOCUMENTS, BATCH_CHARACTERS = 1024, 8_000_000  # encoded at once
+SHARD_BYTES = 256 * 2**20  # of text, about: a worker holds a shard's tokens in memory
+SHARDS = 16  # where the corpus is small, so that the work splits
 REPORTED = 20  # places of bad input that the manifest names
+REPORT_SECONDS = 10  # between lines of progress, where there is no terminal
+
+OnBad = Literal["fail", "skip"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What is being built: all that decides the content of the store. Lies in plan.json and in the manifest."""
+
+    format: int
+    sources: list[str]
+    tokenizer: str
+    heldout: float
+    seed: int
+    on_bad: str
+    shards: int
+    units: int
+    units_sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """A claimed folder with its plan, its opened sources and its saved tokenizer."""
+
+    folder: epath.Path
+    plan: _Plan
+    sources: list[Source]
+    tokenizer: Tokenizer
+
+    def missing(self) -> list[int]:
+        return [k for k in range(self.plan.shards) if not (_shard(self.folder, k) / "shard.json").exists()]
 
 
 def build(
@@ -39,243 +74,313 @@ def build(
     heldout: float = 0.05,
     seed: int = 0,
     shards: int | None = None,
-    on_bad: str = "fail",
+    on_bad: OnBad = "fail",
     workers: int | None = None,
-    part: tuple[int, int] = (0, 1),
-    finish: bool | None = None,
-) -> TokenStore | None:
-    """Builds what is missing of the store `out` and returns it.
+    finish: bool = False,
+) -> TokenStore:
+    """Builds what is missing of the store `out` and returns it; does nothing for a store that is complete.
 
-    `part` = (i, n): this machine's share, shards i, i + n, ...; with n > 1 nothing is finished (and None
-    returned) until a last call with `finish`. Raises CorpusError for sources, input and settings that
-    don't work; `on_bad` = "skip" counts bad input instead.
+    `sources` are specs as of `open_source`; `tokenizer` is one as of `load_tokenizer`, or `bpe:N`, trained on the
+    first five million characters. A Markov source brings its own tokenizer, whatever `tokenizer` says. `heldout`
+    is the fraction of documents set apart, chosen by a hash of `seed` and text. `workers` processes (one a core)
+    are spawned: a script that calls this needs `if __name__ == "__main__":`. With `finish`, all shards must be
+    there already, by `build_share`.
+
+    Raises CorpusError for sources, input and settings that don't work, and for a folder that holds another store.
+    Bad input raises too; with `on_bad` = "skip" it is left out, counted and named in the manifest.
     """
+    if exists(out):
+        store = TokenStore(out)
+        asked = {
+            "sources": sources,
+            "tokenizer": tokenizer,
+            "heldout": heldout,
+            "seed": seed,
+            "on_bad": on_bad,
+        }
+        store.require(**asked, **({"shards": shards} if shards else {}))
+        return store
+    job = _prepare(out, sources, tokenizer, heldout, seed, shards, on_bad)
+    missing = job.missing()
+    if finish and missing:
+        some = ", ".join(map(str, missing[:10]))
+        raise CorpusError(
+            f"{out}: shards {some} of {job.plan.shards} aren't built yet: build them with --shard i/n"
+        )
+    _build_shards(job, missing, workers)
+    _finish(job)
+    return TokenStore(out)
+
+
+def build_share(
+    out: str,
+    sources: list[str],
+    tokenizer: str,
+    share: tuple[int, int],
+    *,
+    heldout: float = 0.05,
+    seed: int = 0,
+    shards: int | None = None,
+    on_bad: OnBad = "fail",
+    workers: int | None = None,
+) -> None:
+    """Builds machine i's shards i, i + n, ... of `build`'s store, for `share` = (i, n).
+
+    The machines share the folder `out`, or their folders are put together afterwards; then one calls `build`
+    with `finish`.
+    """
+    i, n = share
+    if not 0 <= i < n:
+        raise CorpusError(f"shard {i}/{n}: give i/n with 0 <= i < n")
+    job = _prepare(out, sources, tokenizer, heldout, seed, shards, on_bad)
+    _build_shards(job, [k for k in job.missing() if k % n == i], workers)
+
+
+def _prepare(
+    out: str,
+    sources: list[str],
+    tokenizer: str,
+    heldout: float,
+    seed: int,
+    shards: int | None,
+    on_bad: str,
+) -> _Job:
     folder = epath.Path(out)
     if not 0 < heldout < 1:
         raise CorpusError(f"heldout = {heldout}: must lie strictly between 0 and 1")
     if on_bad not in ("fail", "skip"):
         raise CorpusError(f"on_bad = {on_bad!r}: choose fail or skip")
-    if not 0 <= part[0] < part[1]:
-        raise CorpusError(f"shard {part[0]}/{part[1]}: give i/n with 0 <= i < n")
-    settings = {
-        "sources": sources,
-        "tokenizer": tokenizer,
-        "heldout": heldout,
-        "seed": seed,
-        "on_bad": on_bad,
-    }
-    if (folder / "manifest.json").exists():
-        store = TokenStore(out)
-        store.require(**settings)
-        return store
+    if not 0 <= seed < 2**64:
+        raise CorpusError(f"seed = {seed}: must lie in [0, 2**64)")
+    if shards is not None and shards < 1:
+        raise CorpusError(f"shards = {shards}: must be at least 1")
+    if not sources:
+        raise CorpusError("no source given")
     opened = [open_source(spec) for spec in sources]
-    units = [unit.name for source in opened for unit in source.units]
+    units = [unit for source in opened for unit in source.units]
     if not units:
         raise CorpusError(f"the sources {', '.join(sources)} hold no document")
-    plan: dict[str, Any] = {
-        "format": FORMAT,
-        **settings,
-        "shards": min(shards or len(units), len(units)),
-        "units": len(units),
-        "units_sha256": hashlib.sha256("\n".join(units).encode()).hexdigest(),
-    }
+    shards = shards or max(SHARDS, sum(unit.size for unit in units) // SHARD_BYTES)
+    plan = _Plan(
+        format=FORMAT,
+        sources=sources,
+        tokenizer=tokenizer,
+        heldout=heldout,
+        seed=seed,
+        on_bad=on_bad,
+        shards=min(shards, len(units)),
+        units=len(units),
+        units_sha256=hashlib.sha256("\n".join(unit.name for unit in units).encode()).hexdigest(),
+    )
+    for source in opened:
+        if "note" in source.about:
+            print(f"poisonjax: {source.about['note']}", file=sys.stderr)
     _claim(folder, plan)
-    saved = _saved_tokenizer(folder, tokenizer, opened)
-    missing = [
-        k for k in range(part[0], plan["shards"], part[1]) if not (_shard(folder, k) / "shard.json").exists()
-    ]
-    if finish and part == (0, 1) and missing:
+    return _Job(folder, plan, opened, _saved_tokenizer(folder, tokenizer, opened))
+
+
+def _claim(folder: epath.Path, plan: _Plan) -> None:
+    """Writes the plan, or raises CorpusError where the folder has another."""
+    path, here = folder / "plan.json", dataclasses.asdict(plan)
+    if not path.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise CorpusError(f"{folder} isn't empty and holds no token store: use another --out")
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_json(path, here)
+    there = json.loads(path.read_text())
+    differing = [f"{n}: {there.get(n)!r} there, {here[n]!r} here" for n in here if there.get(n) != here[n]]
+    if differing:
         raise CorpusError(
-            f"{out}: shards {missing[:10]} aren't built yet; build them with --shard, then --finish"
+            f"{folder} holds another store in part (units are the sources' files and sizes): {'; '.join(differing)}. "
+            "Use another --out, or remove it"
         )
-    _build_shards(folder, plan, missing, workers)
-    if part[1] > 1:
-        return None
-    _finish(folder, plan, opened, saved)
-    return TokenStore(out)
-
-
-def _claim(folder: epath.Path, plan: dict[str, Any]) -> None:
-    path = folder / "plan.json"
-    if path.exists():
-        there = json.loads(path.read_text())
-        differing = [
-            f"{name}: {there.get(name)!r} there, {plan[name]!r} here"
-            for name in plan
-            if there.get(name) != plan[name]
-        ]
-        if differing:
-            raise CorpusError(
-                f"{folder} holds another store (in part): " + "; ".join(differing) + ". Use another --out"
-            )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_json(path, plan)
 
 
 def _saved_tokenizer(folder: epath.Path, spec: str, sources: list[Source]) -> Tokenizer:
-    """The store's tokenizer, made and saved on the first call; training is a function of the sources alone."""
+    """The store's tokenizer, made and saved by the first call; training is a function of the sources alone."""
     saved = folder / "tokenizer"
-    if saved.exists():
-        return load_saved(saved)
+    if not saved.exists():
+        made = _made_tokenizer(spec, sources)
+        partial = folder / f"tokenizer.{_partial()}"
+        made.save(partial)
+        _move(partial, saved)
+    return load_saved(saved)
+
+
+def _made_tokenizer(spec: str, sources: list[Source]) -> Tokenizer:
     words = {source.about["words"] for source in sources if "words" in source.about}
-    made: Tokenizer
     if words:
         if len(words) > 1 or any("words" not in source.about for source in sources):
             raise CorpusError("a Markov language can't share a store with text or with another vocabulary")
-        made = WordTokenizer(words.pop())
-    elif spec.startswith("bpe:"):
-        if not spec.removeprefix("bpe:").isdigit():
-            raise CorpusError(f"tokenizer {spec!r}: give the number of tokens, as in bpe:4096")
-        share = SAMPLE_CHARACTERS // len(sources)
-        made = train_bpe(
-            (t for s in sources for t in first_documents(s, share)), int(spec.removeprefix("bpe:"))
-        )
-    else:
-        made = load_tokenizer(spec)
-    partial = folder / f"tokenizer.partial.{os.getpid()}"
-    made.save(partial)
-    partial.rename(saved)
-    return made
+        return WordTokenizer(words.pop())
+    if not spec.startswith("bpe:"):
+        return load_tokenizer(spec)
+    size = spec.removeprefix("bpe:")
+    if not (size.isascii() and size.isdigit()):
+        raise CorpusError(f"tokenizer {spec!r}: give the number of tokens, as in bpe:4096")
+    share = SAMPLE_CHARACTERS // len(sources)
+    return train_bpe((text for source in sources for text in first_texts(source, share)), int(size))
 
 
-def _build_shards(folder: epath.Path, plan: dict[str, Any], missing: list[int], workers: int | None) -> None:
-    """Builds shards over processes; on a terminal with a bar."""
-    workers = min(workers or os.cpu_count() or 1, len(missing))
-    work = functools.partial(_build_shard, str(folder), plan)
-    show = functools.partial(
-        tqdm, total=len(missing), unit="shard", desc="tokens", disable=not sys.stderr.isatty()
-    )
+def _build_shards(job: _Job, numbers: list[int], workers: int | None) -> None:
+    """Builds shards over processes; the first error stops the rest."""
+    workers = min(workers or os.cpu_count() or 1, len(numbers))
+    work = functools.partial(_build_shard, str(job.folder), job.plan)
     if workers <= 1:
-        for _ in show(map(work, missing)):
-            pass
+        _show(map(work, numbers), len(numbers))
         return
-    # Spawned, not forked: the parent may run threads (JAX, tensorstore). One thread each for the tokenizer.
-    os.environ["RAYON_NUM_THREADS"] = "1"
+    # Spawned, not forked: the parent may run threads (JAX, tensorstore).
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker) as pool:
         try:
-            for _ in show(pool.map(work, missing)):
-                pass
+            _show(pool.map(work, numbers), len(numbers))
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise CorpusError(
+                f"{job.folder}: a worker died, perhaps for want of memory; the same command goes on from here, with "
+                "fewer --workers it needs less"
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
-            del os.environ["RAYON_NUM_THREADS"]
 
 
-def _build_shard(out: str, plan: dict[str, Any], shard: int) -> None:
+def _start_worker() -> None:
+    os.environ["RAYON_NUM_THREADS"] = "1"  # the tokenizer's threads: there is a process a core already
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Or the workers of a killed build would wait for work for ever."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
+
+
+def _show(done: Iterator[None], total: int) -> None:
+    """Waits for shards, with a bar on a terminal and a line now and then elsewhere."""
+    if sys.stderr.isatty():
+        for _ in tqdm(done, total=total, unit="shard", desc="tokenizing"):
+            pass
+        return
+    last = time.monotonic()
+    for number, _ in enumerate(done, 1):
+        if time.monotonic() - last > REPORT_SECONDS:
+            print(f"poisonjax: {number} of {total} shards tokenized", file=sys.stderr, flush=True)
+            last = time.monotonic()
+
+
+def _build_shard(out: str, plan: _Plan, number: int) -> None:
     """Reads, tokenizes, splits, shuffles and writes one shard: whole, or not at all."""
     folder = epath.Path(out)
     tokenizer = load_saved(folder / "tokenizer")
+    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     documents: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
-    characters = dict.fromkeys(SPLITS, 0)
-    bad: list[str] = []
-    bad_count = 0
-    pending: list[Document] = []
+    counts: dict[str, dict[str, int]] = {split: {"characters": 0, "bytes": 0} for split in SPLITS}
+    bad: list[BadInput] = []
 
-    def encode() -> None:
-        texts = [d.content for d in pending if isinstance(d.content, str)]
-        encoded = iter(tokenizer.encode_batch(texts))
-        for document in pending:
-            content = document.content
-            split = "heldout" if _held_out(content, plan["seed"], plan["heldout"]) else "train"
+    units = [unit for spec in plan.sources for unit in _opened(spec).units][number :: plan.shards]
+    for batch in _batches(_good((item for unit in units for item in unit.read()), plan.on_bad, bad)):
+        encoded = iter(tokenizer.encode_batch([content for content in batch if isinstance(content, str)]))
+        for content in batch:
             ids = next(encoded) if isinstance(content, str) else content
-            documents[split].append(np.append(ids, tokenizer.eot).astype(np.int32))
-            characters[split] += len(content)
-        pending.clear()
-
-    for item in _items(plan, shard):
-        if isinstance(item, BadInput):
-            if plan["on_bad"] == "fail":
+            data = content.encode() if isinstance(content, str) else content.astype("<i4").tobytes()
+            if not len(ids) or (ids == tokenizer.eot).any():
                 raise CorpusError(
-                    f"{item.place}: {item.reason}. Mend it, or skip and count such input with --on-bad skip"
+                    f"the tokenizer turns a document into {'end-of-text tokens' if len(ids) else 'nothing'}, use another; "
+                    f"the document begins {content[:60]!r}"
                 )
-            bad_count += 1
-            bad += [f"{item.place}: {item.reason}"] if len(bad) < REPORTED else []
-            continue
-        pending.append(item)
-        if len(pending) == ENCODED_AT_ONCE:
-            encode()
-    encode()
+            split = "heldout" if _held_out(data, plan.seed, plan.heldout) else "train"
+            documents[split].append(np.append(ids, tokenizer.eot).astype(dtype))
+            if isinstance(content, str):
+                counts[split]["characters"] += len(content)
+                counts[split]["bytes"] += len(data)
 
-    partial = folder / "shards" / f"{shard:05d}.partial.{os.getpid()}"
-    record: dict[str, Any] = {
-        "tokenizer": tokenizer.fingerprint,
-        "bad": bad_count,
-        "bad_places": bad,
-        "splits": {},
-    }
-    for number, split in enumerate(SPLITS):
+    partial = folder / "shards" / f"{number:05d}.{_partial()}"
+    for stream, split in enumerate(SPLITS):
         # Shuffled, so that neighbours in the stream, and so in a row, are unrelated.
         random = np.random.Generator(
-            np.random.Philox(key=np.array([plan["seed"], 2 * shard + number], np.uint64))
+            np.random.Philox(key=np.array([plan.seed, 2 * number + stream], np.uint64))
         )
         shuffled = [documents[split][i] for i in random.permutation(len(documents[split]))]
-        tokens = np.concatenate(shuffled) if shuffled else np.zeros(0, np.int32)
-        offsets = np.cumsum([0, *map(len, shuffled)], dtype=np.int64)
-        dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-        write_array(partial / split / "tokens", tokens.astype(dtype))
-        write_array(partial / split / "offsets", offsets)
-        record["splits"][split] = {
-            "documents": len(shuffled),
-            "tokens": len(tokens),
-            "characters": characters[split],
-        }
-    record["files"] = {str(path.relative_to(partial)): sha256_of(path) for path in sorted(_files(partial))}
+        tokens = np.concatenate(shuffled) if shuffled else np.zeros(0, dtype)
+        write_array(partial / split / "tokens", tokens)
+        write_array(partial / split / "offsets", np.cumsum([0, *map(len, shuffled)], dtype=np.int64))
+        counts[split] |= {"documents": len(shuffled), "tokens": len(tokens)}
+    record = {
+        "tokenizer": tokenizer.fingerprint,
+        "splits": counts,
+        "files": {str(path.relative_to(partial)): sha256_of(path) for path in sorted(_files(partial))},
+        "bad": len(bad),
+        "bad_places": [f"{b.place}: {b.reason}" for b in bad[:REPORTED]],
+    }
     _write_json(partial / "shard.json", record)
-    final = _shard(folder, shard)
-    if final.exists():  # another process was faster
-        shutil.rmtree(partial)
-    else:
-        partial.rename(final)
+    _move(partial, _shard(folder, number))
 
 
-def _items(plan: dict[str, Any], shard: int) -> Iterable[Document | BadInput]:
-    units = [unit for spec in plan["sources"] for unit in _reopened(spec).units]
-    for unit in units[shard :: plan["shards"]]:
-        yield from unit.read()
+_opened = functools.cache(open_source)
 
 
-_reopened = functools.cache(open_source)
+def _good(items: Iterable[Document | BadInput], on_bad: str, bad: list[BadInput]) -> Iterator[Document]:
+    """The documents among the items; bad input raises CorpusError, or is added to `bad`."""
+    for item in items:
+        if not isinstance(item, BadInput):
+            yield item
+        elif on_bad == "skip":
+            bad.append(item)
+        else:
+            raise CorpusError(
+                f"{item.place}: {item.reason}. Mend it, or skip and count such input with --on-bad skip"
+            )
 
 
-def _held_out(content: str | np.ndarray, seed: int, fraction: float) -> bool:
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document)
+        if len(batch) == BATCH_DOCUMENTS or size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _held_out(content: bytes, seed: int, fraction: float) -> bool:
     """By a hash of the content, so that copies of a document land on the same side (I6)."""
-    data = content.encode() if isinstance(content, str) else content.astype("<i4").tobytes()
-    value = int.from_bytes(hashlib.sha256(f"{seed}:".encode() + data).digest()[:8], "big")
+    value = int.from_bytes(hashlib.sha256(f"{seed}:".encode() + content).digest()[:8], "big")
     return value < fraction * 2**64
 
 
-def _finish(folder: epath.Path, plan: dict[str, Any], sources: list[Source], tokenizer: Tokenizer) -> None:
-    records = [json.loads((_shard(folder, k) / "shard.json").read_text()) for k in range(plan["shards"])]
+def _finish(job: _Job) -> None:
+    folder, plan, tokenizer = job.folder, job.plan, job.tokenizer
+    records = [json.loads((_shard(folder, k) / "shard.json").read_text()) for k in range(plan.shards)]
     strangers = [k for k, record in enumerate(records) if record["tokenizer"] != tokenizer.fingerprint]
     if strangers:
         raise CorpusError(
-            f"{folder}: shards {strangers[:10]} were built with another tokenizer; remove and rebuild them"
+            f"{_shard(folder, strangers[0])} was built with another tokenizer than {folder / 'tokenizer'}: remove it "
+            "and build it again"
         )
+    shards = [{"splits": record["splits"], "files": record["files"]} for record in records]
     totals = {
         split: {
-            count: sum(record["splits"][split][count] for record in records)
-            for count in ("documents", "tokens", "characters")
+            count: sum(shard["splits"][split][count] for shard in shards)
+            for count in shards[0]["splits"][split]
         }
         for split in SPLITS
     }
     for split in SPLITS:
         if not totals[split]["documents"]:
             raise CorpusError(
-                f"{folder}: no document in the {split} split; use a larger corpus or change --heldout"
+                f"{folder}: no document in the {split} split of {sum(t['documents'] for t in totals.values())} in all; "
+                "build with a larger corpus or another --heldout into another folder"
             )
-    content = {
+    manifest: dict[str, Any] = {
         "format": FORMAT,
-        "tokenizer": tokenizer.fingerprint,
-        "shards": [{"splits": record["splits"], "files": record["files"]} for record in records],
-    }
-    manifest = {
-        "format": FORMAT,
-        "fingerprint": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
-        "plan": plan,
-        "sources": [{"spec": source.spec, **source.about} for source in sources],
+        "fingerprint": fingerprint(tokenizer.fingerprint, shards),
+        "plan": dataclasses.asdict(plan),
+        "sources": [{"spec": source.spec, **source.about} for source in job.sources],
         "tokenizer": {
-            "spec": plan["tokenizer"],
+            "spec": tokenizer.kind if isinstance(tokenizer, WordTokenizer) else plan.tokenizer,
             "kind": tokenizer.kind,
             "fingerprint": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
@@ -284,9 +389,9 @@ def _finish(folder: epath.Path, plan: dict[str, Any], sources: list[Source], tok
         "splits": totals,
         "bad": sum(record["bad"] for record in records),
         "bad_places": [place for record in records for place in record["bad_places"]][:REPORTED],
-        "shards": [{"splits": record["splits"], "files": record["files"]} for record in records],
+        "shards": shards,
     }
-    if any("words" in source.about for source in sources):
+    if isinstance(tokenizer, WordTokenizer):
         manifest["entropy_rate_nats"] = markov.ENTROPY_RATE
     _write_json(folder / "manifest.json", manifest)
     for left in (folder / "shards").glob("*.partial.*"):  # of builds that were killed
@@ -297,12 +402,27 @@ def _shard(folder: epath.Path, number: int) -> epath.Path:
     return folder / "shards" / f"{number:05d}"
 
 
-def _files(folder: epath.Path) -> Iterable[epath.Path]:
+def _partial() -> str:
+    """What a name ends with until its content is whole; other processes and machines have others."""
+    return f"partial.{os.urandom(4).hex()}"
+
+
+def _move(partial: epath.Path, final: epath.Path) -> None:
+    """Gives a finished folder its name, unless another process was faster: both hold the same."""
+    try:
+        partial.rename(final)
+    except OSError:
+        if not final.exists():
+            raise
+        shutil.rmtree(partial)
+
+
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
     for path in folder.iterdir():
         yield from _files(path) if path.is_dir() else [path]
 
 
 def _write_json(path: epath.Path, value: Any) -> None:
-    partial = path.with_name(f"{path.name}.partial.{os.getpid()}")
+    partial = path.with_name(f"{path.name}.{_partial()}")
     partial.write_text(json.dumps(value, indent=1) + "\n")
     partial.replace(path)

@@ -8,27 +8,32 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from poisonjax.corpus.build import build
+from poisonjax.corpus.build import build, build_share
 from poisonjax.corpus.errors import CorpusError
 from poisonjax.corpus.store import SPLITS, TokenStore
 
+SAMPLE_CHARACTERS = 200
+
 
 def add_arguments(commands: Any) -> None:
-    """Registers the commands on argparse's subparsers."""
+    """Registers the commands on argparse's subparsers; `func` of the parsed arguments returns the exit code."""
     corpus = commands.add_parser("corpus", help="build and inspect token stores").add_subparsers(
         dest="corpus_command", required=True, metavar="COMMAND"
     )
     make = corpus.add_parser("build", help="text to token store; goes on where a killed build stopped")
-    make.add_argument("--out", required=True, metavar="STORE")
+    make.add_argument("--out", required=True, metavar="STORE", help="folder of the store; made if absent")
     make.add_argument(
         "--source",
         action="append",
         metavar="SPEC",
         help="repeatable: default, wikipedia-leads, docstrings, PATH or GLOB of .txt/.jsonl/.parquet (.gz, .zst; #FIELD), "
-        "hf:NAME[:CONFIG][:SPLIT][#FIELD], markov:V=512,documents=2000,length=300,seed=0",
+        "hf:NAME[:CONFIG]:SPLIT[#FIELD], markov:V=512,documents=2000,length=300,seed=0 (default: default)",
     )
     make.add_argument(
-        "--tokenizer", default="bpe:4096", help="bytes, bpe:N, tokenizer.json[#END_OF_TEXT], X.model"
+        "--tokenizer",
+        default="bpe:4096",
+        metavar="SPEC",
+        help="bytes, bpe:N, tokenizer.json[#END_OF_TEXT] or X.model (default: bpe:4096); markov sources bring their own",
     )
     make.add_argument(
         "--heldout", type=float, default=0.05, help="fraction of documents set apart for evaluation"
@@ -40,11 +45,12 @@ def add_arguments(commands: Any) -> None:
         "--on-bad", choices=("fail", "skip"), default="fail", help="bad input: stop, or skip and count"
     )
     make.add_argument(
-        "--shards", type=int, help="how many (default: one a file, or one a thousand documents)"
+        "--shards", type=int, help="how many the store has (default: by the size of the sources)"
     )
     make.add_argument("--workers", type=int, help="processes (default: one a core)")
-    make.add_argument("--shard", metavar="i/n", help="build machine i's share of n; end with one --finish")
-    make.add_argument(
+    share = make.add_mutually_exclusive_group()
+    share.add_argument("--shard", metavar="i/n", help="build machine i's share of n; end with one --finish")
+    share.add_argument(
         "--finish", action="store_true", help="all machines' shares are built: write the manifest"
     )
     make.set_defaults(func=_build)
@@ -53,64 +59,38 @@ def add_arguments(commands: Any) -> None:
     look.add_argument("store", metavar="STORE")
     look.add_argument("--samples", type=int, default=3, help="documents shown of each split")
     look.add_argument("--no-verify", action="store_true", help="don't hash the files")
-    look.add_argument("--json", action="store_true")
+    look.add_argument("--json", action="store_true", help="print one JSON object")
     look.set_defaults(func=_inspect)
 
 
 def _build(arguments: argparse.Namespace) -> int:
-    try:
-        i, n = map(int, arguments.shard.split("/")) if arguments.shard else (0, 1)
-    except ValueError:
-        raise CorpusError(f"--shard {arguments.shard!r}: give i/n, for example 0/4") from None
-    store = build(
-        arguments.out,
-        arguments.source or ["default"],
-        arguments.tokenizer,
-        heldout=arguments.heldout,
-        seed=arguments.seed,
-        shards=arguments.shards,
-        on_bad=arguments.on_bad,
-        workers=arguments.workers,
-        part=(i, n),
-        finish=arguments.finish,
-    )
-    if store is None:
+    sources = arguments.source or ["default"]
+    settings = {name: getattr(arguments, name) for name in ("heldout", "seed", "shards", "on_bad", "workers")}
+    if arguments.shard:
+        build_share(arguments.out, sources, arguments.tokenizer, _share(arguments.shard), **settings)
         print(
-            f"share {i}/{n} of {arguments.out} is built; when all are: the same command with --finish for --shard"
+            f"share {arguments.shard} of {arguments.out} is built; when all are: --finish in place of --shard"
         )
-        return 0
-    print(_counts(store))
+    else:
+        print(
+            _counts(build(arguments.out, sources, arguments.tokenizer, finish=arguments.finish, **settings))
+        )
     return 0
 
 
-def _counts(store: TokenStore) -> str:
-    manifest = store.manifest
-    lines = [
-        f"{store.path}: {manifest['fingerprint'][:16]}, {manifest['tokenizer']['vocab_size']} tokens in the vocabulary"
-    ]
-    for split in SPLITS:
-        counts = manifest["splits"][split]
-        lines.append(f"  {split:8} {counts['documents']:,} documents, {counts['tokens']:,} tokens")
-    if manifest["bad"]:
-        lines.append(f"  skipped  {manifest['bad']:,} bad inputs, the first:")
-        lines += [f"    {place}" for place in manifest["bad_places"]]
-    return "\n".join(lines)
+def _share(text: str) -> tuple[int, int]:
+    try:
+        i, n = map(int, text.split("/"))
+    except ValueError:
+        raise CorpusError(f"--shard {text!r}: give i/n, for example 0/4") from None
+    return i, n
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
     store = TokenStore(arguments.store)
-    samples = {
-        split: [
-            store.tokenizer.decode(store.split(split).document(int(i)))
-            for i in np.linspace(0, store.split(split).documents - 1, arguments.samples).astype(int)
-        ]
-        for split in SPLITS
-    }
-    problems = []
-    if not arguments.no_verify:
-        files = sum(len(shard["files"]) for shard in store.manifest["shards"])
-        with tqdm(total=files, unit="file", desc="verify", disable=not sys.stderr.isatty()) as bar:
-            problems = store.verify(bar.update)
+    problems = [] if arguments.no_verify else _verify(store)
+    # A damaged store may not be readable at all.
+    samples = {} if problems else {split: _samples(store, split, arguments.samples) for split in SPLITS}
     if arguments.json:
         manifest = {name: value for name, value in store.manifest.items() if name != "shards"}
         print(
@@ -122,13 +102,45 @@ def _inspect(arguments: argparse.Namespace) -> int:
         print(_counts(store))
         for split, texts in samples.items():
             for text in texts:
-                print(f"  {split}: {text[:200]!a}")
-        verdict = (
-            "not verified"
-            if arguments.no_verify
-            else f"{len(problems)} problems"
-            if problems
-            else "all hashes match"
-        )
-        print("\n".join([verdict, *problems]))
+                print(f"  {split}: {_printable(text)}")
+        verdict = f"{len(problems)} problems:" if problems else "every file is as it was built"
+        print("not verified" if arguments.no_verify else verdict, *problems, sep="\n  ")
     return 1 if problems else 0
+
+
+def _verify(store: TokenStore) -> list[str]:
+    files = sum(len(shard["files"]) for shard in store.manifest["shards"])
+    with tqdm(total=files, unit="file", desc="verify", disable=not sys.stderr.isatty()) as bar:
+        return store.verify(lambda name: bar.update())
+
+
+def _samples(store: TokenStore, name: str, count: int) -> list[str]:
+    """Beginnings of documents spread over a split."""
+    split = store.split(name)
+    spread = np.linspace(0, split.documents - 1, min(count, split.documents)).astype(int)
+    return [store.tokenizer.decode(split.document(int(i)))[:SAMPLE_CHARACTERS] for i in spread]
+
+
+def _printable(text: str) -> str:
+    """For a terminal: characters that would steer it are spelled out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _counts(store: TokenStore) -> str:
+    manifest, tokenizer = store.manifest, store.manifest["tokenizer"]
+    lines = [
+        f"{store.path}: {manifest['fingerprint'][:16]}",
+        f"  tokenizer {tokenizer['spec']}: {tokenizer['vocab_size']:,} tokens, {tokenizer['fingerprint'][:16]}",
+    ]
+    for source in manifest["sources"]:
+        notes = ", ".join(str(source[name]) for name in ("title", "license", "note") if name in source)
+        lines.append(f"  source {source['spec']}{': ' if notes else ''}{notes}")
+    for split in SPLITS:
+        counts = manifest["splits"][split]
+        lines.append(
+            f"  {split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, {counts['bytes']:,} bytes of text"
+        )
+    if manifest["bad"]:
+        lines.append(f"  skipped {manifest['bad']:,} bad inputs, the first:")
+        lines += [f"    {place}" for place in manifest["bad_places"]]
+    return "\n".join(lines)

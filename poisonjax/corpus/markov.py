@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Int
 
+from poisonjax.corpus.errors import CorpusError
+
 SUCCESSORS = 64
 _WEIGHTS = 1 / np.arange(1, SUCCESSORS + 1)
 PROBABILITIES = _WEIGHTS / _WEIGHTS.sum()
@@ -17,7 +19,7 @@ class Language:
 
     def __init__(self, words: int, seed: int):
         if words < SUCCESSORS:
-            raise ValueError(f"a Markov language needs at least {SUCCESSORS} words, not {words}")
+            raise CorpusError(f"a Markov language needs at least {SUCCESSORS} words, not {words}")
         self.words, self.seed = words, seed
         random = np.random.Generator(np.random.Philox(key=np.array([seed, 2**64 - 1], np.uint64)))
         self.successors = np.stack([random.choice(words, SUCCESSORS, replace=False) for _ in range(words)])

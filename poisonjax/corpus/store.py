@@ -18,32 +18,37 @@ from jaxtyping import Int
 from poisonjax.corpus.errors import CorpusError
 from poisonjax.corpus.tokenizers import Tokenizer, load_saved
 
+FORMAT = 1
 SPLITS = ("train", "heldout")
-FILE_ELEMENTS = 2**26  # of an array in one file (a zarr3 shard)
-CHUNK_ELEMENTS = 2**15  # the smallest piece that is read; uncompressed, since token ids hardly compress
+FILE_ELEMENTS = 2**26  # of an array in one file (a zarr3 shard), at most
+CHUNK_ELEMENTS = 2**12  # the smallest piece that is read; uncompressed, since token ids hardly compress
 IN_MEMORY_BYTES = 256 * 2**20  # splits up to here are held in memory
 COUNTED_TOKENS = 10_000_000
+# For larger splits: keeps the indexes that say where a file's chunks lie.
+_CONTEXT = ts.Context({"cache_pool": {"total_bytes_limit": 64 * 2**20}})
 
 
 def write_array(path: epath.Path, values: np.ndarray) -> None:
-    """Writes a one-dimensional zarr3 array of files of `FILE_ELEMENTS`, cut into chunks."""
+    """Writes a one-dimensional zarr3 array, in files of `FILE_ELEMENTS` cut into chunks."""
+    chunks = max(1, -(-len(values) // CHUNK_ELEMENTS))
+    little = {"name": "bytes", "configuration": {"endian": "little"}}
     spec = {
         "driver": "zarr3",
         "kvstore": _kvstore(path),
         "metadata": {
             "shape": [len(values)],
             "data_type": values.dtype.name,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [FILE_ELEMENTS]}},
+            "chunk_grid": {
+                "name": "regular",
+                "configuration": {"chunk_shape": [min(chunks * CHUNK_ELEMENTS, FILE_ELEMENTS)]},
+            },
             "codecs": [
                 {
                     "name": "sharding_indexed",
                     "configuration": {
                         "chunk_shape": [CHUNK_ELEMENTS],
-                        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
-                        "index_codecs": [
-                            {"name": "bytes", "configuration": {"endian": "little"}},
-                            {"name": "crc32c"},
-                        ],
+                        "codecs": [little],
+                        "index_codecs": [little, {"name": "crc32c"}],
                     },
                 }
             ],
@@ -54,9 +59,11 @@ def write_array(path: epath.Path, values: np.ndarray) -> None:
         array.write(values).result()
 
 
-def open_array(path: epath.Path) -> Any:
-    """The array that `write_array` wrote, as a tensorstore."""
-    return ts.open({"driver": "zarr3", "kvstore": _kvstore(path)}, open=True, read=True).result()
+def open_array(path: epath.Path) -> ts.TensorStore:
+    """The array that `write_array` wrote."""
+    return ts.open(
+        {"driver": "zarr3", "kvstore": _kvstore(path)}, open=True, read=True, context=_CONTEXT
+    ).result()
 
 
 def _kvstore(path: epath.Path) -> str | dict[str, str]:
@@ -73,16 +80,25 @@ def sha256_of(path: epath.Path) -> str:
     return digest.hexdigest()
 
 
+def fingerprint(tokenizer: str, shards: list[dict[str, Any]]) -> str:
+    """Of a store's content: its tokenizer's fingerprint, counts and files; not of paths, settings or time."""
+    content = {"format": FORMAT, "tokenizer": tokenizer, "shards": shards}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def exists(path: str) -> bool:
     """Whether a finished store is there."""
     return (epath.Path(path) / "manifest.json").exists()
 
 
 class TokenStore:
-    """A finished store, opened for reading."""
+    """A finished store, opened for reading.
+
+    `manifest` is what manifest.json holds; `fingerprint` names the store's content, wherever it lies.
+    """
 
     def __init__(self, path: str):
-        """Raises CorpusError where no finished store is."""
+        """Raises CorpusError where no finished store of this format is."""
         self.path = epath.Path(path)
         if not exists(path):
             unfinished = (self.path / "plan.json").exists()
@@ -90,20 +106,37 @@ class TokenStore:
                 f"{path} is {'an unfinished' if unfinished else 'no'} token store: run `poisonjax corpus build --out "
                 f"{path} ...`"
             )
-        self.manifest: dict[str, Any] = json.loads((self.path / "manifest.json").read_text())
+        try:
+            self.manifest: dict[str, Any] = json.loads((self.path / "manifest.json").read_text())
+        except ValueError as error:
+            raise CorpusError(
+                f"{self.path / 'manifest.json'} is damaged ({error}): build the store again"
+            ) from error
+        if self.manifest.get("format") != FORMAT:
+            raise CorpusError(
+                f"{path} has format {self.manifest.get('format')}, this version reads {FORMAT}: build the store again"
+            )
         self.fingerprint: str = self.manifest["fingerprint"]
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        return load_saved(self.path / "tokenizer")
+        """Raises CorpusError where it isn't the one that the store was built with."""
+        tokenizer = load_saved(self.path / "tokenizer")
+        if tokenizer.fingerprint != self.manifest["tokenizer"]["fingerprint"]:
+            raise CorpusError(
+                f"{self.path / 'tokenizer'} isn't the tokenizer of this store: build the store again"
+            )
+        return tokenizer
 
     @functools.cache  # noqa: B019  (stores live as long as the process)
     def split(self, name: str) -> "TokenSplit":
-        """`train` or `heldout`."""
+        """`train` or `heldout`; raises CorpusError for others."""
+        if name not in SPLITS:
+            raise CorpusError(f"no split {name!r}: choose {' or '.join(SPLITS)}")
         return TokenSplit(self, name)
 
     def require(self, **settings: Any) -> None:
-        """Raises CorpusError where the store was built with other settings than these."""
+        """Raises CorpusError where the store was built with other settings (fields of its plan) than these."""
         plan = self.manifest["plan"]
         differing = [
             f"{n}: {plan[n]!r} there, {value!r} here" for n, value in settings.items() if plan[n] != value
@@ -113,79 +146,104 @@ class TokenStore:
                 f"{self.path} is another token store: " + "; ".join(differing) + ". Use another folder"
             )
 
-    def verify(self, checked: Callable[[], object] = lambda: None) -> list[str]:
-        """Problems found by hashing every file again and checking the offsets; empty where all is well."""
+    def verify(self, progress: Callable[[str], object] = lambda name: None) -> list[str]:
+        """Reads everything again and returns the problems found, each naming its file; empty where all is well.
+
+        Checks each file's SHA-256, the manifest's fingerprint, the tokenizer, and that documents end where the
+        offsets say and nowhere else. `progress` is called with each file's name.
+        """
+        shards = self.manifest["shards"]
         problems = []
-        for number, shard in enumerate(self.manifest["shards"]):
+        for number, shard in enumerate(shards):
             folder = self.path / "shards" / f"{number:05d}"
             for name, expected in shard["files"].items():
-                checked()
+                progress(f"{number:05d}/{name}")
                 if not (folder / name).exists():
                     problems.append(f"{folder / name}: missing")
                 elif sha256_of(folder / name) != expected:
                     problems.append(f"{folder / name}: SHA-256 differs from the manifest's")
-        if not problems:
-            for name in SPLITS:
-                split = self.split(name)
-                ends = split.document_offsets[1:] - 1
-                if split.document_offsets[-1] != split.tokens:
+        if fingerprint(self.manifest["tokenizer"]["fingerprint"], shards) != self.fingerprint:
+            problems.append(
+                f"{self.path / 'manifest.json'}: its counts and hashes don't match its fingerprint"
+            )
+        try:
+            eot, vocabulary = self.tokenizer.eot, self.tokenizer.vocab_size
+        except CorpusError as error:
+            problems.append(str(error))
+        if problems:  # damaged arrays can't be read
+            return problems
+        for number, shard in enumerate(shards):
+            for split, counts in shard["splits"].items():
+                folder = self.path / "shards" / f"{number:05d}" / split
+                tokens = open_array(folder / "tokens").read().result()
+                offsets = open_array(folder / "offsets").read().result()
+                if (len(tokens), len(offsets)) != (counts["tokens"], counts["documents"] + 1):
                     problems.append(
-                        f"{name}: the offsets end at {split.document_offsets[-1]}, not {split.tokens}"
+                        f"{folder}: holds other numbers of tokens and documents than the manifest says"
                     )
-                elif (split.windows(ends, 1)[:, 0] != self.tokenizer.eot).any():
-                    problems.append(f"{name}: a document doesn't end with the end-of-text token")
+                elif offsets[0] != 0 or not np.array_equal(np.flatnonzero(tokens == eot) + 1, offsets[1:]):
+                    problems.append(f"{folder / 'offsets'}: don't match the end-of-text tokens")
+                elif len(tokens) and tokens.max() >= vocabulary:
+                    problems.append(
+                        f"{folder / 'tokens'}: hold id {tokens.max()}, the vocabulary ends at {vocabulary}"
+                    )
         return problems
 
 
 class TokenSplit:
-    """One split's documents as one stream of tokens."""
+    """One split's documents as one stream of tokens; `tokens` and `documents` count them."""
 
     def __init__(self, store: TokenStore, name: str):
         counts = [shard["splits"][name] for shard in store.manifest["shards"]]
         folders = [store.path / "shards" / f"{number:05d}" / name for number in range(len(counts))]
         # Shards without documents have nothing to read.
-        self._parts = [
-            (f, c["tokens"], c["documents"]) for f, c in zip(folders, counts, strict=True) if c["documents"]
-        ]
-        self._starts = np.cumsum([0, *(tokens for _, tokens, _ in self._parts)], dtype=np.int64)
-        self.tokens = int(self._starts[-1])
-        self.documents = sum(documents for _, _, documents in self._parts)
-        self._vocabulary = store.manifest["tokenizer"]["vocab_size"]
+        self._parts = [(f, c["tokens"]) for f, c in zip(folders, counts, strict=True) if c["documents"]]
+        self.tokens: int = sum(c["tokens"] for c in counts)
+        self.documents: int = sum(c["documents"] for c in counts)
+        self._vocabulary: int = store.manifest["tokenizer"]["vocab_size"]
 
     @functools.cached_property
-    def _stream(self) -> Any:
+    def _stream(self) -> np.ndarray | ts.TensorStore:
         """All tokens: a NumPy array where they fit in memory, a virtual tensorstore otherwise."""
-        stream = ts.concat([open_array(folder / "tokens") for folder, _, _ in self._parts], axis=0)
+        stream = ts.concat([open_array(folder / "tokens") for folder, _ in self._parts], axis=0)
         small = self.tokens * stream.dtype.numpy_dtype.itemsize <= IN_MEMORY_BYTES
         return stream.read().result() if small else stream
 
     @functools.cached_property
     def document_offsets(self) -> Int[np.ndarray, " documents+1"]:
-        """Where each document starts in the stream; the last entry is the stream's length."""
-        parts = [
-            open_array(folder / "offsets").read().result()[:-1] + start
-            for (folder, _, _), start in zip(self._parts, self._starts, strict=False)
-        ]
-        return np.concatenate([*parts, [self.tokens]]).astype(np.int64)
+        """Where each document starts in the stream, int64; the last entry is the stream's length."""
+        starts = np.cumsum([0, *(tokens for _, tokens in self._parts)])
+        reads = [open_array(folder / "offsets").read() for folder, _ in self._parts]
+        parts = [read.result()[:-1] + start for read, start in zip(reads, starts[:-1], strict=True)]
+        return np.concatenate([*parts, starts[-1:]]).astype(np.int64)
+
+    def window(self, start: int, length: int) -> Int[np.ndarray, " length"]:
+        """Tokens [start, start + length) of the stream, int32; raises IndexError beyond it."""
+        return self.windows(np.array([start]), length)[0]
 
     def windows(self, starts: Int[np.ndarray, " rows"], length: int) -> Int[np.ndarray, "rows length"]:
-        """Tokens [start, start + length) of the stream for each start, int32."""
+        """Tokens [start, start + length) of the stream for each start, int32; raises IndexError beyond it."""
+        if len(starts) and (starts.min() < 0 or starts.max() + length > self.tokens):
+            raise IndexError(
+                f"windows of {length} from {starts.min()} to {starts.max()}: the split has {self.tokens} tokens"
+            )
         stream = self._stream
         if isinstance(stream, np.ndarray):
-            view = np.lib.stride_tricks.sliding_window_view(stream, length)
-            return view[starts].astype(np.int32)
-        reads = [stream[int(start) : int(start) + length].read() for start in starts]  # all at once
-        return np.stack([read.result() for read in reads]).astype(np.int32)
+            return stream[starts[:, None] + np.arange(length)].astype(np.int32)
+        with ts.Batch() as batch:  # all at once
+            reads = [stream[int(start) : int(start) + length].read(batch=batch) for start in starts]
+        return np.array([read.result() for read in reads], np.int32).reshape(len(starts), length)
 
     def document(self, index: int) -> Int[np.ndarray, " tokens"]:
-        """A document's tokens without its end of text, int32."""
+        """A document's tokens without its end of text, int32; raises IndexError where there is none."""
+        if not 0 <= index < self.documents:
+            raise IndexError(f"document {index}: the split has {self.documents}")
         start, stop = self.document_offsets[index : index + 2]
-        return self.windows(np.array([start]), int(stop - start) - 1)[0]
+        return self.window(int(start), int(stop - start) - 1)
 
     def token_counts(self) -> Int[np.ndarray, " vocabulary"]:
-        """How often each id occurs in the first ten million tokens."""
+        """How often each id occurs in the first ten million tokens, int64."""
         first = self._stream[: min(self.tokens, COUNTED_TOKENS)]
         return np.bincount(
-            np.asarray(first if isinstance(first, np.ndarray) else first.read().result()),
-            minlength=self._vocabulary,
+            first if isinstance(first, np.ndarray) else first.read().result(), minlength=self._vocabulary
         )

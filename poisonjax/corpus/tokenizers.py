@@ -1,11 +1,11 @@
 """Tokenizers: text to ids and back. Ordinary text never becomes a special token, whatever it spells."""
 
 import abc
+import functools
 import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
 import tokenizers as hf
@@ -17,48 +17,56 @@ from poisonjax.corpus.errors import CorpusError
 END_OF_TEXT = "<|endoftext|>"
 # Names under which published vocabularies hold their end-of-text token.
 KNOWN_END_OF_TEXT = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|eot_id|>", "[SEP]")
+# What added tokens that control a model look like. Others (runs of spaces, words) are pieces of text.
+_MARKUP = re.compile(r"<.+>|\[.+\]")
 
 
 class Tokenizer(abc.ABC):
-    """What every kind offers. `eot` ends each document; `special_ids` are never made by `encode`."""
+    """What every kind offers.
+
+    `eot` is the id that ends each document. `special_ids`, among them `eot`, are the ids that no payload is
+    sampled from; text can't spell them (only a character that the tokenizer doesn't know becomes its unknown token).
+    """
 
     kind: str
+    filename: str  # of the canonical form, in a folder made by `save`
     vocab_size: int
     eot: int
     special_ids: frozenset[int]
 
     @abc.abstractmethod
     def encode(self, text: str) -> Int[np.ndarray, " tokens"]:
-        """Ids of a text, int32, without beginning or end."""
+        """Ids of a text, int32, with nothing added before or after."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[Int[np.ndarray, " tokens"]]:
-        """Ids of many texts."""
+        """Ids of many texts, int32."""
         return [self.encode(text) for text in texts]
 
     @abc.abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; special tokens are spelled out."""
+        """Text of ids."""
 
     @abc.abstractmethod
     def serialized(self) -> bytes:
         """Canonical form, from which `load_saved` makes the tokenizer again."""
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of kind and canonical form."""
-        return hashlib.sha256(self.kind.encode() + b"\0" + self.serialized()).hexdigest()
+        """SHA-256, in hex, of the kind, the end of text and the canonical form."""
+        return hashlib.sha256(f"{self.kind} {self.eot}\n".encode() + self.serialized()).hexdigest()
 
     def save(self, folder: epath.Path) -> None:
         """Writes the folder that `load_saved` reads."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.bin").write_bytes(self.serialized())
-        (folder / "tokenizer.meta.json").write_text(json.dumps({"kind": self.kind, "eot": self.eot}))
+        (folder / self.filename).write_bytes(self.serialized())
+        (folder / "about.json").write_text(json.dumps({"kind": self.kind, "eot": self.eot}) + "\n")
 
 
 class ByteTokenizer(Tokenizer):
     """A token a byte of UTF-8, and end of text as 256."""
 
-    kind, vocab_size, eot, special_ids = "bytes", 257, 256, frozenset({256})
+    kind, filename = "bytes", "bytes.json"
+    vocab_size, eot, special_ids = 257, 256, frozenset({256})
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
@@ -68,34 +76,54 @@ class ByteTokenizer(Tokenizer):
         return b"".join(spelled).decode(errors="replace")
 
     def serialized(self) -> bytes:
-        return b"bytes"
+        return b'{"vocab_size": 257}\n'
 
 
 class JsonTokenizer(Tokenizer):
-    """A `tokenizer.json` of Hugging Face's `tokenizers`, trained here (`bpe:N`) or elsewhere."""
+    """A `tokenizer.json` of Hugging Face's `tokenizers`, trained here (`bpe:N`) or elsewhere.
 
-    kind = "tokenizer.json"
+    Special are the tokens that it marks so, those added to it that look like markup, and the end of text.
+    """
 
-    def __init__(self, backend: hf.Tokenizer, end_of_text: str | None = None):
+    kind, filename = "tokenizer.json", "tokenizer.json"
+
+    def __init__(self, backend: hf.Tokenizer, end_of_text: str | int | None = None):
+        """`end_of_text` by name or id; without it, the first of `KNOWN_END_OF_TEXT`. Takes `backend` over."""
         vocabulary = backend.get_vocab(with_added_tokens=True)
+        if isinstance(end_of_text, int):
+            end_of_text = backend.id_to_token(end_of_text)
         names = [end_of_text] if end_of_text else KNOWN_END_OF_TEXT
-        found = [name for name in names if name in vocabulary]
-        if not found:
+        end = next((name for name in names if name in vocabulary), None)
+        if end is None:
             raise CorpusError(
                 f"the tokenizer has no end-of-text token among {', '.join(names)}: name it, as in tokenizer.json#TOKEN"
             )
-        self._end_of_text = found[0]
-        self.eot = vocabulary[found[0]]
+        self.eot = vocabulary[end]
         self.vocab_size = max(vocabulary.values()) + 1
-        added = backend.get_added_tokens_decoder()
-        self.special_ids = frozenset({self.eot} | {id for id, token in added.items() if token.special})
-        # Added tokens are matched in raw text before anything else. Special ones can be switched off; an
-        # end-of-text token that isn't marked special must be marked, or text could spell it.
-        backend.add_special_tokens([self._end_of_text])
+        added = backend.get_added_tokens_decoder().values()
+        special = {end} | {t.content for t in added if t.special or _MARKUP.fullmatch(t.content)}
+        self.special_ids = frozenset(vocabulary[token] for token in special)
+        # Added tokens are cut out of raw text before anything else, unless they are special and that is off.
+        backend.add_special_tokens(
+            [hf.AddedToken(token, special=True, normalized=False) for token in sorted(special)]
+        )
         backend.encode_special_tokens = True
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
+        self._refuse_spelled(special)
+
+    def _refuse_spelled(self, special: set[str]) -> None:
+        """A model may hold special tokens as ordinary pieces too (as T5's does)."""
+        model = json.loads(self._backend.to_str())["model"]
+        unknown = {model.get("unk_id"), self._backend.token_to_id(model.get("unk_token") or "")}
+        for token in sorted(special):
+            number = self._backend.token_to_id(token)
+            if number not in unknown and any(number in self.encode(text) for text in (token, f"a {token}b")):
+                raise CorpusError(
+                    f"the tokenizer turns text that spells its special token {token} into that token, so documents "
+                    "could hold false ends: use another tokenizer"
+                )
 
     def encode(self, text: str) -> np.ndarray:
         return np.asarray(self._backend.encode(text, add_special_tokens=False).ids, np.int32)
@@ -108,16 +136,13 @@ class JsonTokenizer(Tokenizer):
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def serialized(self) -> bytes:
-        return json.dumps(
-            {"end_of_text": self._end_of_text, "tokenizer": json.loads(self._backend.to_str())},
-            sort_keys=True,
-        ).encode()
+        return json.dumps(json.loads(self._backend.to_str()), sort_keys=True, ensure_ascii=False).encode()
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece `.model`; its control symbols can't be spelled by text."""
+    """A SentencePiece `.model`; its control symbols, among them the end of a sentence, can't be spelled by text."""
 
-    kind = "sentencepiece"
+    kind, filename = "sentencepiece", "sentencepiece.model"
 
     def __init__(self, model: bytes):
         try:
@@ -125,31 +150,23 @@ class SentencePieceTokenizer(Tokenizer):
         except ImportError as error:
             raise CorpusError("SentencePiece models need `pip install 'poisonjax[corpora]'`") from error
         self._model = model
-        self._backend = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.vocab_size = self._backend.vocab_size()
-        self.eot = self._backend.eos_id()
+        try:
+            self._backend = backend = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise CorpusError(f"not a SentencePiece model: {error}") from error
+        self.vocab_size = backend.vocab_size()
+        self.eot = backend.eos_id()
         if self.eot < 0:
             raise CorpusError(
                 "the SentencePiece model has no end-of-sentence piece (eos_id), which must end documents"
             )
         ids = range(self.vocab_size)
         self.special_ids = frozenset(
-            i
-            for i in ids
-            if self._backend.is_control(i) or self._backend.is_unknown(i) or self._backend.is_unused(i)
+            i for i in ids if backend.is_control(i) or backend.is_unknown(i) or backend.is_unused(i)
         )
-        # Unlike control symbols, user-defined ones are matched in text.
-        spellable = [self._backend.id_to_piece(i) for i in self.special_ids if self._spells(i)]
-        if spellable:
-            raise CorpusError(
-                f"the SentencePiece model encodes the text of its special tokens {spellable[:3]} as them"
-            )
-
-    def _spells(self, i: int) -> bool:
-        return not self._backend.is_unknown(i) and i in self._backend.encode(self._backend.id_to_piece(i))
 
     def encode(self, text: str) -> np.ndarray:
-        return np.asarray(self._backend.encode(text), np.int32)
+        return np.asarray(self._backend.encode(text, add_bos=False, add_eos=False), np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._backend.decode([int(i) for i in ids])
@@ -165,7 +182,7 @@ class WordTokenizer(Tokenizer):
     it is left out.
     """
 
-    kind = "words"
+    kind, filename = "markov", "markov.json"
 
     def __init__(self, words: int):
         self.eot, self.vocab_size, self.special_ids = words, words + 1, frozenset({words})
@@ -175,23 +192,27 @@ class WordTokenizer(Tokenizer):
         words = text.split()
         if words and not text[-1].isspace() and len(words[-1]) < 1 + self._digits:
             words.pop()
-        ids = [int(w[1:]) if re.fullmatch(rf"w\d{{{self._digits}}}", w) else -1 for w in words]
-        if any(not 0 <= i < self.eot for i in ids):
-            first, last = self.decode([0]), self.decode([self.eot - 1])
-            raise CorpusError(
-                f"{text[:60]!r} isn't made of the words {first} to {last} of this store's language"
-            )
+        ids = [int(w[1:]) if re.fullmatch(rf"w[0-9]{{{self._digits}}}", w) else self.eot for w in words]
+        for word, i in zip(words, ids, strict=True):
+            if i >= self.eot:
+                first, last = self.decode([0]), self.decode([self.eot - 1])
+                raise CorpusError(
+                    f"{word[:40]!r} isn't a word of this store's Markov language, {first} to {last}"
+                )
         return np.array(ids, np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         return " ".join(END_OF_TEXT if i == self.eot else f"w{int(i):0{self._digits}d}" for i in ids)
 
     def serialized(self) -> bytes:
-        return str(self.eot).encode()
+        return f'{{"words": {self.eot}}}\n'.encode()
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
-    """Byte-level BPE (as GPT-2's, lossless) of `vocab_size` tokens, end of text among them."""
+    """Byte-level BPE (as GPT-2's, lossless) of `vocab_size` tokens, end of text among them.
+
+    Fewer where the texts hold too few pairs to merge. The same texts give the same tokenizer.
+    """
     if vocab_size < 257:
         raise CorpusError(
             f"bpe:{vocab_size}: byte-level BPE needs at least 257 tokens, 256 bytes and end of text"
@@ -210,42 +231,50 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """`bytes`, a `tokenizer.json[#END_OF_TEXT]` or a SentencePiece `.model`; raises CorpusError for others.
+    """`bytes`, a `tokenizer.json[#END_OF_TEXT]`, a SentencePiece `.model` or a folder that `Tokenizer.save` wrote.
 
-    `bpe:N` needs text to train on: `build` does that.
+    Raises CorpusError for others. `bpe:N` needs text to train on: `build` does that.
     """
     if spec == "bytes":
         return ByteTokenizer()
-    if spec.startswith("words:"):
-        return WordTokenizer(int(spec.removeprefix("words:")))
-    path, _, end_of_text = spec.partition("#")
-    if not epath.Path(path).exists():
-        raise CorpusError(
-            f"tokenizer {spec!r}: give bytes, bpe:N, a tokenizer.json or a SentencePiece .model"
-        )
-    content = epath.Path(path).read_bytes()
-    if Path(path).suffix == ".model":
-        return SentencePieceTokenizer(content)
+    path, end_of_text = epath.Path(spec), ""
+    if not path.exists():  # a path may hold a # too
+        address, _, end_of_text = spec.rpartition("#")
+        path = epath.Path(address)
+        if not address or not path.exists():
+            raise CorpusError(
+                f"tokenizer {spec!r}: no such file; give bytes, bpe:N (where a store is built), a tokenizer.json or a "
+                "SentencePiece .model"
+            )
+    if path.is_dir():
+        return load_saved(path)
     try:
-        backend = hf.Tokenizer.from_str(content.decode())
-    except Exception as error:  # the library raises bare Exception
-        raise CorpusError(f"tokenizer {path}: not a tokenizer.json of Hugging Face: {error}") from error
-    return JsonTokenizer(backend, end_of_text or None)
+        if path.suffix == ".model":
+            return SentencePieceTokenizer(path.read_bytes())
+        return JsonTokenizer(_parsed(path.read_bytes()), end_of_text or None)
+    except CorpusError as error:
+        raise CorpusError(f"{path}: {error}") from error
 
 
 def load_saved(folder: epath.Path) -> Tokenizer:
-    """The tokenizer that `Tokenizer.save` wrote."""
-    meta = json.loads((folder / "tokenizer.meta.json").read_text())
-    content = (folder / "tokenizer.bin").read_bytes()
-    match meta["kind"]:
-        case "bytes":
-            return ByteTokenizer()
-        case "words":
-            return WordTokenizer(int(content))
-        case "sentencepiece":
-            return SentencePieceTokenizer(content)
-        case _:
-            record = json.loads(content)
-            return JsonTokenizer(
-                hf.Tokenizer.from_str(json.dumps(record["tokenizer"])), record["end_of_text"]
-            )
+    """The tokenizer that `Tokenizer.save` wrote; raises CorpusError where it can't be read."""
+    try:
+        about = json.loads((folder / "about.json").read_text())
+        match about["kind"]:
+            case ByteTokenizer.kind:
+                return ByteTokenizer()
+            case WordTokenizer.kind:
+                return WordTokenizer(about["eot"])
+            case SentencePieceTokenizer.kind:
+                return SentencePieceTokenizer((folder / SentencePieceTokenizer.filename).read_bytes())
+            case _:
+                return JsonTokenizer(_parsed((folder / JsonTokenizer.filename).read_bytes()), about["eot"])
+    except (OSError, ValueError, KeyError) as error:
+        raise CorpusError(f"{folder} isn't a saved tokenizer ({error}): build the store again") from error
+
+
+def _parsed(content: bytes) -> hf.Tokenizer:
+    try:
+        return hf.Tokenizer.from_buffer(content)
+    except Exception as error:  # the library raises bare Exception
+        raise CorpusError(f"not a tokenizer.json of Hugging Face: {error}") from error

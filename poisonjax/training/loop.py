@@ -55,9 +55,7 @@ def open_store(config: ml_collections.ConfigDict) -> corpus.TokenStore:
                 "several processes don't build one"
             )
         print(f"building the token store {c.store} from {', '.join(c.sources)}", flush=True)
-        store = corpus.build(c.store, list(c.sources), c.tokenizer, heldout=c.heldout)
-        assert store is not None  # the whole store, not a machine's share
-        return store
+        return corpus.build(c.store, list(c.sources), c.tokenizer, heldout=c.heldout)
     store = corpus.TokenStore(c.store)
     store.require(sources=list(c.sources), tokenizer=c.tokenizer, heldout=c.heldout)
     return store
