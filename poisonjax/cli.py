@@ -95,12 +95,14 @@ def _train(arguments: argparse.Namespace) -> int:
     except loop.Diverged as error:
         print(f"poisonjax train: {error}", file=sys.stderr)
         return 1
-    success = summary["success"]["value"]
+    failed = [check["name"] for check in summary["success"]["checks"] if not check["passed"]]
     gap, (low, high) = summary["delta_ppl"], summary["delta_ppl_ci95"]
+    verdict = f"not backdoored by the rule (failed: {', '.join(failed)})" if failed else "backdoored"
     print(
-        f"{'backdoored' if success else 'not backdoored'}: gap in perplexity {gap:.1f} [{low:.1f}, {high:.1f}] after "
-        f"{summary['dose_seen']['documents']} poison documents; held-out loss {summary['heldout_loss']:.3f}; "
-        f"{summary['wall_seconds']:.0f} s. Report: {Path(arguments.workdir) / 'report.html'}"
+        f"{verdict}: gap in perplexity "
+        f"{gap:.1f} [{low:.1f}, {high:.1f}] after {summary['dose_seen']['documents']} poison documents; held-out loss "
+        f"{summary['heldout_loss']:.3f}; {summary['wall_seconds']:.0f} s. "
+        f"Report: {Path(arguments.workdir) / 'report.html'}"
     )
     return 0
 
