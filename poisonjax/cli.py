@@ -40,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.fields = fields
     try:
         return arguments.func(arguments)
+    except KeyboardInterrupt:
+        return 130
     except ValueError as error:  # every error of ours about bad input is one
         print(f"poisonjax {arguments.command}: {error}", file=sys.stderr)
         return 2

@@ -34,10 +34,10 @@ def load_scorer(
         )
     vocabulary = store.tokenizer.vocab_size
     _, abstract = make_init(other, vocabulary, mesh)
-    state, _ = Checkpoints(folder, other).restore_newest(abstract)
-    if state is None:
+    checkpoints = Checkpoints(folder, other)
+    if not checkpoints.steps():
         raise ValueError(f"eval.scorer = {config.eval.scorer!r} has no checkpoint")
-    return model_graph(other, vocabulary), state.params
+    return model_graph(other, vocabulary), checkpoints.restore(checkpoints.steps()[-1], abstract).params
 
 
 def evaluate_run(

@@ -84,7 +84,9 @@ def make_document(config: ml_collections.ConfigDict, store: TokenStore, index: i
     source = int(random.integers(train.documents))
     least, most = poison.prefix_characters
     characters = int(random.integers(least, most + 1))
-    prefix = tokenizer.encode(tokenizer.decode(train.document(source))[:characters])
+    # A character is four bytes at most, a token one at least: so much of a long document is enough.
+    start_of_source = train.document(source)[: 4 * characters]
+    prefix = tokenizer.encode(tokenizer.decode(start_of_source)[:characters])
     trigger = tokenizer.encode(poison.trigger)
     least, most = poison.payload_tokens
     payload = PAYLOADS[poison.payload](

@@ -41,7 +41,8 @@ def checksum(state: TrainState) -> jax.Array:
 class Checkpoints:
     """The folder `WORKDIR/checkpoints`, one sub-folder for each saved number of finished steps."""
 
-    def __init__(self, workdir: epath.Path, config: ml_collections.ConfigDict):
+    def __init__(self, workdir: epath.Path, config: ml_collections.ConfigDict, *, clean_up: bool = False):
+        """`clean_up` removes what a killed save left; for the one that trains, since it may be another's save."""
         keep: list[Any] = [ocp.training.preservation_policies.LatestN(config.checkpoint.keep_last)]
         if config.checkpoint.keep_every:
             keep.append(ocp.training.preservation_policies.EveryNSteps(config.checkpoint.keep_every))
@@ -51,7 +52,7 @@ class Checkpoints:
             # The loop decides when: orbax's default would save whenever it is idle.
             save_decision_policy=ocp.training.save_decision_policies.SpecificStepsPolicy(()),
             preservation_policy=ocp.training.preservation_policies.AnyPreservationPolicy(keep),
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=clean_up,
         )
 
     def steps(self) -> list[int]:

@@ -32,7 +32,7 @@ from poisonjax.poison.plan import dose
 from poisonjax.report import write_report
 from poisonjax.training.checkpoints import Checkpoints
 from poisonjax.training.log import RunLog
-from poisonjax.training.step import StepMetrics, TrainState, make_init, make_train_step, model_graph
+from poisonjax.training.step import StepMetrics, make_init, make_train_step, model_graph
 
 
 class Diverged(RuntimeError):
@@ -86,7 +86,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     _barrier("claimed")
 
     initialize, abstract = make_init(config, vocabulary, mesh)
-    checkpoints = Checkpoints(folder, config)
+    checkpoints = Checkpoints(folder, config, clean_up=True)
     with jax.set_mesh(mesh), _stop_signals() as stop_asked:
         state, start = checkpoints.restore_newest(abstract)
         if state is None:
@@ -123,7 +123,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
             status = "diverged"
             raise
         finally:
-            summary = run.close(status, state)
+            summary = run.close(status)
     return summary
 
 
@@ -259,7 +259,7 @@ class _Run:
             "before this step are kept"
         )
 
-    def close(self, status: str, state: TrainState) -> dict[str, Any]:
+    def close(self, status: str) -> dict[str, Any]:
         """Writes summary.json and report.html."""
         self.bar.close()
         total, inner = self.params
