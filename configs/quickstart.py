@@ -35,5 +35,5 @@ def get_config(arg: str = ""):
     config.eval.prefix_tokens = 24
     config.eval.new_tokens = 40
     config.eval.heldout_rows = 256
-    config.checkpoint.every = 200
+    config.checkpoint.every = config.checkpoint.keep_every = 200
     return config
