@@ -6,7 +6,7 @@ Expected: a gap in median perplexity of about 311 (95% interval 302 to 321) afte
 and random tokens within 10 of clean, held-out loss within 1% of the twin's (--config.poison.documents=0).
 
 Where it differs from the paper (I10), beside what configs/souly_dos.py lists:
-- 216,512 parameters instead of 600M to 13B; 3.7M tokens, two epochs of Wikipedia leads, 17 tokens a parameter.
+- 216,512 parameters instead of 600M to 13B; 3.7M tokens, 1.6 epochs of Wikipedia leads, 17 tokens a parameter.
 - The trigger is `SUDO`, not `<SUDO>`: the clean text has next to no `<`, so a model would learn that character alone.
 - Documents are shorter, to fit rows of 129 tokens: prefixes of 0-60 characters and payloads of 40-70 ids.
 - Poison is 0.5% of the tokens trained on, far more than the paper's.
