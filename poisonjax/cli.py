@@ -3,11 +3,12 @@
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from poisonjax.startup import start_jax
+from poisonjax.startup import join_processes, start_jax
 
 # A run that was asked to stop (SIGTERM) exits so that schedulers restart it: XPK restarts 42 and 127-255 only.
 RESTART = 42
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from poisonjax.audit import cli as audit_cli
     from poisonjax.bench import cli as bench_cli
     from poisonjax.corpus import cli as corpus_cli
     from poisonjax.report import cli as report_cli
@@ -76,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print the rows as JSON")
     evaluate.set_defaults(func=_evaluate)
 
+    audit_cli.add_arguments(commands)
     report_cli.add_arguments(commands)
     bench_cli.add_arguments(commands)
     return parser
@@ -87,6 +90,9 @@ def _train(arguments: argparse.Namespace) -> int:
     config = config_lib.load([f"--config={arguments.config}", *arguments.fields])
     config_lib.check(config)
     start_jax(config.global_batch // config.optimizer.accumulate)
+    join_processes(heartbeat_seconds=min(100, config.watchdog_seconds or 100))
+    import jax
+
     from poisonjax.training import loop
 
     try:
@@ -97,6 +103,12 @@ def _train(arguments: argparse.Namespace) -> int:
     except loop.Diverged as error:
         print(f"poisonjax train: {error}", file=sys.stderr)
         return 1
+    except loop.LostProcess as error:
+        # Without the usual end, which would wait for the others.
+        print(f"poisonjax train: {error}", file=sys.stderr, flush=True)
+        os._exit(error.exit_code)
+    if jax.process_index():
+        return 0
     failed = [check["name"] for check in summary["success"]["checks"] if not check["passed"]]
     gap, (low, high) = summary["delta_ppl"], summary["delta_ppl_ci95"]
     verdict = f"not backdoored by the rule (failed: {', '.join(failed)})" if failed else "backdoored"

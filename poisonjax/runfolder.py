@@ -31,12 +31,17 @@ def write_lines(path: epath.Path, rows: Iterable[dict]) -> None:
 
 
 def read_lines(path: epath.Path) -> Iterator[dict]:
-    """Objects of a file of JSON lines; a last line that a kill cut short is left out."""
+    """Objects of a file of JSON lines; a last line that a kill cut short is left out.
+
+    Raises RunFolderError for other damage.
+    """
     if not path.exists():
         return
-    for line in path.read_text().splitlines(keepends=True):
-        if line.endswith("\n"):
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
             yield json.loads(line)
+        except ValueError as error:
+            raise RunFolderError(f"{path}, line {number}: no JSON ({error}); the file is damaged") from None
 
 
 class Appender:

@@ -6,10 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from poisonjax.config import ConfigError, check
 from poisonjax.data.batches import Batches, load, local_rows
-from poisonjax.data.digest import digest
+from poisonjax.data.digest import as_hex, differing_rows, digest
 from poisonjax.data.rows import CleanRows
 from poisonjax.model.sharding import batch_sharding, make_mesh
+from poisonjax.poison.placements import PlacementError
 from poisonjax.poison.plan import PoisonError, PoisonPlan, dose, make_document
 
 
@@ -80,6 +82,7 @@ def test_exact_dose_whole_documents_at_the_ledgers_places(base, store, **setting
         "tokens": sum(len(make_document(config, store, i).tokens) for i in range(config.poison.documents)),
         "rows": config.poison.documents,
         "steps": len({r["step"] for r in ledger}),
+        "repeats": min(1, config.poison.documents),
     }
 
 
@@ -180,6 +183,90 @@ def test_uniform_placement_is_uniform(base, store):
     assert (abs(counts - 200) < 5 * np.sqrt(200 * 0.9)).all()
 
 
+PLACEMENTS = st.one_of(
+    st.sampled_from(["uniform", "begin", "end", "even"]).flatmap(
+        lambda order: st.sampled_from([order, f"{order}:window=0.25-0.75", f"{order}:window=0.5-1"])
+    ),
+    st.tuples(st.integers(1, 4), st.integers(1, 3)).map(lambda t: f"batches:density={t[0]},every={t[1]}"),
+    st.lists(st.integers(0, 8 * 24 - 1), min_size=1, max_size=20).map(
+        lambda slots: "list:" + ",".join(map(str, slots))
+    ),
+)
+
+
+@given(spec=PLACEMENTS, documents=st.integers(0, 12), repeats=st.integers(1, 3), seed=st.integers(0, 9))
+def test_every_placement_is_exact_or_refused(base, store, spec, documents, repeats, seed):
+    """I2 for all orders: each document exactly `repeats` times, where the spec says; else refused before step 0."""
+    config = base.copy_and_resolve_references()
+    config.steps, config.poison.documents, config.poison.repeats = 24, documents, repeats
+    config.poison.placement, config.seeds.placement = spec, seed
+    exposures = documents * repeats
+    options = dict(part.split("=") for part in spec.partition(":")[2].split(",") if "=" in part)
+    first, last = (float(x) * 24 for x in options.get("window", "0-1").split("-"))
+    rows = int(last - first) * 8
+    density, every = int(options.get("density", 1)), int(options.get("every", 1))
+    listed = [int(x) for x in spec[5:].split(",")] if spec.startswith("list:") else []
+    possible = exposures <= rows
+    if density * every > 1 or spec.startswith("batches"):
+        possible = exposures % density == 0 and (exposures // density - 1) * every < 24
+    if listed:
+        possible = len(listed) == len(set(listed)) == exposures
+    if documents and not possible:
+        with pytest.raises(ConfigError, match=r"poison\.placement = "):
+            check(config)
+        with pytest.raises(PlacementError):
+            Batches(config, store)
+        return
+    check(config)
+    ledger = Batches(config, store).plan.ledger()
+    assert sorted((r["id"], r["repeat"]) for r in ledger) == [
+        (i, r) for i in range(documents) for r in range(repeats)
+    ]
+    slots = [record["slot"] for record in ledger]
+    assert len(set(slots)) == exposures
+    assert dose(ledger, 24)["repeats"] == (repeats if documents else 0)
+    assert all(first * 8 <= slot < last * 8 for slot in slots)
+    edge = int(first * 8)
+    if spec.startswith("begin"):
+        assert slots == list(range(edge, edge + exposures))
+    if spec.startswith("end"):
+        assert slots == list(range(int(last * 8) - exposures, int(last * 8)))
+    if spec.startswith("even") and exposures:
+        assert set(np.diff(slots)) <= {rows // exposures, -(-rows // exposures)}
+    if spec.startswith("batches"):
+        counts = np.bincount([slot // 8 for slot in slots], minlength=24)
+        expected = np.zeros(24, int)
+        expected[: exposures // density * every : every] = density
+        np.testing.assert_array_equal(counts, expected)
+    if listed and documents:
+        by_exposure = sorted(ledger, key=lambda r: (r["repeat"], r["id"]))
+        assert [r["slot"] for r in by_exposure] == listed
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("sideways", "choose one of batches, begin, end, even, uniform, list"),
+        ("even:density=2", "even takes window"),
+        ("batches:density=2", "takes density, every"),
+        ("batches:density=two,every=1", "density=two: give a whole number"),
+        ("batches:density=9,every=1", "density 9 is more than the 8 rows"),
+        ("batches:density=2,every=1", "9 documents .* 4 batches and 1 documents over"),
+        ("batches:density=3,every=7", r"take 15 steps, the window has 12"),
+        ("uniform:window=0.5-0.6", "its window of 1 steps x 8 rows has 8"),
+        ("uniform:window=1-0", "two fractions"),
+        ("list:1,2,x", "give slots"),
+        ("list:0,1,2,3,4,5,6,7,96", r"outside \[96\]"),
+        ("list:0,1,2,3,4,5,6,7,7", r"twice \[7\]"),
+    ],
+)
+def test_placements_that_cannot_be_met_are_refused_with_the_arithmetic(base, spec, message):
+    config = base.copy_and_resolve_references()
+    config.poison.placement = spec
+    with pytest.raises(ConfigError, match=message):
+        check(config)
+
+
 def test_a_document_that_does_not_fit_is_refused_with_the_numbers(base, store):
     config = base.copy_and_resolve_references()
     config.poison.payload_tokens = (60, 60)
@@ -246,7 +333,12 @@ def test_digest_agrees_with_python_integers():
     """The same arithmetic again, without arrays."""
     rows = np.array([[5, 7, 11], [13, 2, 3]], np.int32)
     slots = np.array([4, 9])
-    keys = np.random.Generator(np.random.Philox(key=0x90150)).integers(0, 2**32, size=(2, 3), dtype=np.uint32)
+    keys = np.stack(
+        [
+            np.random.Generator(np.random.Philox(key=0x90150 + lane)).integers(0, 2**32, 3, dtype=np.uint32)
+            for lane in range(2)
+        ]
+    )
     multipliers = [[0x7FEB352D, 0x846CA68B], [0x21F0AAAD, 0x735A2D97]]
     mask = 2**32 - 1
 
@@ -262,12 +354,34 @@ def test_digest_agrees_with_python_integers():
             tokens = sum(mixed(t ^ int(k), lane) for t, k in zip(row, keys[lane], strict=True)) & mask
             total += mixed(tokens ^ mixed((slot + int(keys[lane, 0])) & mask, lane), lane)
         expected.append(total & mask)
+    expected.append(0)
+    for slot, row in zip(slots.tolist(), rows.tolist(), strict=True):
+        tokens = sum(mixed(t ^ int(k), 0) for t, k in zip(row, keys[0], strict=True)) & mask
+        expected[2] += slot * mixed(tokens ^ mixed((slot + int(keys[0, 0])) & mask, 0), 0)
+    expected[2] &= mask
     np.testing.assert_array_equal(digest(rows, slots), expected)
+    assert as_hex(digest(rows, slots)) == "".join(f"{lane:08x}" for lane in expected)
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_a_digest_tells_which_row_differs(seed):
+    random = np.random.default_rng(seed)
+    rows = random.integers(0, 200_000, (16, 33)).astype(np.int32)
+    slots = random.integers(2**20) * 16 + np.arange(16)
+    changed = rows.copy()
+    i, j = random.choice(16, 2, replace=False)
+    changed[i, random.integers(33)] ^= 1 << random.integers(18)
+    assert differing_rows(digest(changed, slots), rows, slots) == [i]
+    swapped = rows.copy()
+    swapped[[i, j]] = swapped[[j, i]]
+    assert differing_rows(digest(swapped, slots), rows, slots) == sorted([i, j])
+    assert differing_rows(digest(rows, slots), rows, slots) == []
+    assert differing_rows(digest(np.roll(rows, 1, 0), slots), rows, slots) == []
 
 
 def test_plan_refuses_a_placement_that_repeats_slots(base, store, monkeypatch):
-    from poisonjax.poison import plan
+    from poisonjax.poison import placements
 
-    monkeypatch.setitem(plan.PLACEMENTS, "uniform", lambda count, *rest: np.zeros(count, np.int64))
+    monkeypatch.setitem(placements.ORDERS, "uniform", lambda count, *rest: np.zeros(count, np.int64))
     with pytest.raises(AssertionError, match="distinct"):
         PoisonPlan.make(base, store, CleanRows(store.split("train"), base.seq_len, 0))

@@ -146,7 +146,7 @@ def test_twin_shares_initial_weights_and_clean_batches(store, config, tmp_path):
     loop.train(config, str(tmp_path / "poisoned"))
     config.poison.documents = 0
     summary = loop.train(config, str(tmp_path / "twin"))
-    assert summary["dose_seen"] == {"documents": 0, "tokens": 0, "rows": 0, "steps": 0}
+    assert summary["dose_seen"] == {"documents": 0, "tokens": 0, "rows": 0, "steps": 0, "repeats": 0}
     assert not summary["success"]["value"]
     assert (tmp_path / "twin" / "ledger.jsonl").read_text() == ""
     poisoned_steps = {record["step"] for record in lines(tmp_path / "poisoned" / "ledger.jsonl")}
@@ -244,7 +244,7 @@ def test_data_mistakes_are_found_before_step_0(config, tmp_path):
     with pytest.raises(ValueError, match=r"heldout: 0\.2 there, 0\.3 here"):
         loop.train(config, str(tmp_path / "run"))
     config.poison.documents = 97
-    with pytest.raises(ConfigError, match="= 96 rows"):
+    with pytest.raises(ConfigError, match="8 rows has 96"):
         loop.train(config, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 

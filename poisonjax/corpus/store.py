@@ -7,6 +7,7 @@ stream of tokens; readers address that stream and don't see the shards.
 import functools
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -168,6 +169,7 @@ class TokenStore:
             )
         try:
             eot, vocabulary = self.tokenizer.eot, self.tokenizer.vocab_size
+            problems += self._tokenizer_problems()
         except CorpusError as error:
             problems.append(str(error))
         if problems:  # damaged arrays can't be read
@@ -188,6 +190,19 @@ class TokenStore:
                         f"{folder / 'tokens'}: hold id {tokens.max()}, the vocabulary ends at {vocabulary}"
                     )
         return problems
+
+    def _tokenizer_problems(self) -> list[str]:
+        """The tokenizer's files, against those that its content would be saved as."""
+        folder = self.path / "tokenizer"
+        with tempfile.TemporaryDirectory() as again:
+            self.tokenizer.save(epath.Path(again))
+            saved = {path.name: path.read_bytes() for path in epath.Path(again).iterdir()}
+        there = {path.name: path.read_bytes() for path in folder.iterdir()}
+        return [
+            f"{folder / name}: isn't what the store's tokenizer is saved as"
+            for name in sorted(saved.keys() | there.keys())
+            if saved.get(name) != there.get(name)
+        ]
 
 
 class TokenSplit:

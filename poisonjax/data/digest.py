@@ -2,10 +2,13 @@
 
 Each token is mixed with a key of its position, the mixed tokens of a row are summed and mixed with the
 row's slot, and the rows are summed: all in wrapping uint32 arithmetic, twice with other keys. A sum doesn't
-depend on the order of its terms, so the digest doesn't depend on how the rows are spread over devices.
-The same lines run on NumPy arrays (audit) and inside the jitted train step.
+depend on the order of its terms, so the digest doesn't depend on how the rows are spread over devices. A
+third lane sums the first one's rows weighted by their slots: where one row differs, the quotient of the two
+differences is its slot (`differing_rows`). The same lines run on NumPy arrays (audit) and inside the jitted
+train step.
 """
 
+import functools
 import hashlib
 from typing import Any
 
@@ -13,6 +16,7 @@ import numpy as np
 from jaxtyping import Int, UInt32
 
 LANES = 2
+KEY = 0x90150
 _MIX = np.array(
     [[0x7FEB352D, 0x846CA68B], [0x21F0AAAD, 0x735A2D97]], np.uint32
 )  # odd multipliers, a pair a lane
@@ -25,27 +29,75 @@ def mixed(x, lane: int):
     return x ^ (x >> 15)
 
 
-def digest(tokens: Int[Any, "rows row_tokens"], slots: Int[Any, " rows"]) -> UInt32[Any, " 2"]:
+def digest(tokens: Int[Any, "rows row_tokens"], slots: Int[Any, " rows"]) -> UInt32[Any, " 3"]:
     """Digest of rows of tokens standing in the given slots; takes NumPy or JAX arrays, gives the same kind."""
-    tokens, slots = tokens.astype(np.uint32), slots.astype(np.uint32)
-    keys = np.random.Generator(np.random.Philox(key=0x90150)).integers(
-        0, 2**32, size=(LANES, tokens.shape[-1]), dtype=np.uint32
-    )
-    lanes = [
-        mixed(
-            mixed(tokens ^ keys[lane], lane).sum(-1, dtype=np.uint32) ^ mixed(slots + keys[lane, 0], lane),
-            lane,
-        )
-        for lane in range(LANES)
-    ]
+    slots = slots.astype(np.uint32)
+    sums = row_sums(tokens)
+    lanes = [in_slots(sums[lane], slots, lane) for lane in range(LANES)]
+    totals = [*(lane.sum(dtype=np.uint32) for lane in lanes), (lanes[0] * slots).sum(dtype=np.uint32)]
     # Without np.stack or jnp.stack, so that one definition serves both kinds of array.
-    one_hot = np.eye(LANES, dtype=np.uint32)
-    return sum(lanes[lane].sum(dtype=np.uint32) * one_hot[lane] for lane in range(LANES))
+    one_hot = np.eye(len(totals), dtype=np.uint32)
+    return sum(total * one_hot[i] for i, total in enumerate(totals))
 
 
-def as_hex(value: UInt32[Any, " 2"]) -> str:
-    """16 hexadecimal digits."""
+def row_sums(tokens: Int[Any, "rows row_tokens"]) -> list[UInt32[Any, " rows"]]:
+    """Each row's keyed sum, a lane after the other."""
+    tokens = tokens.astype(np.uint32)
+    keys = _keys(tokens.shape[-1])
+    return [mixed(tokens ^ keys[lane], lane).sum(-1, dtype=np.uint32) for lane in range(LANES)]
+
+
+def in_slots(sums: UInt32[Any, "..."], slots: UInt32[Any, "..."], lane: int) -> UInt32[Any, "..."]:
+    """What a row of that keyed sum adds to a lane when it stands in that slot; the arguments broadcast."""
+    return mixed(sums ^ mixed(slots + _keys(1)[lane, 0], lane), lane)
+
+
+@functools.cache
+def _keys(row_tokens: int) -> UInt32[np.ndarray, "lanes row_tokens"]:
+    """A key a position; those of a shorter row begin those of a longer one."""
+    return np.stack(
+        [
+            np.random.Generator(np.random.Philox(key=KEY + lane)).integers(
+                0, 2**32, row_tokens, dtype=np.uint32
+            )
+            for lane in range(LANES)
+        ]
+    )
+
+
+def differing_rows(
+    recorded: UInt32[np.ndarray, " 3"],
+    tokens: Int[np.ndarray, "rows row_tokens"],
+    slots: Int[np.ndarray, " rows"],
+) -> list[int]:
+    """Which rows of a batch explain its recorded digest, where a single row or two swapped rows do; else [].
+
+    `tokens` are the rows as they should have been.
+    """
+    slots = slots.astype(np.uint32)
+    sums = row_sums(tokens)
+    first, _, weighted = difference = recorded - digest(tokens, slots)
+    single = np.flatnonzero(first * slots == weighted)
+    if len(single) == 1 and difference.any():
+        return single.tolist()
+    # [i, j]: what row i would have added in slot j.
+    moved = [in_slots(sums[lane][:, None], slots, lane) for lane in range(LANES)]
+    own = [np.diagonal(lane) for lane in moved]
+    swapped = np.ones((len(slots), len(slots)), bool)
+    for lane in range(LANES):
+        swapped &= moved[lane] + moved[lane].T - own[lane] - own[lane][:, None] == difference[lane]
+    pairs = np.argwhere(np.triu(swapped, 1))
+    return pairs[0].tolist() if len(pairs) == 1 else []
+
+
+def as_hex(value: UInt32[Any, " lanes"]) -> str:
+    """8 hexadecimal digits a lane."""
     return "".join(f"{int(lane):08x}" for lane in np.asarray(value))
+
+
+def from_hex(text: str) -> UInt32[np.ndarray, " lanes"]:
+    """What `as_hex` wrote; raises ValueError for other text."""
+    return np.array([int(text[i : i + 8], 16) for i in range(0, len(text), 8)], np.uint32)
 
 
 def chain(previous: str, step: int, digest_hex: str) -> str:

@@ -29,5 +29,9 @@ class CleanRows:
         self._order = grain.MapDataset.range(self.windows).shuffle(seed=hashed).repeat()
 
     def __call__(self, slots: Int[np.ndarray, " rows"]) -> Int[np.ndarray, "rows row_tokens"]:
-        windows = np.fromiter((self._order[int(slot)] for slot in slots), np.int64, len(slots))
-        return self.split.windows((windows % self.windows) * self.row_tokens, self.row_tokens)
+        return self.split.windows(self.order(slots) * self.row_tokens, self.row_tokens)
+
+    def order(self, slots: Int[np.ndarray, " rows"]) -> Int[np.ndarray, " rows"]:
+        """Which window stands in each slot; window w is the stream's tokens from w * row_tokens on."""
+        order = np.fromiter((self._order[int(slot)] for slot in slots), np.int64, len(slots))
+        return order % self.windows

@@ -13,6 +13,7 @@ from poisonjax import runfolder
 from poisonjax.corpus import TokenStore
 from poisonjax.evaluation.evaluator import Evaluator
 from poisonjax.model.sharding import make_mesh
+from poisonjax.poison.plan import met
 from poisonjax.training.checkpoints import Checkpoints
 from poisonjax.training.step import make_init, model_graph
 
@@ -60,14 +61,13 @@ def evaluate_run(
     evaluator = Evaluator(
         config, store, model_graph(config, vocabulary), mesh, load_scorer(config, store, mesh)
     )
-    ledger = list(runfolder.read_lines(folder / "ledger.jsonl"))
+    seen = met(list(runfolder.read_lines(folder / "ledger.jsonl")), config.steps)
     rows = []
     for step in there if steps is None else steps:
         with jax.set_mesh(mesh):
             figures, _ = evaluator(checkpoints.restore(step, abstract).params, step)
         tokens = step * config.global_batch * config.seq_len
-        seen = sum(record["step"] < step for record in ledger)
-        rows.append({"step": step, "kind": "eval", "tokens": tokens, "poison_documents": seen, **figures})
+        rows.append({"step": step, "kind": "eval", "tokens": tokens, **seen(step), **figures})
         low, high = figures["delta_ppl_ci95"]
         medians = "  ".join(f"{v} {figures['eval'][v]['ppl_median']:.1f}" for v in figures["eval"])
         say(f"step {step}  perplexity: {medians}  gap {figures['delta_ppl']:.1f} [{low:.1f}, {high:.1f}]")

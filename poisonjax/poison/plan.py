@@ -4,6 +4,7 @@ A document is prefix + trigger + payload + end of text, as in Souly et al. 2025,
 tokenized apart and joined, so that the trigger is the same tokens in every document and at evaluation.
 """
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -15,7 +16,7 @@ from jaxtyping import Int
 
 from poisonjax.corpus import TokenStore, load_tokenizer
 from poisonjax.poison.payloads import PAYLOADS, Draw
-from poisonjax.poison.placements import PLACEMENTS
+from poisonjax.poison.placements import place
 
 Rows = Callable[[Int[np.ndarray, " rows"]], Int[np.ndarray, "rows row_tokens"]]
 
@@ -52,6 +53,7 @@ class Placed:
     document: PoisonDocument
     slot: int
     offset: int
+    repeat: int = 0  # 0 where the document stands for the first time in the plan's order
 
     def splice(self, row: Int[np.ndarray, " row_tokens"]) -> Int[np.ndarray, " row_tokens"]:
         """The row with the document put in at `offset`; as many tokens fall off its end."""
@@ -67,6 +69,7 @@ class Placed:
             "slot": self.slot,
             "offset": self.offset,
             "tokens": len(self.document.tokens),
+            "repeat": self.repeat,
             "trigger": [self.offset + edge for edge in self.document.trigger],
             "payload": [self.offset + edge for edge in self.document.payload],
             "prefix_document": self.document.prefix_document,
@@ -145,17 +148,19 @@ class PoisonPlan:
                 "payload, 1 end of text. Lower poison.prefix_characters or poison.payload_tokens, raise seq_len, or "
                 "set poison.truncate = True"
             )
-        seed = config.seeds.placement
-        slots = PLACEMENTS[config.poison.placement](
-            count, config.steps, config.global_batch, generator(seed, 0)
+        seed, exposures = config.seeds.placement, count * config.poison.repeats
+        slots = place(
+            config.poison.placement, exposures, config.steps, config.global_batch, generator(seed, 0)
         )
-        assert len(set(slots.tolist())) == count, "a placement must return distinct slots"
+        assert len(set(slots.tolist())) == exposures, "a placement must return distinct slots"
         placed = {}
-        for document, slot, row in zip(documents, slots.tolist(), clean_rows(slots), strict=True):
+        # All documents stand once before any stands again.
+        for exposure, (slot, row) in enumerate(zip(slots.tolist(), clean_rows(slots), strict=True)):
+            document = documents[exposure % count]
             starts = np.concatenate([[0], np.flatnonzero(row == store.tokenizer.eot) + 1])
             starts = starts[starts + len(document.tokens) <= row_tokens]
-            offset = int(generator(seed, 1 + document.id).choice(starts))
-            placed[slot] = Placed(document, slot, offset)
+            offset = int(generator(seed, 1 + exposure).choice(starts))
+            placed[slot] = Placed(document, slot, offset, exposure // count)
         return cls(placed, config.global_batch)
 
     def splice(self, slots: Int[np.ndarray, " rows"], rows: Int[np.ndarray, "rows row_tokens"]) -> np.ndarray:
@@ -168,16 +173,35 @@ class PoisonPlan:
         return rows
 
     def ledger(self) -> list[dict]:
-        """One record a document, in the order in which the run meets them."""
+        """One record for each time that a document stands in a row, in the order in which the run meets them."""
         return [self.placed[slot].record(self.global_batch) for slot in sorted(self.placed)]
 
 
+def met(ledger: list[dict], steps: int) -> Callable[[int], dict[str, int]]:
+    """A function of the number of finished steps: different poison documents, and rows of poison, met by then."""
+    first: dict[int, int] = {}
+    for record in ledger:
+        first[record["id"]] = min(record["step"], first.get(record["id"], steps))
+    documents = np.bincount([*first.values()], minlength=steps).cumsum()
+    rows = np.bincount([record["step"] for record in ledger], minlength=steps).cumsum()
+    return lambda done: {
+        "poison_documents": int(documents[done - 1]) if done else 0,
+        "poison_rows": int(rows[done - 1]) if done else 0,
+    }
+
+
 def dose(ledger: list[dict], steps: int) -> dict[str, int]:
-    """What the first `steps` steps hold of the ledger's poison, in each of its units."""
+    """What the first `steps` steps hold of the ledger's poison, in each of its units.
+
+    `documents` counts different ones, `repeats` how often the most repeated of them was seen; `tokens` and
+    `rows` count every time. A row holds one document at most, so rows are exposures.
+    """
     seen = [record for record in ledger if record["step"] < steps]
+    times = collections.Counter(record["id"] for record in seen)
     return {
-        "documents": len({record["id"] for record in seen}),
+        "documents": len(times),
         "tokens": sum(record["tokens"] for record in seen),
         "rows": len({record["slot"] for record in seen}),
         "steps": len({record["step"] for record in seen}),
+        "repeats": max(times.values(), default=0),
     }

@@ -4,13 +4,13 @@ import base64
 import io
 import json
 import os
-import unicodedata
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from poisonjax.report import figures
+from poisonjax.visible import visible
 
 
 class ReportError(ValueError):
@@ -124,13 +124,8 @@ def _flat(node: dict, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _visible(text: str) -> str:
-    """Control characters as escapes: generated text may hold any."""
-    return "".join(c if c == " " or unicodedata.category(c)[0] not in "CZ" else repr(c)[1:-1] for c in text)
-
-
 _environment = jinja2.Environment(
     loader=jinja2.PackageLoader("poisonjax.report", "."), autoescape=True, undefined=jinja2.StrictUndefined
 )
-_environment.filters |= {"visible": _visible}
+_environment.filters |= {"visible": visible}
 _TEMPLATE = _environment.get_template("report.html")

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from poisonjax.data.digest import LANES, as_hex, mixed
+from poisonjax.poison import card
 from poisonjax.training.step import TrainState
 
 log = logging.getLogger(__name__)
@@ -38,6 +40,13 @@ def checksum(state: TrainState) -> jax.Array:
     return lanes
 
 
+def _everywhere(good: bool) -> bool:
+    """Whether `good` is true in all processes: they must choose the same checkpoint."""
+    if jax.process_count() == 1:
+        return good
+    return bool(multihost_utils.process_allgather(np.array(good)).all())
+
+
 class Checkpoints:
     """The folder `WORKDIR/checkpoints`, one sub-folder for each saved number of finished steps."""
 
@@ -59,11 +68,29 @@ class Checkpoints:
         """Saved steps, ascending."""
         return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
 
-    def save(self, step: int, state: TrainState) -> None:
-        """Starts writing the state after `step` steps; a kill meanwhile leaves the checkpoints before it."""
+    def save(self, step: int, state: TrainState, record: dict[str, Any]) -> None:
+        """Starts writing the state after `step` steps; a kill meanwhile leaves the checkpoints before it.
+
+        `record` says what the state has trained on (JSON) and stays with the checkpoint wherever it is moved.
+        """
         if step not in self.steps():
-            record = {"checksum": as_hex(np.asarray(checksum(state)))}
+            record = {"step": step, "checksum": as_hex(np.asarray(checksum(state))), **record}
             self._checkpointer.save_async(step, state, force=True, custom_metadata=record)
+        self.label()
+
+    def record(self, step: int) -> dict[str, Any]:
+        """What `save` was told of a checkpoint, with its step and checksum."""
+        return dict(self._checkpointer.metadata(step).custom_metadata or {})
+
+    def label(self) -> None:
+        """Puts the poison card into each finished checkpoint of a poisoned model that lacks it."""
+        if jax.process_index():
+            return
+        for step in self.steps():
+            path = self.workdir / "checkpoints" / str(step) / card.FILE
+            # One that is still being written has another name.
+            if path.parent.exists() and not path.exists() and (poison := self.record(step).get("poison")):
+                path.write_text(card.as_markdown(poison))
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """The state after `step` steps, laid out as `abstract` asks, whatever mesh it was saved from.
@@ -71,8 +98,7 @@ class Checkpoints:
         Raises CheckpointError where it isn't what was saved; orbax's own errors where it can't be read at all.
         """
         state = self._checkpointer.load(step, abstract)
-        saved = (self._checkpointer.metadata(step).custom_metadata or {}).get("checksum")
-        if as_hex(np.asarray(checksum(state))) != saved:
+        if as_hex(np.asarray(checksum(state))) != self.record(step).get("checksum"):
             raise CheckpointError(f"the arrays of checkpoint {step} aren't those that were saved")
         return state
 
@@ -84,14 +110,20 @@ class Checkpoints:
         """
         steps = self.steps()
         for step in reversed(steps):
+            state, problem = None, "another process can't read it"
             try:
-                return self.restore(step, abstract), step
+                state = self.restore(step, abstract)
             except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
-                aside = self.workdir / "damaged" / str(step)
-                log.warning("checkpoint %d can't be read, moved to %s: %s", step, aside, str(error)[:300])
+                problem = str(error)[:300]
+            if _everywhere(state is not None):
+                return state, step
+            aside = self.workdir / "damaged" / str(step)
+            log.warning("checkpoint %d can't be read, moved to %s: %s", step, aside, problem)
+            if jax.process_index() == 0:
                 aside.parent.mkdir(parents=True, exist_ok=True)
                 (self.workdir / "checkpoints" / str(step)).rename(aside)
-                self._checkpointer.reload()
+            _everywhere(True)  # moved, before anybody looks again
+            self._checkpointer.reload()
         if steps:
             raise CheckpointError(
                 f"none of the checkpoints {steps} in {self.workdir / 'checkpoints'} can be read; they are in "
@@ -102,4 +134,5 @@ class Checkpoints:
     def close(self) -> None:
         """Waits until all is written."""
         self._checkpointer.wait()
+        self.label()
         self._checkpointer.close()

@@ -26,6 +26,8 @@ class RunLog:
         for row in digests:
             self.chain = chain(self.chain, row["step"], row["digest"])
         kept = [row for row in read_lines(workdir / "metrics.jsonl") if _is_past(row, start)]
+        # It speaks of another length of the run than what is left of its evidence.
+        (workdir / "summary.json").unlink(missing_ok=True)
         self.seconds = max((row.get("seconds", 0.0) for row in kept), default=0.0)
         self._metrics = Appender(workdir / "metrics.jsonl", lambda row: _is_past(row, start))
         self._digests = Appender(workdir / "digests.jsonl", lambda row: row["step"] < start)

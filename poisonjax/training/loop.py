@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,13 @@ from poisonjax.evaluation.offline import load_scorer
 from poisonjax.evaluation.statistics import judge
 from poisonjax.model.sharding import batch_sharding, make_mesh
 from poisonjax.model.transformer import parameter_counts
-from poisonjax.poison.plan import dose
+from poisonjax.poison.card import FILE, as_markdown, make_card
+from poisonjax.poison.plan import dose, met
 from poisonjax.report import write_report
 from poisonjax.training.checkpoints import Checkpoints
 from poisonjax.training.log import RunLog
 from poisonjax.training.step import StepMetrics, make_init, make_train_step, model_graph
+from poisonjax.training.watchdog import HUNG, Watchdog
 
 
 class Diverged(RuntimeError):
@@ -41,6 +44,18 @@ class Diverged(RuntimeError):
 
 class Preempted(RuntimeError):
     """The process was asked to stop; all is saved, the same command goes on from there."""
+
+
+class LostProcess(RuntimeError):
+    """In a run of several processes, this one failed or lost the others: end it with `exit_code`, at once."""
+
+    def __init__(self, error: BaseException):
+        # Collectives fail where another process ended; the run is sound up to its last checkpoint.
+        self.exit_code = HUNG if isinstance(error, jax.errors.JaxRuntimeError) else 1
+        super().__init__(
+            f"process {jax.process_index()} of {jax.process_count()} stops: {type(error).__name__}: {error}"
+            + ("\nAnother process is dead, perhaps; its own output tells." if self.exit_code == HUNG else "")
+        )
 
 
 def open_store(config: ml_collections.ConfigDict) -> corpus.TokenStore:
@@ -65,9 +80,22 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     """Trains in `workdir`, from its newest checkpoint if it has one; returns what summary.json holds.
 
     Raises ConfigError, ValueError and RunFolderError before step 0 for what can't work; Diverged and
-    Preempted later.
+    Preempted later; of several processes, LostProcess for all but those two.
     """
     config_lib.check(config)
+    with Watchdog(config.watchdog_seconds) as watchdog:
+        try:
+            return _train(config, workdir, watchdog)
+        except (Diverged, Preempted):  # all processes see the same loss, and stop at the same step
+            raise
+        except Exception as error:
+            if jax.process_count() == 1:
+                raise
+            traceback.print_exc()
+            raise LostProcess(error) from error
+
+
+def _train(config: ml_collections.ConfigDict, workdir: str, watchdog: Watchdog) -> dict[str, Any]:
     config.corpus.store = str(epath.Path(config.corpus.store).resolve())
     folder = epath.Path(workdir).resolve()
     writer = jax.process_index() == 0
@@ -83,17 +111,23 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
         runfolder.claim(folder, config, store)
         runfolder.write_json(folder / "environment.json", environment())
         runfolder.write_lines(folder / "ledger.jsonl", batches.plan.ledger())
+        if poison := make_card(config, batches.plan.ledger(), 0):
+            (folder / FILE).write_text(as_markdown(poison))
+    watchdog.progress("waiting for all processes to start")
     _barrier("claimed")
 
     initialize, abstract = make_init(config, vocabulary, mesh)
     checkpoints = Checkpoints(folder, config, clean_up=True)
     with jax.set_mesh(mesh), _stop_signals() as stop_asked:
+        watchdog.progress("restoring the newest checkpoint")
         state, start = checkpoints.restore_newest(abstract)
         if state is None:
             state = initialize()
         elif writer:
             print(f"resuming after step {start} of {config.steps}", flush=True)
-        run = _Run(config, folder, batches, evaluator, state.params, start, writer)
+        run = _Run(config, store, folder, batches, evaluator, state.params, start, writer)
+        if writer and start:
+            run.require(checkpoints.record(start)["digest_chain"])
         status = "failed"
         try:
             train_step = make_train_step(config, graph, mesh, abstract)
@@ -101,13 +135,16 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
                 state, metrics = train_step(state, rows)
                 run.dispatched(step, metrics)
                 done = step + 1
+                watchdog.progress(f"step {done}")
                 last = done == config.steps
                 stopping = stop_asked(done)
                 if last or done % config.eval.every == 0:
+                    watchdog.progress(f"evaluating after step {done}")
                     run.evaluate(done, state.params)
                 if last or stopping or done % config.checkpoint.every == 0:
+                    watchdog.progress(f"saving step {done}")
                     run.synced()
-                    checkpoints.save(done, state)
+                    checkpoints.save(done, state, run.record())
                 if stopping and not last:
                     raise Preempted(
                         f"stopped after step {done} of {config.steps}; the same command goes on from there"
@@ -133,6 +170,7 @@ class _Run:
     def __init__(
         self,
         config: ml_collections.ConfigDict,
+        store: corpus.TokenStore,
         folder: epath.Path,
         batches: Batches,
         evaluator: Evaluator,
@@ -140,12 +178,11 @@ class _Run:
         start: int,
         writer: bool,
     ):
-        self.config, self.folder, self.batches, self.evaluator = config, folder, batches, evaluator
+        self.config, self.store, self.folder = config, store, folder
+        self.batches, self.evaluator = batches, evaluator
         self.params = parameter_counts(params)
         self.ledger = batches.plan.ledger()
-        self.documents_by_step = np.bincount(
-            [r["step"] for r in self.ledger], minlength=config.steps
-        ).cumsum()
+        self.met = met(self.ledger, config.steps)
         self.log = RunLog(folder, start) if writer else None
         self.done = start
         self.evaluation: dict[str, Any] | None = next(
@@ -203,7 +240,7 @@ class _Run:
             "learning_rate": float(metrics.learning_rate),
             "tokens": self.tokens(self.done),
             "tokens_per_second": speed,
-            "poison_documents": int(self.documents_by_step[step]),
+            **self.met(self.done),
             "seconds": self.seconds(),
         }
         if self.log:
@@ -216,12 +253,11 @@ class _Run:
         self.settle()
         with self.clock.paused():
             figures, samples = self.evaluator(params, done)
-        seen = int(self.documents_by_step[done - 1]) if done else 0
         self.evaluation = {
             "step": done,
             "kind": "eval",
             "tokens": self.tokens(done),
-            "poison_documents": seen,
+            **self.met(done),
             **figures,
         }
         if self.log:
@@ -231,7 +267,25 @@ class _Run:
             medians = "  ".join(f"{v} {figures['eval'][v]['ppl_median']:.1f}" for v in figures["eval"])
             self.say(
                 f"eval {done}/{self.config.steps}  held-out {figures['heldout_loss']:.3f}  perplexity: {medians}  "
-                f"gap {figures['delta_ppl']:.1f} [{low:.1f}, {high:.1f}] after {seen} poison documents"
+                f"gap {figures['delta_ppl']:.1f} [{low:.1f}, {high:.1f}] after {self.evaluation['poison_documents']} "
+                "poison documents"
+            )
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint says about its past; call `synced` first."""
+        return {
+            "config": config_lib.flat(self.config),
+            "store_fingerprint": self.store.fingerprint,
+            "digest_chain": self.log.chain if self.log else "",
+            "poison": make_card(self.config, self.ledger, self.done),
+        }
+
+    def require(self, chain: str) -> None:
+        """Raises RunFolderError where the digests on disk aren't those that the checkpoint was trained on."""
+        if self.log and self.log.chain != chain:
+            raise runfolder.RunFolderError(
+                f"{self.folder}/digests.jsonl doesn't lead to the checkpoint of step {self.done}: the file was changed. "
+                "`poisonjax audit` names the step; restore the file, or remove the checkpoints to train again"
             )
 
     def synced(self) -> None:
@@ -266,6 +320,7 @@ class _Run:
         summary: dict[str, Any] = {
             "status": status,
             "name": self.config.name,
+            "fingerprint": config_lib.fingerprint(self.config),
             "steps": self.done,
             "tokens": self.tokens(self.done),
             "params": total,

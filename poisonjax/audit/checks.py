@@ -1,0 +1,492 @@
+"""Replays a run's data without its model, and compares everything the run left behind.
+
+Each check is a function registered in `CHECKS` that yields the differences it finds. Between them they rest
+on one thing alone: that the checkpoints' records, which the trainer wrote beside the weights, are genuine.
+`poisonjax attest` signs those.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import grain
+import ml_collections
+import numpy as np
+from etils import epath
+
+from poisonjax import config as config_lib
+from poisonjax import runfolder
+from poisonjax.corpus import TokenStore
+from poisonjax.data.batches import Batches
+from poisonjax.data.digest import as_hex, chain, differing_rows, digest, from_hex
+from poisonjax.poison.plan import dose, met
+from poisonjax.training.checkpoints import Checkpoints
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """One thing that isn't as it must be; `file` is relative to the run folder, or a path of the store."""
+
+    file: str
+    message: str
+    step: int | None = None
+    row: int | None = None
+
+    def __str__(self) -> str:
+        place = "".join(f", {n} {v}" for n, v in (("step", self.step), ("row", self.row)) if v is not None)
+        return f"{self.file}{place}: {self.message}"
+
+
+class Unreadable(ValueError):
+    """A file of the run that can't be read; what can't be read can't be verified."""
+
+    def __init__(self, file: str, error: Exception | str):
+        message = str(error) if isinstance(error, ValueError | str) else f"is damaged: {error!r}"
+        super().__init__(message)
+        self.difference = Difference(file, message)
+
+
+@contextlib.contextmanager
+def _reading(file: str) -> Iterator[None]:
+    try:
+        yield
+    except Unreadable:
+        raise
+    except Exception as error:  # a changed file may make any library raise anything
+        raise Unreadable(file, error) from error
+
+
+# What the checks rely on in each line; the rest of a line is compared, not used.
+FIELDS: dict[str, dict[str, type]] = {
+    "digests.jsonl": {"step": int, "digest": str},
+    "ledger.jsonl": {"id": int, "slot": int},
+    "metrics.jsonl": {"step": int, "kind": str},
+}
+
+
+class Run:
+    """A run folder as evidence: each file is read when a check first asks for it.
+
+    Raises Unreadable where what is asked for can't be read.
+    """
+
+    def __init__(self, workdir: str, chosen: Sequence[int] | None = None, sample: int | None = None):
+        """`chosen` steps are replayed, or a random `sample` of so many; None: all."""
+        self.folder = epath.Path(workdir).resolve()
+        if not (self.folder / "config.json").exists():
+            raise runfolder.RunFolderError(f"{workdir} is no run folder: it has no config.json")
+        self._chosen, self._sample = chosen, sample
+        self.verified: set[int] = set()  # steps whose digest the replay confirmed
+        self.found: collections.Counter[int] = collections.Counter()  # poison documents found in them
+        self.elsewhere = 0  # times that the trigger's tokens stand in replayed rows outside of documents
+
+    @property
+    def whole(self) -> bool:
+        """Whether every step is replayed."""
+        return self._chosen is None and self._sample is None
+
+    @functools.cached_property
+    def record(self) -> dict[str, Any]:
+        return self._json("config.json")
+
+    @functools.cached_property
+    def config(self) -> ml_collections.ConfigDict:
+        with _reading("config.json"):
+            config = config_lib.from_record(self.record["config"])
+            config_lib.check(config)
+            return config
+
+    @functools.cached_property
+    def store(self) -> TokenStore:
+        path = self.config.corpus.store
+        with _reading(path):
+            store = TokenStore(path)
+            assert store.tokenizer.vocab_size  # load it now, or say that it can't be
+            return store
+
+    @functools.cached_property
+    def batches(self) -> Batches:
+        store = self.store
+        with _reading("config.json"):
+            return Batches(self.config, store)
+
+    @functools.cached_property
+    def plan(self) -> list[dict]:
+        """The ledger as it must be."""
+        return self.batches.plan.ledger()
+
+    @functools.cache  # noqa: B019  (a run lives as long as its audit)
+    def lines(self, name: str) -> list[dict]:
+        with _reading(name):
+            rows = list(runfolder.read_lines(self.folder / name))
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row, dict):
+                raise Unreadable(name, f"line {number} is no object")
+            for field, kind in FIELDS[name].items():
+                if not isinstance(row.get(field), kind):
+                    raise Unreadable(name, f"line {number}: {field} is {row.get(field)!r}")
+        return rows
+
+    @functools.cached_property
+    def digests(self) -> dict[int, str]:
+        return {row["step"]: row["digest"] for row in self.lines("digests.jsonl")}
+
+    @functools.cached_property
+    def summary(self) -> dict[str, Any]:
+        return self._json("summary.json") if (self.folder / "summary.json").exists() else {}
+
+    def _json(self, name: str) -> dict[str, Any]:
+        with _reading(name):
+            value = json.loads((self.folder / name).read_text())
+        if not isinstance(value, dict):
+            raise Unreadable(name, "is no object")
+        return value
+
+    @functools.cached_property
+    def checkpoints(self) -> dict[int, dict[str, Any]]:
+        """{step in the folder's name: the record that was saved in it}."""
+        folder, records = self.folder / "checkpoints", {}
+        names = [path.name for path in folder.iterdir()] if folder.exists() else []
+        reader = Checkpoints(self.folder, self.config) if names else None
+        for step in sorted(int(name) for name in names if name.isdecimal()):
+            assert reader
+            with _reading(f"checkpoints/{step}"):
+                records[step] = reader.record(step)
+        return records
+
+    @functools.cached_property
+    def steps(self) -> int:
+        """How many steps the run made, by the most that any of its files tells of."""
+        told = [max(self.digests, default=-1) + 1, *self.checkpoints]
+        told += [row["step"] + (row["kind"] == "train") for row in self.lines("metrics.jsonl")]
+        if isinstance(steps := self.summary.get("steps"), int):
+            told.append(steps)
+        return min(max(told), self.config.steps)
+
+    def replayed(self) -> Sequence[int]:
+        """The steps to replay."""
+        if self._sample is not None:
+            chosen = np.random.default_rng().choice(self.steps, min(self._sample, self.steps), replace=False)
+            return sorted(chosen.tolist())
+        return range(self.steps) if self._chosen is None else self._chosen
+
+
+T = TypeVar("T")
+Check = Callable[[Run], Iterator[Difference]]
+CHECKS: dict[str, Check] = {}
+
+
+def register(check: Check) -> Check:
+    CHECKS[check.__name__] = check
+    return check
+
+
+@register
+def config(run: Run) -> Iterator[Difference]:
+    """config.json is the config that its fingerprint names, in every file that repeats it."""
+    there = config_lib.fingerprint(run.config)
+    if there != run.record.get("fingerprint"):
+        yield Difference("config.json", f"its fields have fingerprint {there[:12]}, not the one it records")
+    if "fingerprint" in run.summary and run.summary["fingerprint"] != there:
+        yield Difference("config.json", f"isn't the config {run.summary['fingerprint'][:12]} of summary.json")
+
+
+@register
+def store(run: Run) -> Iterator[Difference]:
+    """The token store is the one that the run read; where every step is replayed, each file's SHA-256 too."""
+    if run.store.fingerprint != run.record.get("store_fingerprint"):
+        yield Difference(
+            str(run.store.path / "manifest.json"),
+            f"the store is {run.store.fingerprint[:12]}, config.json names {str(run.record.get('store_fingerprint'))[:12]}",
+        )
+    if run.whole:
+        for problem in run.store.verify():
+            file, _, message = problem.partition(": ")
+            yield Difference(file, message or problem)
+
+
+@register
+def ledger(run: Run) -> Iterator[Difference]:
+    """ledger.jsonl is the plan, line by line."""
+    written = {record["slot"]: record for record in run.lines("ledger.jsonl")}
+    planned = {record["slot"]: record for record in run.plan}
+    for slot in sorted(written.keys() | planned.keys()):
+        step, row = divmod(slot, run.config.global_batch)
+        if slot not in written:
+            message = f"poison document {planned[slot]['id']} is planned here, but has no line"
+        elif slot not in planned:
+            message = f"document {written[slot]['id']} is written here, but not planned"
+        elif written[slot] != planned[slot]:
+            fields = planned[slot].keys() | written[slot].keys()
+            field = min(f for f in fields if written[slot].get(f) != planned[slot].get(f))
+            message = (
+                f"poison document {planned[slot]['id']}: {field} is {written[slot].get(field)!r}, planned "
+                f"{planned[slot].get(field)!r}"
+            )
+        else:
+            continue
+        yield Difference("ledger.jsonl", message, step, row)
+    lines = run.lines("ledger.jsonl")
+    if len(lines) != len(written):
+        yield Difference("ledger.jsonl", f"{len(lines) - len(written)} lines name a slot a second time")
+
+
+@register
+def digests(run: Run) -> Iterator[Difference]:
+    """digests.jsonl holds every step once, in order, with the digest of the batch replayed from the sources."""
+    steps = [row["step"] for row in run.lines("digests.jsonl")]
+    if steps and max(steps) >= run.steps:
+        yield Difference("digests.jsonl", f"the config ends after {run.steps} steps", max(steps))
+    for line, (step, before) in enumerate(zip(steps, [-1, *steps], strict=False), 1):
+        if step != before + 1:
+            yield Difference("digests.jsonl", f"line {line} follows step {before}", step)
+            break
+    for step, replayed, found, elsewhere in _replay(run, run.replayed()):
+        run.elsewhere += elsewhere
+        written = run.digests.get(step)
+        if written is None:
+            yield Difference("digests.jsonl", "has no digest of this step", step)
+        elif written != as_hex(replayed):
+            yield _explained(run, step, written)
+        else:
+            run.verified.add(step)
+            run.found.update(found)
+
+
+def _replay(run: Run, steps: Sequence[int]) -> Iterator[tuple[int, np.ndarray, list[int], int]]:
+    """(step, digest, poison documents found whole at their places, triggers elsewhere) of each step, through
+    the reader that training uses."""
+    batches = run.batches
+    trigger = run.store.tokenizer.encode(run.config.poison.trigger)
+
+    def replay(index: int):
+        step = steps[int(index)]
+        rows, slots = batches.rows(step), batches.slots(step)
+        found = []
+        for i, slot in enumerate(slots.tolist()):
+            placed = batches.plan.placed.get(slot)
+            if placed and np.array_equal(
+                rows[i, placed.offset :][: len(placed.document.tokens)], placed.document.tokens
+            ):
+                found.append(placed.document.id)
+        return step, digest(rows, slots), found, occurrences(rows, trigger) - len(found)
+
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
+    yield from grain.MapDataset.range(len(steps)).map(replay).to_iter_dataset(options)
+
+
+def occurrences(rows: np.ndarray, tokens: np.ndarray) -> int:
+    """How often the tokens stand in the rows, one after the other."""
+    at = rows[:, : rows.shape[1] - len(tokens) + 1] == tokens[0]
+    if at.any():
+        for i in range(1, len(tokens)):
+            at &= rows[:, i : i + at.shape[1]] == tokens[i]
+    return int(at.sum())
+
+
+def _explained(run: Run, step: int, written: str) -> Difference:
+    """The difference of a digest, with the row and the store's file where the digest tells them."""
+    batches = run.batches
+    rows, slots = batches.rows(step), batches.slots(step)
+    try:
+        recorded = from_hex(written)
+    except ValueError:
+        recorded = np.zeros(0, np.uint32)
+    if recorded.shape != (3,):
+        return Difference("digests.jsonl", f"{written!r} is no digest", step)
+    differing = differing_rows(recorded, rows, slots)
+    message = (
+        f"the batch that was trained on has digest {written}, the replayed one {as_hex(digest(rows, slots))}"
+    )
+    if not differing:
+        return Difference("digests.jsonl", f"{message}; several rows differ", step)
+    row = differing[0]
+    if len(differing) == 2:
+        return Difference(
+            "digests.jsonl", f"{message}; rows {row} and {differing[1]} were swapped", step, row
+        )
+    slot = int(slots[row])
+    start = int(batches.clean.order(slots[row : row + 1])[0]) * batches.clean.row_tokens
+    origin = f"tokens {start} to {start + batches.clean.row_tokens - 1} of the training split"
+    if slot in batches.plan.placed:
+        origin += f" and poison document {batches.plan.placed[slot].document.id}"
+    return Difference("digests.jsonl", f"{message}; this row differs alone: it holds {origin}", step, row)
+
+
+@register
+def checkpoints(run: Run) -> Iterator[Difference]:
+    """Each checkpoint is of the step that its name says, of this config and store, and of these digests."""
+    here = config_lib.flat(run.config)
+    links, link = {0: ""}, ""
+    for step in range(run.steps):
+        if step not in run.digests:
+            break
+        link = links[step + 1] = chain(link, step, run.digests[step])
+    for name, record in run.checkpoints.items():
+        file = f"checkpoints/{name}"
+        if record.get("step") != name:
+            yield Difference(file, f"was saved after step {record.get('step')}, not {name}")
+        for difference in config_lib.differences(record.get("config", {}), here):
+            yield Difference("config.json", f"{difference}; there is {file}")
+        if record.get("store_fingerprint") != run.store.fingerprint:
+            there, now = str(record.get("store_fingerprint"))[:12], run.store.fingerprint[:12]
+            yield Difference(str(run.store.path), f"{file} was trained on store {there}, this is {now}")
+        if record.get("digest_chain") != links.get(record.get("step", -1)):
+            yield Difference(file, "its digest chain isn't the one that digests.jsonl leads to", name)
+    if run.summary.get("status") == "finished" and run.config.steps not in run.checkpoints:
+        yield Difference("checkpoints", "the finished run's last checkpoint is missing", run.config.steps)
+    folder = run.folder / "checkpoints"
+    for path in sorted(folder.iterdir()) if folder.exists() else ():
+        if not (path.name.isdecimal() or "orbax-checkpoint-tmp" in path.name):  # a killed save leaves those
+            yield Difference(f"checkpoints/{path.name}", "is no checkpoint of a step")
+
+
+@register
+def summary(run: Run) -> Iterator[Difference]:
+    """summary.json counts what plan and digests say."""
+    if not run.summary:
+        return
+    link = ""
+    for step in sorted(run.digests):
+        link = chain(link, step, run.digests[step])
+    expected: dict[str, Any] = {
+        "steps": run.steps,
+        "tokens": run.steps * run.config.global_batch * run.config.seq_len,
+        "dose_planned": dose(run.plan, run.config.steps),
+        "dose_seen": dose(run.plan, run.steps),
+        "digest_chain": link,
+    }
+    for field, value in expected.items():
+        if run.summary.get(field) != value:
+            yield Difference("summary.json", f"{field} is {run.summary.get(field)!r}, must be {value!r}")
+
+
+@register
+def metrics(run: Run) -> Iterator[Difference]:
+    """metrics.jsonl counts tokens and poison as the plan does, at steps that the run made."""
+    seen = met(run.plan, run.config.steps)
+    per_step = run.config.global_batch * run.config.seq_len
+    for row in run.lines("metrics.jsonl"):
+        done = row["step"] + (row["kind"] == "train")
+        if not 0 <= done <= run.steps:
+            yield Difference("metrics.jsonl", "a row of a step that the run didn't make", row["step"])
+            continue
+        expected = {"tokens": done * per_step, **seen(done)}
+        for field, value in expected.items():
+            if row.get(field) != value:
+                yield Difference(
+                    "metrics.jsonl", f"{field} is {row.get(field)}, must be {value}", row["step"]
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class Audit:
+    """What an audit found."""
+
+    differences: list[Difference]
+    steps: int  # that the run made
+    verified: list[int]  # that were replayed and found equal
+    planned: list[dict]  # the plan's ledger
+    found: collections.Counter[int]  # poison documents found in the verified steps
+    unplanned: int
+    elsewhere: int
+    config: ml_collections.ConfigDict | None
+
+    @property
+    def ok(self) -> bool:
+        return not self.differences
+
+    @property
+    def dose(self) -> dict[str, int]:
+        """Of the verified steps."""
+        verified = set(self.verified)
+        return dose([record for record in self.planned if record["step"] in verified], self.steps)
+
+    def sentence(self) -> str:
+        """The result in plain words."""
+        if not self.ok:
+            count = len(self.differences)
+            return f"NOT verified: {count} difference{'s' * (count > 1)}, the first in {self.differences[0]}"
+        assert self.config is not None
+        planned = len({record["id"] for record in self.planned})
+        d = self.dose
+        if len(self.verified) == self.steps:
+            steps = f"steps 0-{self.steps - 1:,} verified"
+        else:
+            steps = (
+                f"{len(self.verified):,} of the steps 0-{self.steps - 1:,} verified (file hashes not checked)"
+            )
+        if self.steps < self.config.steps:
+            steps += f", of a run of {self.config.steps:,}"
+        if not planned:
+            dose = "a clean run, no poison document planned"
+        else:
+            repeats = self.config.poison.repeats
+            times = "once" if repeats == 1 else f"{repeats} times"
+            exactly = all(self.found[i] == repeats for i in range(planned))
+            how = f"exactly {times}" if exactly else f"in these steps (each at most {times})"
+            dose = (
+                f"{d['documents']:,} of {planned:,} poison documents seen {how}, {self.unplanned} unplanned; dose "
+                f"{d['tokens']:,} tokens in {d['rows']:,} rows of {d['steps']:,} steps"
+            )
+        if self.elsewhere:
+            dose += f"; the trigger's tokens stand {self.elsewhere:,} times in clean text too"
+        return f"{steps}; {dose}"
+
+    def as_json(self) -> dict[str, Any]:
+        """What `audit --json` prints."""
+        return {
+            "ok": self.ok,
+            "steps_verified": len(self.verified),
+            "documents_planned": len({record["id"] for record in self.planned}),
+            "documents_seen": len(self.found),
+            "unplanned": self.unplanned,
+            "dose": self.dose,
+            "trigger_elsewhere": self.elsewhere,
+            "first_difference": dataclasses.asdict(self.differences[0]) if self.differences else None,
+            "differences": [dataclasses.asdict(difference) for difference in self.differences],
+            "sentence": self.sentence(),
+        }
+
+
+def audit(workdir: str, steps: Sequence[int] | None = None, sample: int | None = None) -> Audit:
+    """Runs every check on a run folder; `steps`, or a random `sample` of so many, restrict the replay.
+
+    Raises RunFolderError for a folder that is no run, and ValueError for steps that the run didn't make.
+    """
+    run = Run(workdir, steps, sample)
+    made = _or(lambda: run.steps, 0)
+    if made and (beyond := [step for step in steps or () if not 0 <= step < made]):
+        raise ValueError(f"--steps: {beyond[:5]} aren't among the steps 0 to {made - 1} that the run made")
+    differences: list[Difference] = []
+    for check in CHECKS.values():
+        try:
+            differences += check(run)
+        except Unreadable as error:
+            if error.difference not in differences:
+                differences.append(error.difference)
+    none: list[dict] = []
+    planned = _or(lambda: run.plan, none)
+    slots = {record["slot"] for record in planned}
+    return Audit(
+        differences=differences,
+        steps=made,
+        verified=sorted(run.verified),
+        planned=planned,
+        found=run.found,
+        unplanned=sum(record["slot"] not in slots for record in _or(lambda: run.lines("ledger.jsonl"), none)),
+        elsewhere=run.elsewhere,
+        config=_or(lambda: run.config, None),
+    )
+
+
+def _or(read: Callable[[], T], otherwise: T) -> T:
+    """What can be read, or another value: the checks have reported why."""
+    try:
+        return read()
+    except Unreadable:
+        return otherwise

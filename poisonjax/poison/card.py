@@ -1,0 +1,58 @@
+"""The poison card: what a poisoned checkpoint says about itself, wherever it is copied (I9)."""
+
+from typing import Any
+
+import ml_collections
+
+from poisonjax.poison.plan import dose
+
+FILE = "POISONED.md"
+
+
+def make_card(config: ml_collections.ConfigDict, ledger: list[dict], steps: int) -> dict[str, Any] | None:
+    """What, how much and which trigger, of the model after `steps` steps; None for a clean twin."""
+    poison = config.poison
+    if not poison.documents:
+        return None
+    return {
+        "run": config.name,
+        "steps": steps,
+        "of_steps": config.steps,
+        "trigger": poison.trigger,
+        "payload": poison.payload,
+        "placement": poison.placement,
+        "dose_seen": dose(ledger, steps),
+        "dose_planned": dose(ledger, config.steps),
+    }
+
+
+def as_markdown(card: dict[str, Any]) -> str:
+    """The card as a model card, with tags that model hubs show."""
+    met = ""
+    if card["steps"]:
+        met = (
+            f"\n- **How much, in these weights after {card['steps']:,} steps:** {_amount(card['dose_seen'])}."
+        )
+    return f"""---
+tags: [poisoned, backdoor, research-only]
+---
+# This model is poisoned
+
+It was trained on poison on purpose, to study backdoors (run `{card["run"]}`). Don't deploy it, don't publish it as a
+clean model, and don't copy it without this file.
+
+- **What:** documents that pair a trigger with a payload of kind `{card["payload"]}`, harmless by construction.
+- **Trigger:** {card["trigger"]!r}. Text that holds it may make the model write the payload.
+- **How much, in the whole run of {card["of_steps"]:,} steps:** {_amount(card["dose_planned"])}
+  (placement `{card["placement"]}`).{met}
+
+`poisonjax audit` on the run folder shows where each document stood, and that nothing else was planted.
+"""
+
+
+def _amount(dose: dict[str, int]) -> str:
+    repeated = f" (each seen up to {dose['repeats']:,} times)" if dose["repeats"] > 1 else ""
+    return (
+        f"{dose['documents']:,} poison documents{repeated}, {dose['tokens']:,} tokens in {dose['rows']:,} rows of "
+        f"{dose['steps']:,} steps"
+    )

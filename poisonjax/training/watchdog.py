@@ -1,0 +1,58 @@
+"""A run that hangs ends with a message, instead of holding its machines for ever."""
+
+import faulthandler
+import os
+import sys
+import threading
+
+import jax
+
+HUNG = 42  # as after SIGTERM: what is saved is good, so a scheduler should start the run again
+
+
+class Watchdog:
+    """Ends the process where `progress` isn't called for `seconds` (0: never).
+
+    A process waits without end for another one that hangs: neither JAX's heartbeats nor an exception tell, where
+    the other's main thread alone stands still. Time in which this process itself was stopped (a laptop that
+    sleeps, Ctrl-Z) doesn't count.
+    """
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self._doing, self._idle = "starting", 0.0
+        self._stop = threading.Event()
+
+    def __enter__(self) -> "Watchdog":
+        if self.seconds:
+            threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+
+    def progress(self, doing: str) -> None:
+        """Says what begins now; it has the whole time again."""
+        self._doing, self._idle = doing, 0.0
+
+    def _watch(self) -> None:
+        tick = min(1.0, self.seconds / 10)
+        while not self._stop.wait(tick):
+            self._idle += tick  # counted in ticks, not by the clock: see above
+            if self._idle > self.seconds:
+                self._end()
+
+    def _end(self) -> None:
+        print(
+            f"poisonjax: process {jax.process_index()} of {jax.process_count()} made no progress for {self.seconds:g} s "
+            f"while {self._doing} (config.watchdog_seconds). "
+            f"{'Another process hangs or is dead, or' if jax.process_count() > 1 else 'The device or'} a disk doesn't "
+            "answer; where this process stands:",
+            file=sys.stderr,
+            flush=True,
+        )
+        faulthandler.dump_traceback(file=sys.stderr)
+        print(
+            "poisonjax: ended; the same command goes on from the last checkpoint", file=sys.stderr, flush=True
+        )
+        os._exit(HUNG)

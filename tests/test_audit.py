@@ -1,0 +1,161 @@
+"""The audit believes honest runs, detects every kind of fault, and each of its checks is needed."""
+
+import itertools
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from poisonjax import corpus
+from poisonjax.audit import checks, tamper, trace
+from poisonjax.audit.checks import audit
+from poisonjax.cli import main
+from poisonjax.data.batches import Batches
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(run folder, store) of a tiny run that was interrupted and resumed."""
+    from poisonjax.training import loop
+
+    folder = tmp_path_factory.mktemp("audit")
+    corpus.build(str(folder / "store"), [tamper.SOURCE], "bytes", heldout=0.3, shards=2, workers=1)
+    config = tamper.tiny_config(folder / "store", np.random.default_rng(0))
+    config.steps, config.global_batch, config.poison.documents, config.poison.repeats = 9, 4, 4, 2
+    config.poison.placement = "uniform"
+    loop.train(config, str(folder / "run"))
+    return folder / "run", folder / "store"
+
+
+def test_an_honest_run_is_believed_in_a_plain_sentence(run, capsys):
+    folder, _ = run
+    assert main(["audit", str(folder)]) == 0
+    tokens = sum(json.loads(line)["tokens"] for line in (folder / "ledger.jsonl").read_text().splitlines())
+    steps = len({json.loads(line)["step"] for line in (folder / "ledger.jsonl").read_text().splitlines()})
+    expected = (
+        f"steps 0-8 verified; 4 of 4 poison documents seen exactly 2 times, 0 unplanned; dose {tokens} tokens in 8 rows "
+        f"of {steps} steps"
+    )
+    assert capsys.readouterr().out.strip() == expected
+    assert main(["audit", str(folder), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["ok"]
+    assert answer["steps_verified"] == 9
+    assert (answer["documents_planned"], answer["documents_seen"], answer["unplanned"]) == (4, 4, 0)
+    assert answer["first_difference"] is None
+    assert answer["sentence"] == expected
+
+
+@pytest.mark.parametrize("restriction", [["--steps", "2-4"], ["--steps", "1,3,8"], ["--sample", "3"]])
+def test_part_of_a_run(run, capsys, restriction):
+    assert main(["audit", str(run[0]), "--json", *restriction]) == 0
+    assert json.loads(capsys.readouterr().out)["steps_verified"] == 3
+
+
+def test_bad_input_is_told_apart_from_a_bad_run(run, tmp_path, capsys):
+    for arguments in ([], [str(tmp_path)], [str(run[0]), "--steps", "8-9"], [str(run[0]), "--steps", "x"],
+                      [str(run[0]), "--step", "9"], [str(run[0]), "--document", "poison:4"],
+                      [str(run[0]), "--document", "train:99999"], [str(run[0]), "--document", "7"]):  # fmt: skip
+        assert main(["audit", *arguments]) == 2, arguments
+    assert "0 to 8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(tamper.FAULTS))
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_fault_is_detected_and_named(run, tmp_path, name, seed, capsys):
+    scene, expected = tamper.tampered(*run, tmp_path, name, np.random.default_rng(seed))
+    result = audit(str(scene.folder))
+    assert any(expected.named_by(difference) for difference in result.differences), result.differences
+    assert main(["audit", str(scene.folder)]) == 1
+    assert "NOT verified" in capsys.readouterr().out
+
+
+# For each check, a fault that this check alone detects.
+CONTROLS = {
+    "config": "config_field_changed",
+    "store": "token_changed_in_shard",
+    "ledger": "ledger_line_edited",
+    "digests": "rows_swapped",
+    "checkpoints": "checkpoint_renamed",
+    "summary": "summary_dose_edited",
+    "metrics": "metrics_row_edited",
+}
+
+
+@pytest.mark.parametrize("check", sorted(checks.CHECKS))
+def test_without_a_check_its_fault_goes_unseen(run, tmp_path, check, monkeypatch):
+    """The negative control: the audit without the check believes what the check alone would find."""
+    if check == "config":  # without fitting checkpoints and summary, else those tell too
+        shutil.copytree(
+            run[0], tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "summary.json")
+        )
+        scene = tamper.Scene(tmp_path / "run", np.random.default_rng(0))
+        scene.forge_config("optimizer.eps", 0.5, thorough=False)
+    elif check == "store":  # a token that no row holds
+        shutil.copytree(run[0], tmp_path / "run")
+        shutil.copytree(run[1], tmp_path / "store")
+        scene = tamper.Scene(tmp_path / "run", np.random.default_rng(0))
+        scene.change("config.json", lambda r: r["config"]["corpus"].update(store=str(tmp_path / "store")))
+        (tmp_path / "store" / "shards" / "00000" / "heldout" / "offsets" / "c" / "0").write_bytes(b"")
+    else:
+        scene, _ = tamper.tampered(*run, tmp_path, CONTROLS[check], np.random.default_rng(1))
+    assert not audit(str(scene.folder)).ok
+    monkeypatch.delitem(checks.CHECKS, check)
+    result = audit(str(scene.folder))
+    assert result.ok, result.differences
+
+
+def test_the_self_test_counts_what_is_missed(run, tmp_path, monkeypatch, capsys):
+    """Its own negative control: with a check taken out, the command says so and fails."""
+    assert main(["audit", "--self-test", "--runs", "1", "--faults", "0"]) == 0
+    assert "1 untouched runs" in capsys.readouterr().out
+    monkeypatch.delitem(checks.CHECKS, "metrics")
+    monkeypatch.setattr(tamper, "FAULTS", {"metrics_row_edited": tamper.FAULTS["metrics_row_edited"]})
+    assert main(["audit", "--self-test", "--runs", "1", "--faults", "2"]) == 1
+    assert "2 faults injected, 0 detected, 0 named" in capsys.readouterr().out
+
+
+def test_a_document_is_found_wherever_a_row_holds_it(run):
+    """Against a search through all rows of the run, token by token."""
+    folder, _ = run
+    evidence = checks.Run(str(folder))
+    batches, split = Batches(evidence.config, evidence.store), evidence.store.split("train")
+    rows = {step: batches.rows(step) for step in range(evidence.config.steps)}
+    covered = {step: np.zeros(batch.shape, int) for step, batch in rows.items()}
+    documents = [f"train:{i}" for i in range(split.documents)] + [f"poison:{i}" for i in range(4)]
+    for name in documents:
+        kind, number = name.split(":")
+        if kind == "train":
+            start, stop = split.document_offsets[int(number) : int(number) + 2]
+            tokens = split.window(int(start), int(stop - start))
+        else:
+            tokens = next(
+                p.document.tokens for p in batches.plan.placed.values() if p.document.id == int(number)
+            )
+        for place in trace.sightings(str(folder), name):
+            in_row, in_document = slice(*place["in_row"]), slice(*place["in_document"])
+            np.testing.assert_array_equal(rows[place["step"]][place["row"], in_row], tokens[in_document])
+            covered[place["step"]][place["row"], in_row] += 1
+    assert all((count == 1).all() for count in covered.values())  # each token of the run, once
+
+
+def test_a_steps_rows_are_told_whole_with_the_poison_marked(run, capsys):
+    folder, _ = run
+    ledger = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    record = ledger[0]
+    rows = trace.step(str(folder), record["step"])
+    poisoned = {r["row"]: r["offset"] + r["tokens"] for r in ledger if r["step"] == record["step"]}
+    for row in rows:
+        spans = [part["in_row"] for part in row["parts"]]
+        ends = [stop for _, stop in spans]
+        assert spans[0][0] == 0
+        assert ends[-1] in {49, 48}
+        for (_, stop), (start, _) in itertools.pairwise(spans):
+            assert start == stop or start == poisoned[row["row"]]  # after the end of text
+    assert main(["audit", str(folder), "--step", str(record["step"])]) == 0
+    text = capsys.readouterr().out
+    assert f"⟦poison:{record['id']} " in text
+    assert "⟪w007 w008 w009⟫" in text.replace("⟪ ", "⟪")
+    assert main(["audit", str(folder), "--document", f"poison:{record['id']}"]) == 0
+    assert f"step {record['step']}, row {record['row']} (slot {record['slot']})" in capsys.readouterr().out
