@@ -1,6 +1,8 @@
 """Four fake CPU devices, a compile cache shared by all tests, and one tiny token store."""
 
+import json
 import os
+import sys
 from pathlib import Path
 
 CACHE = Path(__file__).parent.parent / ".pytest_cache" / "xla"
@@ -68,3 +70,17 @@ def tiny_config(store: corpus.TokenStore):
     config.eval.heldout_rows, config.eval.bootstrap = 16, 50
     config.checkpoint.every, config.log_every = 4, 1
     return config
+
+
+def lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def command(config, folder: Path) -> list[str]:
+    """`poisonjax train` of this config, as a user would run it."""
+    source = folder.parent / "config.py"
+    source.write_text(
+        "import json\nfrom poisonjax.config import from_record\n"
+        f"def get_config(arg=''):\n    return from_record(json.loads({config.to_json()!r}))\n"
+    )
+    return [sys.executable, "-m", "poisonjax", "train", "--config", str(source), "--workdir", str(folder)]

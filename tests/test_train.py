@@ -6,13 +6,13 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from conftest import command, lines
 from etils import epath
 
 from poisonjax import runfolder
@@ -25,10 +25,6 @@ from poisonjax.runfolder import RunFolderError
 from poisonjax.training import loop
 from poisonjax.training.checkpoints import Checkpoints
 from poisonjax.training.step import make_init
-
-
-def lines(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 def weights(workdir, config, store, step):
@@ -252,16 +248,6 @@ def test_data_mistakes_are_found_before_step_0(config, tmp_path):
 # --- processes ---
 
 
-def command(config, folder: Path) -> list[str]:
-    """`poisonjax train` of this config, as a user would run it."""
-    source = folder.parent / "config.py"
-    source.write_text(
-        "import json\nfrom poisonjax.config import from_record\n"
-        f"def get_config(arg=''):\n    return from_record(json.loads({config.to_json()!r}))\n"
-    )
-    return [sys.executable, "-m", "poisonjax", "train", "--config", str(source), "--workdir", str(folder)]
-
-
 ENVIRONMENT = os.environ | {"JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"}
 
 
@@ -322,39 +308,3 @@ def test_kill_9_twenty_times_changes_nothing(config, store, tmp_path):
     summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("run", "whole")]
     for name in ("digest_chain", "dose_seen", "eval", "heldout_loss", "steps"):
         assert summaries[0][name] == summaries[1][name]
-
-
-PROCESS = """
-import os, sys, jax
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize("localhost:" + sys.argv[3], 2, int(sys.argv[2]))
-import importlib.util
-from poisonjax.training import loop
-spec = importlib.util.spec_from_file_location("config", sys.argv[1])
-module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)
-loop.train(module.get_config(), sys.argv[4])
-"""
-
-
-def test_two_processes_train_as_one(finished, tmp_path):
-    """I1, I5 over gloo: the same digests as one process with four devices, the same losses to tolerance."""
-    import portpicker
-
-    config, whole = finished
-    command(config, tmp_path / "run")
-    port = str(portpicker.pick_unused_port())
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, str(tmp_path / "config.py"), str(i), port, str(tmp_path / "run")],
-            env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for i in range(2)
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=180)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert (tmp_path / "run" / "digests.jsonl").read_text() == (whole / "digests.jsonl").read_text()
-    losses = [
-        [row["loss"] for row in lines(folder / "metrics.jsonl") if row["kind"] == "train"]
-        for folder in (tmp_path / "run", whole)
-    ]
-    np.testing.assert_allclose(*losses, rtol=1e-4)

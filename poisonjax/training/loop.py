@@ -51,10 +51,11 @@ class LostProcess(RuntimeError):
 
     def __init__(self, error: BaseException):
         # Collectives fail where another process ended; the run is sound up to its last checkpoint.
-        self.exit_code = HUNG if isinstance(error, jax.errors.JaxRuntimeError) else 1
+        lost = isinstance(error, jax.errors.JaxRuntimeError)
+        self.exit_code = HUNG if lost else 2 if isinstance(error, ValueError) else 1
         super().__init__(
             f"process {jax.process_index()} of {jax.process_count()} stops: {type(error).__name__}: {error}"
-            + ("\nAnother process is dead, perhaps; its own output tells." if self.exit_code == HUNG else "")
+            + ("\nAnother process is dead, perhaps; its own output tells." if lost else "")
         )
 
 
@@ -91,7 +92,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
         except Exception as error:
             if jax.process_count() == 1:
                 raise
-            traceback.print_exc()
+            if not isinstance(error, ValueError):
+                traceback.print_exc()
             raise LostProcess(error) from error
 
 
