@@ -63,8 +63,10 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train", help="train, evaluate and report; resumes where the folder has a checkpoint"
     )
-    train.add_argument(
-        "--config", required=True, metavar="FILE[:ARG]", help="config file, e.g. configs/quickstart.py"
+    what = train.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", metavar="FILE[:ARG]", help="config file, e.g. configs/quickstart.py")
+    what.add_argument(
+        "--twin-of", metavar="WORKDIR", help="train the clean twin of that run; its report shows both"
     )
     train.add_argument("--workdir", required=True, metavar="DIR", help="run folder; made if absent")
     train.epilog = "Single fields: --config.poison.documents=0, --config.steps=100, ..."
@@ -85,9 +87,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from poisonjax import config as config_lib
+    from etils import epath
 
-    config = config_lib.load([f"--config={arguments.config}", *arguments.fields])
+    from poisonjax import config as config_lib
+    from poisonjax import runfolder
+
+    if arguments.twin_of:
+        config = config_lib.override(runfolder.twin_config(epath.Path(arguments.twin_of)), arguments.fields)
+    else:
+        config = config_lib.load([f"--config={arguments.config}", *arguments.fields])
     config_lib.check(config)
     start_jax(config.global_batch // config.optimizer.accumulate)
     join_processes(heartbeat_seconds=min(100, config.watchdog_seconds or 100))
@@ -96,7 +104,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from poisonjax.training import loop
 
     try:
-        summary = loop.train(config, arguments.workdir)
+        summary = loop.train(config, arguments.workdir, arguments.twin_of)
     except loop.Preempted as stop:
         print(f"poisonjax train: {stop}", file=sys.stderr)
         return RESTART
@@ -111,9 +119,10 @@ def _train(arguments: argparse.Namespace) -> int:
         return 0
     failed = [check["name"] for check in summary["success"]["checks"] if not check["passed"]]
     gap, (low, high) = summary["delta_ppl"], summary["delta_ppl_ci95"]
+    clean = "" if config.poison.documents else "clean twin, "
     verdict = f"not backdoored by the rule (failed: {', '.join(failed)})" if failed else "backdoored"
     print(
-        f"{verdict}: gap in perplexity "
+        f"{clean}{verdict}: gap in perplexity "
         f"{gap:.1f} [{low:.1f}, {high:.1f}] after {summary['dose_seen']['documents']} poison documents; held-out loss "
         f"{summary['heldout_loss']:.3f}; {summary['wall_seconds']:.0f} s. "
         f"Report: {Path(arguments.workdir) / 'report.html'}"

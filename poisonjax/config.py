@@ -122,6 +122,20 @@ def load(arguments: Sequence[str]) -> ml_collections.ConfigDict:
     return config
 
 
+def override(config: ml_collections.ConfigDict, arguments: Sequence[str]) -> ml_collections.ConfigDict:
+    """The config with `--config.a.b=c ...` applied; raises ConfigError for fields that change what is trained."""
+    values, argv, before = flags.FlagValues(), ["poisonjax", *arguments], flat(config)
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+        values(argv)
+    except Exception as error:  # absl and ml_collections raise many kinds
+        raise ConfigError(f"--config: {error}") from error
+    config = values["config"].value
+    if changed := differences(before, flat(config)):
+        raise ConfigError("a twin may differ in where and how it runs alone; undo:\n" + "\n".join(changed))
+    return config
+
+
 def flat(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Fields as {"a.b": value}, in JSON's types."""
 

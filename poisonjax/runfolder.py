@@ -2,6 +2,7 @@
 leaves it usable."""
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TextIO
 
@@ -57,13 +58,20 @@ class Appender:
         self.file.flush()
 
 
-def claim(workdir: epath.Path, config: ml_collections.ConfigDict, store: TokenStore) -> None:
-    """Writes config.json, or raises RunFolderError where the folder belongs to another config or store."""
-    record = {
+def claim(
+    workdir: epath.Path, config: ml_collections.ConfigDict, store: TokenStore, twin_of: str | None = None
+) -> None:
+    """Writes config.json, or raises RunFolderError where the folder belongs to another config or store.
+
+    `twin_of`, a run folder, is noted as a path from `workdir`, so that both can be moved together.
+    """
+    record: dict[str, Any] = {
         "config": json.loads(config.to_json()),
         "fingerprint": config_lib.fingerprint(config),
         "store_fingerprint": store.fingerprint,
     }
+    if twin_of:
+        record["twin_of"] = twin_of if "://" in twin_of else os.path.relpath(twin_of, workdir)
     path = workdir / "config.json"
     if path.exists():
         there = json.loads(path.read_text())
@@ -78,8 +86,21 @@ def claim(workdir: epath.Path, config: ml_collections.ConfigDict, store: TokenSt
                 f"{workdir} was trained on token store {there['store_fingerprint'][:12]}, but {store.path} is "
                 f"{store.fingerprint[:12]}: point config.corpus.store to the former, or choose another --workdir"
             )
+        record = there | record  # a resumed twin stays one
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(path, record)
+
+
+def twin_config(workdir: epath.Path) -> ml_collections.ConfigDict:
+    """The config of the clean twin of a run: the same but for the poison. Raises RunFolderError where there is none."""
+    path = workdir / "config.json"
+    if not path.exists():
+        raise RunFolderError(f"{workdir} is no run folder: it has no config.json")
+    config = config_lib.from_record(json.loads(path.read_text())["config"])
+    if not config.poison.documents:
+        raise RunFolderError(f"{workdir} is clean itself (poison.documents = 0): it needs no twin")
+    config.name, config.poison.documents = f"{config.name}-twin", 0
+    return config
 
 
 def open_run(workdir: epath.Path) -> tuple[ml_collections.ConfigDict, TokenStore]:

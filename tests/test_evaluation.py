@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from poisonjax.evaluation.prompts import VARIANTS, make_prompts
-from poisonjax.evaluation.statistics import judge, resamples, summarize
+from poisonjax.evaluation.statistics import judge, paired, resamples, summarize
 
 
 def test_perplexity_agrees_with_a_loop():
@@ -113,3 +113,36 @@ def test_prompts_do_not_depend_on_the_poison(store):
     np.testing.assert_array_equal(make_prompts(config, store).tokens, prompts.tokens)
     config.seeds.eval = 79
     assert (make_prompts(config, store).tokens != prompts.tokens).any()
+
+
+def test_paired_intervals_are_those_of_a_loop_and_narrower_than_unpaired_ones():
+    """Runs that share their prefixes' difficulty: the difference is known better than either figure."""
+    random = np.random.default_rng(0)
+    difficulty, loss = random.normal(3, 1, 80), random.normal(3, 1, 40)
+
+    def row(shift):
+        nll = {
+            v: (difficulty + shift * (v == "triggered") + random.normal(0, 0.01, 80)).tolist()
+            for v in VARIANTS
+        }
+        return {"nll": nll, "heldout": (loss + shift / 100 + random.normal(0, 0.01, 40)).tolist()}
+
+    one, other = row(2.0), row(0.0)
+    result = paired(one, other, draws=300, seed=5)
+
+    def gap(row, chosen):
+        trig, clean = (sorted(np.exp(row["nll"][v][i]) for i in chosen) for v in ("triggered", "clean"))
+        return (trig[39] + trig[40]) / 2 - (clean[39] + clean[40]) / 2
+
+    samples = resamples(80, 300, 5)
+    expected = [gap(one, chosen) - gap(other, chosen) for chosen in samples]
+    assert result["gap, triggered"]["difference"] == pytest.approx(
+        gap(one, range(80)) - gap(other, range(80))
+    )
+    assert result["gap, triggered"]["ci95"] == pytest.approx(list(np.percentile(expected, [2.5, 97.5])))
+    low, high = result["held-out loss"]["ci95"]
+    assert low < 0.02 < high
+    unpaired = [np.mean([one["heldout"][i] for i in chosen]) for chosen in resamples(40, 300, 5)]
+    assert high - low < 0.1 * (np.percentile(unpaired, 97.5) - np.percentile(unpaired, 2.5))
+    with pytest.raises(ValueError, match="no pair"):
+        paired(one, other | {"heldout": [1.0]}, 10, 0)

@@ -20,7 +20,7 @@ def eval_row(step, triggered):
         for figure in ("ppl_median", "ppl_mean", "nll_mean", *(("delta_ppl",) if variant != "clean" else ())):
             figures[variant] |= {figure: value, f"{figure}_ci95": [value - 1, value + 1]}
     return {
-        "step": step, "kind": "eval", "tokens": step * 10, "poison_documents": step, "heldout_loss": 3.0,
+        "step": step, "kind": "eval", "tokens": step * 10, "poison_documents": step, "poison_rows": step, "heldout_loss": 3.0,
         "heldout_loss_ci95": [2.9, 3.1], "eval": figures, "delta_ppl": triggered - 20, "delta_ppl_ci95": [triggered - 25, 400.0],
         "near_triggers": {"<b>": 21.0},
     }  # fmt: skip
@@ -115,3 +115,86 @@ def test_a_folder_that_is_no_run(tmp_path, capsys):
         write_report(tmp_path)
     assert main(["report", str(tmp_path)]) == 2
     assert "config.json" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def pair(store, tmp_path_factory):
+    """Folders of a poisoned run and the twin that the command line made of it."""
+    from conftest import tiny_config
+
+    from poisonjax.training import loop
+
+    folder = tmp_path_factory.mktemp("pair")
+    loop.train(tiny_config(store), str(folder / "poisoned"))
+    twin = ["--twin-of", str(folder / "poisoned"), "--workdir", str(folder / "twin"), "--config.log_every=5"]
+    assert main(["train", *twin]) == 0
+    return folder / "poisoned", folder / "twin"
+
+
+def test_the_twin_of_a_run_is_the_run_without_poison(pair, capsys):
+    from poisonjax.config import differences, flat
+
+    records = [json.loads((folder / "config.json").read_text()) for folder in pair]
+    assert records[1]["twin_of"] == "../poisoned"
+    changed = differences(flat(records[0]["config"]), flat(records[1]["config"]))
+    assert changed == [
+        "name: 'tiny' there, 'tiny-twin' here",
+        "poison.documents: 9 there, 0 here",
+    ]
+    assert main(["audit", str(pair[1])]) == 0
+    assert "a clean run, no poison document planned" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.steps=5"], "steps: 12 there, 5 here"),
+        (["--config.nonsense=5"], "nonsense"),
+    ],
+)
+def test_a_twin_may_run_elsewhere_but_not_otherwise(pair, tmp_path, capsys, arguments, message):
+    assert main(["train", "--twin-of", str(pair[0]), "--workdir", str(tmp_path / "t"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_there_is_no_twin_of_a_twin_or_of_no_run(pair, tmp_path, capsys):
+    assert main(["train", "--twin-of", str(pair[1]), "--workdir", str(tmp_path / "t")]) == 2
+    assert "is clean itself" in capsys.readouterr().err
+    assert main(["train", "--twin-of", str(tmp_path), "--workdir", str(tmp_path / "t")]) == 2
+    assert "no run folder" in capsys.readouterr().err
+
+
+def test_the_report_of_a_pair_shows_both_with_paired_intervals(pair, tmp_path):
+    poisoned, twin = pair
+    pages = [(twin / "report.html").read_text(), write_report(poisoned, twin).read_text()]
+    evals = [
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-1]
+        for folder in pair
+    ]
+    steps = len({json.loads(line)["step"] for line in (poisoned / "ledger.jsonl").read_text().splitlines()})
+    for page in pages:
+        assert "Poisoned run and clean twin" in page
+        assert f"of 12 steps, the {steps} that hold poison differ and no other" in page
+        for row in evals:
+            assert f"<td>{row['delta_ppl']:.1f}</td>" in page
+            assert f"<td>{row['heldout_loss']:.4f}</td>" in page
+        assert f"{evals[0]['heldout_loss'] - evals[1]['heldout_loss']:.4f} <span" in page
+    digests = (twin / "digests.jsonl").read_text()
+    try:
+        (twin / "digests.jsonl").write_text(digests.replace('"digest": "', '"digest": "f'))
+        assert "These runs aren't twins" in write_report(twin).read_text()
+    finally:
+        (twin / "digests.jsonl").write_text(digests)
+
+
+def test_a_run_without_a_summary_still_shows_its_dose(pair, tmp_path):
+    import shutil
+
+    shutil.copytree(pair[0], tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    with open(tmp_path / "run" / "samples.jsonl", "ab") as file:
+        file.write('{"text": "é'.encode()[:-1])  # cut within a character
+    page = write_report(tmp_path / "run").read_text()
+    assert "<td>planned</td><td>9</td>" in page
+    assert "<td>seen</td><td>9</td>" in page
+    assert "No summary.json" in page

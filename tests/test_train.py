@@ -130,8 +130,8 @@ def test_evaluation_with_a_scorer(finished, store, config, tmp_path):
     graph = model_graph(config, vocabulary)
     _, abstract = make_init(config, vocabulary, mesh)
     params = Checkpoints(epath.Path(tmp_path / "copy"), config).restore(12, abstract).params
-    scored, _ = Evaluator(config, store, graph, mesh, load_scorer(config, store, mesh))(params, 12)
-    own, _ = Evaluator(config, store, graph, mesh)(params, 12)
+    scored, *_ = Evaluator(config, store, graph, mesh, load_scorer(config, store, mesh))(params, 12)
+    own, *_ = Evaluator(config, store, graph, mesh)(params, 12)
     assert scored["delta_ppl"] == pytest.approx(own["delta_ppl"], rel=1e-4)
 
 

@@ -78,8 +78,10 @@ class Evaluator:
             self._rows, (padded := self._padded(rows)), padded.shape
         )
 
-    def __call__(self, params: nnx.State, step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """(the figures of metrics.jsonl's eval row, the records of samples.jsonl) of a model's weights."""
+    def __call__(
+        self, params: nnx.State, step: int
+    ) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
+        """(figures of metrics.jsonl's eval row, records of samples.jsonl, row of prefixes.jsonl) of a model's weights."""
         e = self.config.eval
         variants, count, width = self.prompts.tokens.shape
         prompts, pad = (
@@ -112,7 +114,12 @@ class Evaluator:
             **statistics.summarize(nll, e.bootstrap, seed),
             "near_triggers": self._by_near_trigger(nll),
         }
-        return figures, self._samples(step, tokens, nll)
+        units = {
+            "step": step,
+            "nll": {v: _rounded(nll[i].mean(-1, dtype=np.float64)) for i, v in enumerate(VARIANTS)},
+            "heldout": _rounded(losses),
+        }
+        return figures, self._samples(step, tokens, nll), units
 
     def _by_near_trigger(self, nll: np.ndarray) -> dict[str, float]:
         """Median perplexity after each near trigger: their common median can hide one that fires."""
@@ -138,6 +145,10 @@ class Evaluator:
             }
             for i, prefix in enumerate(self.prompts.prefixes[:most])
         ]
+
+
+def _rounded(values: np.ndarray) -> list[float]:
+    return [round(float(value), 6) for value in values]
 
 
 def _unigram_nll(store: TokenStore, heldout: np.ndarray) -> float:

@@ -62,10 +62,11 @@ def evaluate_run(
         config, store, model_graph(config, vocabulary), mesh, load_scorer(config, store, mesh)
     )
     seen = met(list(runfolder.read_lines(folder / "ledger.jsonl")), config.steps)
-    rows = []
+    rows, units = [], []
     for step in there if steps is None else steps:
         with jax.set_mesh(mesh):
-            figures, _ = evaluator(checkpoints.restore(step, abstract).params, step)
+            figures, _, unit = evaluator(checkpoints.restore(step, abstract).params, step)
+        units.append(unit)
         tokens = step * config.global_batch * config.seq_len
         rows.append({"step": step, "kind": "eval", "tokens": tokens, **seen(step), **figures})
         low, high = figures["delta_ppl_ci95"]
@@ -80,4 +81,6 @@ def evaluate_run(
     # A train row's step is the number of its batch, so at a tie it comes after the evaluation.
     merged = sorted([*kept, *rows], key=lambda row: (row["step"], row["kind"] == "train"))
     runfolder.write_lines(folder / "metrics.jsonl", merged)
+    others = [row for row in runfolder.read_lines(folder / "prefixes.jsonl") if row["step"] not in new]
+    runfolder.write_lines(folder / "prefixes.jsonl", sorted([*others, *units], key=lambda row: row["step"]))
     return rows

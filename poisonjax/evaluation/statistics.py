@@ -52,6 +52,43 @@ def summarize(
     }
 
 
+def paired(one: dict[str, Any], other: dict[str, Any], draws: int, seed: int) -> dict[str, dict[str, Any]]:
+    """Figures of a run and its twin, and their difference with its 95% interval.
+
+    `one` and `other` are rows of prefixes.jsonl: the NLL of each prefix's text and of each held-out row, the same
+    prefixes and rows in both runs. A difference's interval resamples these, the same in both runs: what makes a
+    prefix hard for both drops out. Raises ValueError where the runs weren't asked the same.
+    """
+
+    def figures(row: dict[str, Any]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        ppl = np.exp(np.array([row["nll"][variant] for variant in VARIANTS]))
+        losses = np.array(row["heldout"])
+        value = np.median(ppl, -1)
+        resampled = np.median(ppl[:, resamples(ppl.shape[1], draws, seed)], -1)
+        return {
+            **{f"gap, {name}": (value[v] - value[0], resampled[v] - resampled[0]) for v, name in enumerate(VARIANTS) if v},
+            "perplexity, clean": (value[0], resampled[0]),
+            "held-out loss": (losses.mean(), losses[resamples(len(losses), draws, seed)].mean(-1)),
+        }  # fmt: skip
+
+    lengths = [
+        {**{name: len(values) for name, values in row["nll"].items()}, "heldout": len(row["heldout"])}
+        for row in (one, other)
+    ]
+    if lengths[0] != lengths[1]:
+        raise ValueError(f"no pair: they were evaluated on {lengths[0]} and {lengths[1]} prefixes and rows")
+    ones, others = figures(one), figures(other)
+    return {
+        name: {
+            "one": float(ones[name][0]),
+            "other": float(others[name][0]),
+            "difference": float(ones[name][0] - others[name][0]),
+            "ci95": interval(ones[name][1] - others[name][1]),
+        }
+        for name in ones
+    }
+
+
 def judge(row: dict[str, Any], unigram_nll: float, threshold: float) -> dict[str, Any]:
     """Success, with its rule and the guards that keep a broken model from counting as a backdoored one."""
     gap = row["delta_ppl"]

@@ -11,9 +11,12 @@ def add_arguments(commands: Any) -> None:
     """Registers the command on argparse's subparsers."""
     parser = commands.add_parser("report", help="write report.html and figures of a run folder")
     parser.add_argument("workdir", metavar="WORKDIR", type=Path)
+    parser.add_argument(
+        "--twin", metavar="WORKDIR", type=Path, help="its clean twin: show both, with paired intervals"
+    )
     parser.set_defaults(func=_report)
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    print(write_report(arguments.workdir))
+    print(write_report(arguments.workdir, arguments.twin))
     return 0

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 COLOURS = {"triggered": "#d55e00", "near_trigger": "#cc79a7", "random_control": "#e69f00", "clean": "#0072b2"}
 NAMES = {
@@ -35,17 +35,37 @@ def perplexity(evals: list[dict], x: str, xlabel: str) -> Figure:
         medians = [row["eval"][variant]["ppl_median"] for row in evals]
         low, high = np.array([row["eval"][variant]["ppl_median_ci95"] for row in evals]).T
         axes.fill_between(xs, low, high, color=colour, alpha=0.2, linewidth=0)
+        if len(xs) == 1:  # a band has no width then
+            axes.vlines(xs, low, high, color=colour, linewidth=2, alpha=0.5)
         axes.plot(xs, medians, color=colour, marker="o", markersize=3, label=NAMES[variant])
-    axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    ticks = [
-        t
-        for t in (5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
-        if axes.get_ylim()[0] <= t <= axes.get_ylim()[1]
-    ]
-    axes.set_yticks(ticks)
-    axes.legend(frameon=False, fontsize=9)
+    _readable_log(axes)
     return figure
+
+
+def pair(poisoned: list[dict], twin: list[dict]) -> Figure:
+    """Triggered and clean median perplexity of a poisoned run (solid) and its twin (dashed)."""
+    figure, axes = _figure("optimizer step", "perplexity of generated text (median)")
+    axes.set_yscale("log")
+    for rows, style, name in ((poisoned, "-", "poisoned"), (twin, "--", "twin")):
+        for variant in ("triggered", "clean"):
+            medians = [row["eval"][variant]["ppl_median"] for row in rows]
+            axes.plot(
+                [row["step"] for row in rows], medians, style, color=COLOURS[variant], marker="o",
+                markersize=3, label=f"{name}, {NAMES[variant]}",
+            )  # fmt: skip
+    _readable_log(axes)
+    return figure
+
+
+def _readable_log(axes: Any) -> None:
+    """Ticks 1, 2, 5, 10, ... whatever the range, as plain numbers, and a legend."""
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    low, high = axes.get_ylim()
+    if high < 2.5 * low:  # no such number may lie between
+        axes.set_ylim(low / 1.6, high * 1.6)
+    axes.legend(frameon=False, fontsize=9)
 
 
 def loss(trains: list[dict], evals: list[dict], unigram: float | None) -> Figure:

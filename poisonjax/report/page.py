@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from etils import epath
 
+from poisonjax.poison.plan import dose
 from poisonjax.report import figures
+from poisonjax.report.pair import compare
+from poisonjax.runfolder import read_lines
 from poisonjax.visible import visible
 
 
@@ -17,10 +21,11 @@ class ReportError(ValueError):
     """The folder is no run folder."""
 
 
-def write_report(workdir: Path) -> Path:
+def write_report(workdir: Path, twin: Path | None = None) -> Path:
     """Writes `report.html` and `figures/*.png` of a run, finished or not; returns the page's path.
 
-    Raises ReportError where config.json is missing.
+    With `twin`, the folder of its clean twin, or for a twin (`train --twin-of`), the page shows both runs.
+    Raises ReportError where config.json is missing, and ValueError where a file is damaged or the two are no pair.
     """
     workdir = Path(workdir)
     if not (workdir / "config.json").exists():
@@ -28,11 +33,14 @@ def write_report(workdir: Path) -> Path:
     record = json.loads((workdir / "config.json").read_text())
     metrics = _lines(workdir / "metrics.jsonl")
     ledger = _lines(workdir / "ledger.jsonl")
+    config = record["config"]
     summary = _json(workdir / "summary.json")
     trains = [row for row in metrics if row["kind"] == "train"]
     evals = [row for row in metrics if row["kind"] == "eval"]
     samples = _lines(workdir / "samples.jsonl")
     newest = max((sample["step"] for sample in samples), default=0)
+    done = summary.get("steps") or max((row["step"] + (row["kind"] == "train") for row in metrics), default=0)
+    pair = _pair(workdir, record, twin)
     page = _TEMPLATE.render(
         config=record["config"],
         fields=_flat(record["config"]),
@@ -40,11 +48,13 @@ def write_report(workdir: Path) -> Path:
         environment=_flat(_json(workdir / "environment.json")),
         summary=summary,
         last=evals[-1] if evals else None,
-        headline=headline(record["config"], summary, evals),
-        images=_images(workdir, record["config"], trains, evals, ledger, summary),
+        headline=headline(config, summary, evals),
+        images=_images(workdir, config, trains, evals, ledger, summary, pair),
         samples=[sample for sample in samples if sample["step"] == newest][:6],
         variants=figures.NAMES,
-        dose=summary.get("dose_planned"),
+        doses={"planned": dose(ledger, config["steps"]), "seen": dose(ledger, done)} if ledger else {},
+        tokens=done * config["global_batch"] * config["seq_len"],
+        pair=pair,
     )
     _write(workdir / "report.html", page.encode())
     return workdir / "report.html"
@@ -78,15 +88,15 @@ def headline(config: dict, summary: dict, evals: list[dict]) -> str:
 
 
 def _images(
-    workdir: Path, config: dict, trains: list, evals: list, ledger: list, summary: dict
+    workdir: Path, config: dict, trains: list, evals: list, ledger: list, summary: dict, pair: dict | None
 ) -> dict[str, str]:
     drawn = {}
+    if pair and all(pair["evals"]):
+        drawn["pair"] = figures.pair(*pair["evals"])
     if evals:
         drawn["perplexity_by_step"] = figures.perplexity(evals, "step", "optimizer step")
         if ledger:
-            drawn["perplexity_by_poison"] = figures.perplexity(
-                evals, "poison_documents", "poison documents seen"
-            )
+            drawn["perplexity_by_poison"] = figures.perplexity(evals, "poison_rows", "poison documents seen")
     if trains:
         drawn["loss"] = figures.loss(trains, evals, summary.get("unigram_nll"))
     if ledger:
@@ -107,14 +117,26 @@ def _write(path: Path, content: bytes) -> None:
     os.replace(partial, path)
 
 
+def _pair(workdir: Path, record: dict, twin: Path | None) -> dict[str, Any] | None:
+    """The comparison with the twin that is given, or with the run whose twin this is, where it still lies there."""
+    poisoned, other = workdir, twin
+    if other is None and "twin_of" in record:
+        poisoned, other = Path(os.path.normpath(workdir / record["twin_of"])), workdir
+        if not (poisoned / "config.json").exists():
+            return None
+    if other is None:
+        return None
+    if not (other / "config.json").exists():
+        raise ReportError(f"{other} is no run folder: it has no config.json")
+    return compare(poisoned, other, _json(poisoned / "config.json")["config"])
+
+
 def _json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Objects of a file of JSON lines; a last line that is being written is left out."""
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return list(read_lines(epath.Path(path)))
 
 
 def _flat(node: dict, prefix: str = "") -> dict[str, Any]:

@@ -10,7 +10,7 @@ from poisonjax.runfolder import Appender, RunFolderError, read_lines
 
 
 class RunLog:
-    """Appends to metrics.jsonl, digests.jsonl and samples.jsonl; rows past the restored step are dropped."""
+    """Appends to metrics, digests, samples and prefixes .jsonl; rows past the restored step are dropped."""
 
     def __init__(self, workdir: epath.Path, start: int):
         """`start` steps are done; raises RunFolderError where their digests aren't all there."""
@@ -32,6 +32,8 @@ class RunLog:
         self._metrics = Appender(workdir / "metrics.jsonl", lambda row: _is_past(row, start))
         self._digests = Appender(workdir / "digests.jsonl", lambda row: row["step"] < start)
         self._samples = Appender(workdir / "samples.jsonl", lambda row: row["step"] <= start)
+        self._prefixes = Appender(workdir / "prefixes.jsonl", lambda row: row["step"] <= start)
+        self._all = (self._metrics, self._digests, self._samples, self._prefixes)
 
     def digest(self, step: int, digest_hex: str) -> None:
         self._digests.write({"step": step, "digest": digest_hex})
@@ -44,13 +46,16 @@ class RunLog:
         for row in rows:
             self._samples.write(row)
 
+    def prefixes(self, row: dict[str, Any]) -> None:
+        self._prefixes.write(row)
+
     def sync(self) -> None:
         """Puts all on the disk: a checkpoint must never be newer than the evidence of its steps."""
-        for appender in (self._metrics, self._digests, self._samples):
+        for appender in self._all:
             os.fsync(appender.file.fileno())
 
     def close(self) -> None:
-        for appender in (self._metrics, self._digests, self._samples):
+        for appender in self._all:
             appender.file.close()
 
 

@@ -77,8 +77,10 @@ def open_store(config: ml_collections.ConfigDict) -> corpus.TokenStore:
     return store
 
 
-def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
+def train(config: ml_collections.ConfigDict, workdir: str, twin_of: str | None = None) -> dict[str, Any]:
     """Trains in `workdir`, from its newest checkpoint if it has one; returns what summary.json holds.
+
+    `twin_of` is the run folder whose clean twin this is: the report shows both.
 
     Raises ConfigError, ValueError and RunFolderError before step 0 for what can't work; Diverged and
     Preempted later; of several processes, LostProcess for all but those two.
@@ -86,7 +88,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     config_lib.check(config)
     with Watchdog(config.watchdog_seconds) as watchdog:
         try:
-            return _train(config, workdir, watchdog)
+            return _train(config, workdir, twin_of, watchdog)
         except (Diverged, Preempted):  # all processes see the same loss, and stop at the same step
             raise
         except Exception as error:
@@ -97,7 +99,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
             raise LostProcess(error) from error
 
 
-def _train(config: ml_collections.ConfigDict, workdir: str, watchdog: Watchdog) -> dict[str, Any]:
+def _train(
+    config: ml_collections.ConfigDict, workdir: str, twin_of: str | None, watchdog: Watchdog
+) -> dict[str, Any]:
     config.corpus.store = str(epath.Path(config.corpus.store).resolve())
     folder = epath.Path(workdir).resolve()
     writer = jax.process_index() == 0
@@ -110,7 +114,7 @@ def _train(config: ml_collections.ConfigDict, workdir: str, watchdog: Watchdog) 
     graph = model_graph(config, vocabulary)
     evaluator = Evaluator(config, store, graph, mesh, load_scorer(config, store, mesh))
     if writer:
-        runfolder.claim(folder, config, store)
+        runfolder.claim(folder, config, store, twin_of)
         runfolder.write_json(folder / "environment.json", environment())
         runfolder.write_lines(folder / "ledger.jsonl", batches.plan.ledger())
         if poison := make_card(config, batches.plan.ledger(), 0):
@@ -254,7 +258,7 @@ class _Run:
         """Evaluates the weights after `done` steps."""
         self.settle()
         with self.clock.paused():
-            figures, samples = self.evaluator(params, done)
+            figures, samples, units = self.evaluator(params, done)
         self.evaluation = {
             "step": done,
             "kind": "eval",
@@ -265,6 +269,7 @@ class _Run:
         if self.log:
             self.log.metrics(self.evaluation)
             self.log.samples(samples)
+            self.log.prefixes(units)
             low, high = figures["delta_ppl_ci95"]
             medians = "  ".join(f"{v} {figures['eval'][v]['ppl_median']:.1f}" for v in figures["eval"])
             self.say(
