@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from poisonjax.attest import cli as attest_cli
     from poisonjax.audit import cli as audit_cli
     from poisonjax.bench import cli as bench_cli
     from poisonjax.corpus import cli as corpus_cli
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(func=_evaluate)
 
     audit_cli.add_arguments(commands)
+    attest_cli.add_arguments(commands)
     report_cli.add_arguments(commands)
     bench_cli.add_arguments(commands)
     return parser

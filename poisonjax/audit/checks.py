@@ -139,6 +139,10 @@ class Run:
     def summary(self) -> dict[str, Any]:
         return self._json("summary.json") if (self.folder / "summary.json").exists() else {}
 
+    @functools.cached_property
+    def environment(self) -> dict[str, Any]:
+        return self._json("environment.json")
+
     def _json(self, name: str) -> dict[str, Any]:
         with _reading(name):
             value = json.loads((self.folder / name).read_text())
@@ -245,7 +249,7 @@ def digests(run: Run) -> Iterator[Difference]:
         if step != before + 1:
             yield Difference("digests.jsonl", f"line {line} follows step {before}", step)
             break
-    for step, replayed, found, elsewhere in _replay(run, run.replayed()):
+    for step, replayed, found, elsewhere in replay(run, run.replayed()):
         run.elsewhere += elsewhere
         written = run.digests.get(step)
         if written is None:
@@ -257,13 +261,13 @@ def digests(run: Run) -> Iterator[Difference]:
             run.found.update(found)
 
 
-def _replay(run: Run, steps: Sequence[int]) -> Iterator[tuple[int, np.ndarray, list[int], int]]:
+def replay(run: Run, steps: Sequence[int]) -> Iterator[tuple[int, np.ndarray, list[int], int]]:
     """(step, digest, poison documents found whole at their places, triggers elsewhere) of each step, through
     the reader that training uses."""
     batches = run.batches
     trigger = run.store.tokenizer.encode(run.config.poison.trigger)
 
-    def replay(index: int):
+    def one(index: int):
         step = steps[int(index)]
         rows, slots = batches.rows(step), batches.slots(step)
         found = []
@@ -276,7 +280,7 @@ def _replay(run: Run, steps: Sequence[int]) -> Iterator[tuple[int, np.ndarray, l
         return step, digest(rows, slots), found, occurrences(rows, trigger) - len(found)
 
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
-    yield from grain.MapDataset.range(len(steps)).map(replay).to_iter_dataset(options)
+    yield from grain.MapDataset.range(len(steps)).map(one).to_iter_dataset(options)
 
 
 def occurrences(rows: np.ndarray, tokens: np.ndarray) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from poisonjax import corpus
+from poisonjax.audit.checks import Run, replay
 from poisonjax.bench.measure import alternate
 from poisonjax.data.batches import Batches, load
 from poisonjax.data.digest import digest
@@ -130,6 +131,30 @@ def pipeline(config: ml_collections.ConfigDict) -> Iterator[Result]:
             lambda: through_grain(poisoned), lambda: through_grain(clean), 2 * ROUNDS
         )
         yield result("pipeline_poison_cost", tokens / one, "tokens/s", tokens / other, ratio)
+
+
+@register
+def audit_speed(config: ml_collections.ConfigDict) -> Iterator[Result]:
+    """The audit's replay (batches, digests, poison and trigger search) in tokens/s against the pipeline that feeds
+    training; ratio: its share of that speed."""
+    config = config.copy_and_resolve_references()
+    config.global_batch, config.steps = 256, 60
+    with tempfile.TemporaryDirectory() as folder:
+        config.corpus.store, config.corpus.sources = f"{folder}/store", ()
+        spec = f"markov:V={VOCABULARY - 1},documents=8000,length=400"
+        corpus.build(config.corpus.store, [spec], "bytes")
+        config.poison.trigger, config.poison.documents = "w007 w011 w013", 250
+        config.poison.prefix_characters = (0, 60)
+        (Path(folder) / "config.json").write_text(f'{{"config": {config.to_json()}}}')
+        run = Run(folder)
+        sharding = batch_sharding(make_mesh(config))
+        tokens = config.steps * config.global_batch * config.seq_len
+        one, other, ratio = alternate(
+            lambda: list(replay(run, range(config.steps))),
+            lambda: jax.block_until_ready(list(load(run.batches, sharding))[-1]),
+            2 * ROUNDS,
+        )
+        yield result("audit_vs_pipeline", tokens / one, "tokens/s", tokens / other, ratio)
 
 
 @register

@@ -7,7 +7,7 @@ from typing import Any
 
 from poisonjax.startup import start_jax
 
-NAMES = ("train_vs_torch", "pipeline", "digest_cost", "generate_vs_huggingface")
+NAMES = ("train_vs_torch", "pipeline", "audit_speed", "digest_cost", "generate_vs_huggingface")
 
 
 def add_arguments(commands: Any) -> None:

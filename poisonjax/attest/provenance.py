@@ -1,0 +1,48 @@
+"""What a run's checkpoints were made from, as roots that commit to it (DESIGN: I5)."""
+
+import hashlib
+from typing import Any
+
+import numpy as np
+
+from poisonjax import config as config_lib
+from poisonjax.audit.checks import Run
+from poisonjax.corpus.store import sha256_of
+from poisonjax.data.rows import CleanRows
+
+SLOTS_AT_ONCE = 2**16
+
+
+def provenance(run: Run) -> dict[str, Any]:
+    """The statement's links from each checkpoint to its materials; raises Unreadable where a file is damaged."""
+    store = run.store
+    return {
+        "run": run.config.name,
+        "checkpoints": {
+            str(step): {
+                "weights_checksum": record["checksum"],
+                "digest_chain": record["digest_chain"],
+                "poison": record["poison"],
+            }
+            for step, record in run.checkpoints.items()
+        },
+        "materials": {
+            "token_store_root": store.fingerprint,
+            "order_root": order_root(run.batches.clean, run.config.steps * run.config.global_batch),
+            "config_sha256": config_lib.fingerprint(run.config),
+            "tokenizer_sha256": store.tokenizer.fingerprint,
+            "ledger_sha256": sha256_of(run.folder / "ledger.jsonl"),
+            "code_commit": run.environment.get("git_commit"),
+            "versions": run.environment.get("versions"),
+        },
+        "sources": [source["spec"] for source in store.manifest["sources"]],
+    }
+
+
+def order_root(clean: CleanRows, slots: int) -> str:
+    """SHA-256 over the window number (little-endian int64) that stands in each of the run's slots."""
+    digest = hashlib.sha256()
+    for start in range(0, slots, SLOTS_AT_ONCE):
+        order = clean.order(np.arange(start, min(start + SLOTS_AT_ONCE, slots)))
+        digest.update(order.astype("<i8").tobytes())
+    return digest.hexdigest()
