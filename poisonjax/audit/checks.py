@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ import grain
 import ml_collections
 import numpy as np
 from etils import epath
+from tqdm import tqdm
 
 from poisonjax import config as config_lib
 from poisonjax import runfolder
@@ -36,9 +38,16 @@ class Difference:
     step: int | None = None
     row: int | None = None
 
+    @property
+    def place(self) -> str:
+        """File, step and row, as far as they are known."""
+        known = (
+            (name, value) for name, value in (("step", self.step), ("row", self.row)) if value is not None
+        )
+        return self.file + "".join(f", {name} {value}" for name, value in known)
+
     def __str__(self) -> str:
-        place = "".join(f", {n} {v}" for n, v in (("step", self.step), ("row", self.row)) if v is not None)
-        return f"{self.file}{place}: {self.message}"
+        return f"{self.place}: {self.message}"
 
 
 class Unreadable(ValueError):
@@ -249,7 +258,11 @@ def digests(run: Run) -> Iterator[Difference]:
         if step != before + 1:
             yield Difference("digests.jsonl", f"line {line} follows step {before}", step)
             break
-    for step, replayed, found, elsewhere in replay(run, run.replayed()):
+    chosen = run.replayed()
+    replays = tqdm(
+        replay(run, chosen), total=len(chosen), unit="step", leave=False, disable=not sys.stderr.isatty()
+    )
+    for step, replayed, found, elsewhere in replays:
         run.elsewhere += elsewhere
         written = run.digests.get(step)
         if written is None:
@@ -414,7 +427,7 @@ class Audit:
         """The result in plain words."""
         if not self.ok:
             count = len(self.differences)
-            return f"NOT verified: {count} difference{'s' * (count > 1)}, the first in {self.differences[0]}"
+            return f"NOT verified: {count} difference{'s' * (count > 1)}, the first in {self.differences[0].place}"
         assert self.config is not None
         planned = len({record["id"] for record in self.planned})
         d = self.dose
