@@ -71,6 +71,17 @@ def test_every_fault_is_detected_and_named(run, tmp_path, name, seed, capsys):
     assert "NOT verified" in capsys.readouterr().out
 
 
+def test_a_store_that_was_moved_is_found_by_its_new_place(run, tmp_path, capsys):
+    shutil.copytree(run[0], tmp_path / "run")
+    shutil.copytree(run[1], tmp_path / "moved")
+    scene = tamper.Scene(tmp_path / "run", np.random.default_rng(0))
+    scene.change("config.json", lambda r: r["config"]["corpus"].update(store=str(tmp_path / "gone")))
+    assert main(["audit", str(tmp_path / "run")]) == 1
+    assert "is no token store" in capsys.readouterr().out
+    for arguments in ([], ["--step", "0"], ["--document", "train:0"]):
+        assert main(["audit", str(tmp_path / "run"), "--store", str(tmp_path / "moved"), *arguments]) == 0
+
+
 # For each check, a fault that this check alone detects.
 CONTROLS = {
     "config": "config_field_changed",

@@ -208,6 +208,7 @@ WATCHED = """
 import sys, time
 from poisonjax.training.watchdog import Watchdog
 with Watchdog(1) as watchdog:
+    watchdog.start()
     for i in range(8):
         watchdog.progress(f"turn {i}")
         time.sleep(0.3)
@@ -224,4 +225,4 @@ def test_the_watchdog_ends_what_makes_no_progress_and_nothing_else(sleep, code):
     assert done.stdout.split() == (["alive"] if code else ["alive", "done"])
     if code:
         assert "made no progress for 1 s while turn 7" in done.stderr
-        assert 'File "<string>", line 9' in done.stderr  # where it stands
+        assert 'File "<string>", line 10' in done.stderr  # where it stands

@@ -83,12 +83,19 @@ class Run:
     Raises Unreadable where what is asked for can't be read.
     """
 
-    def __init__(self, workdir: str, chosen: Sequence[int] | None = None, sample: int | None = None):
-        """`chosen` steps are replayed, or a random `sample` of so many; None: all."""
+    def __init__(
+        self,
+        workdir: str,
+        chosen: Sequence[int] | None = None,
+        sample: int | None = None,
+        store: str | None = None,
+    ):
+        """`chosen` steps are replayed, or a random `sample` of so many; None: all. `store` is where the token store
+        lies now, if not where config.json says."""
         self.folder = epath.Path(workdir).resolve()
         if not (self.folder / "config.json").exists():
             raise runfolder.RunFolderError(f"{workdir} is no run folder: it has no config.json")
-        self._chosen, self._sample = chosen, sample
+        self._chosen, self._sample, self._store = chosen, sample, store
         self.verified: set[int] = set()  # steps whose digest the replay confirmed
         self.found: collections.Counter[int] = collections.Counter()  # poison documents found in them
         self.elsewhere = 0  # times that the trigger's tokens stand in replayed rows outside of documents
@@ -106,6 +113,7 @@ class Run:
     def config(self) -> ml_collections.ConfigDict:
         with _reading("config.json"):
             config = config_lib.from_record(self.record["config"])
+            config.corpus.store = self._store or config.corpus.store
             config_lib.check(config)
             return config
 
@@ -470,12 +478,15 @@ class Audit:
         }
 
 
-def audit(workdir: str, steps: Sequence[int] | None = None, sample: int | None = None) -> Audit:
-    """Runs every check on a run folder; `steps`, or a random `sample` of so many, restrict the replay.
+def audit(
+    workdir: str, steps: Sequence[int] | None = None, sample: int | None = None, store: str | None = None
+) -> Audit:
+    """Runs every check on a run folder; `steps`, or a random `sample` of so many, restrict the replay. `store`
+    is where the token store lies now, if not where config.json says.
 
     Raises RunFolderError for a folder that is no run, and ValueError for steps that the run didn't make.
     """
-    run = Run(workdir, steps, sample)
+    run = Run(workdir, steps, sample, store)
     made = _or(lambda: run.steps, 0)
     if made and (beyond := [step for step in steps or () if not 0 <= step < made]):
         raise ValueError(f"--steps: {beyond[:5]} aren't among the steps 0 to {made - 1} that the run made")

@@ -26,6 +26,9 @@ def add_arguments(commands: Any) -> None:
         action="store_true",
         help="no WORKDIR: train tiny runs, tamper with them, and count what the audit detects",
     )
+    parser.add_argument(
+        "--store", metavar="DIR", help="where the token store lies now, if not where the run says"
+    )
     parser.add_argument("--faults", type=int, default=200, help="of the self-test (default: 200)")
     parser.add_argument("--runs", type=int, default=50, help="untouched, of the self-test (default: 50)")
     parser.add_argument("--json", action="store_true")
@@ -49,7 +52,7 @@ def _audit(arguments: argparse.Namespace) -> int:
     from poisonjax.audit.checks import audit
 
     began = time.monotonic()
-    result = audit(arguments.workdir, _steps(arguments.steps), arguments.sample)
+    result = audit(arguments.workdir, _steps(arguments.steps), arguments.sample, arguments.store)
     if arguments.json:
         print(json.dumps(result.as_json() | {"seconds": time.monotonic() - began}))
     else:
@@ -65,10 +68,10 @@ def _trace(arguments: argparse.Namespace) -> int:
     from poisonjax.audit import trace
 
     if arguments.document:
-        sightings = trace.sightings(arguments.workdir, arguments.document)
+        sightings = trace.sightings(arguments.workdir, arguments.document, arguments.store)
         shown = json.dumps(sightings) if arguments.json else trace.as_lines(arguments.document, sightings)
     else:
-        rows = trace.step(arguments.workdir, arguments.step)
+        rows = trace.step(arguments.workdir, arguments.step, arguments.store)
         shown = json.dumps(rows) if arguments.json else trace.as_text(rows, colour=sys.stdout.isatty())
     print(shown)
     return 0

@@ -109,6 +109,7 @@ def _train(
     # Everything that can be wrong is found here, before step 0.
     mesh = make_mesh(config)
     store = open_store(config)
+    watchdog.start()  # building a store takes as long as it takes
     batches = Batches(config, store)
     vocabulary = store.tokenizer.vocab_size
     graph = model_graph(config, vocabulary)
@@ -133,7 +134,7 @@ def _train(
             print(f"resuming after step {start} of {config.steps}", flush=True)
         run = _Run(config, store, folder, batches, evaluator, state.params, start, writer)
         if writer and start:
-            run.require(checkpoints.record(start)["digest_chain"])
+            run.require(checkpoints.record(start).get("digest_chain", ""))
         status = "failed"
         try:
             train_step = make_train_step(config, graph, mesh, abstract)
@@ -155,6 +156,7 @@ def _train(
                     raise Preempted(
                         f"stopped after step {done} of {config.steps}; the same command goes on from there"
                     )
+            watchdog.progress("writing the last checkpoint and the report")
             checkpoints.close()
             status = "finished"
         except Preempted:

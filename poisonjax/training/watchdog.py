@@ -24,9 +24,12 @@ class Watchdog:
         self._stop = threading.Event()
 
     def __enter__(self) -> "Watchdog":
+        return self
+
+    def start(self) -> None:
+        """Watches from here on."""
         if self.seconds:
             threading.Thread(target=self._watch, daemon=True).start()
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
