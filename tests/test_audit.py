@@ -55,7 +55,7 @@ def test_part_of_a_run(run, capsys, restriction):
 
 def test_bad_input_is_told_apart_from_a_bad_run(run, tmp_path, capsys):
     for arguments in ([], [str(tmp_path)], [str(run[0]), "--steps", "8-9"], [str(run[0]), "--steps", "x"],
-                      [str(run[0]), "--step", "9"], [str(run[0]), "--document", "poison:4"],
+                      [str(run[0]), "--sample", "0"], [str(run[0]), "--step", "9"], [str(run[0]), "--document", "poison:4"],
                       [str(run[0]), "--document", "train:99999"], [str(run[0]), "--document", "7"]):  # fmt: skip
         assert main(["audit", *arguments]) == 2, arguments
     assert "0 to 8" in capsys.readouterr().err
@@ -80,6 +80,13 @@ def test_a_store_that_was_moved_is_found_by_its_new_place(run, tmp_path, capsys)
     assert "is no token store" in capsys.readouterr().out
     for arguments in ([], ["--step", "0"], ["--document", "train:0"]):
         assert main(["audit", str(tmp_path / "run"), "--store", str(tmp_path / "moved"), *arguments]) == 0
+
+
+def test_a_run_that_has_only_begun(run, tmp_path, capsys):
+    begun = shutil.ignore_patterns("checkpoints", "*mary.json", "[dm]*.jsonl")
+    shutil.copytree(run[0], tmp_path / "run", ignore=begun)
+    assert main(["audit", str(tmp_path / "run")]) == 0
+    assert "no step made yet" in capsys.readouterr().out
 
 
 # For each check, a fault that this check alone detects.

@@ -169,24 +169,36 @@ class Run:
 
     @functools.cached_property
     def checkpoints(self) -> dict[int, dict[str, Any]]:
-        """{step in the folder's name: the record that was saved in it}."""
+        """{step in the folder's name: the record that was saved in it}.
+
+        A run that goes on may remove a checkpoint while it is read: what is gone by then is left out.
+        """
         folder, records = self.folder / "checkpoints", {}
         names = [path.name for path in folder.iterdir()] if folder.exists() else []
         reader = Checkpoints(self.folder, self.config) if names else None
         for step in sorted(int(name) for name in names if name.isdecimal()):
             assert reader
-            with _reading(f"checkpoints/{step}"):
-                records[step] = reader.record(step)
+            try:
+                with _reading(f"checkpoints/{step}"):
+                    records[step] = reader.record(step)
+            except Unreadable:
+                if (folder / str(step)).exists():
+                    raise
         return records
 
     @functools.cached_property
     def steps(self) -> int:
-        """How many steps the run made, by the most that any of its files tells of."""
-        told = [max(self.digests, default=-1) + 1, *self.checkpoints]
+        """How many steps the run made, by the most that any of its files tells of.
+
+        A run writes a step's digest before the files that rest on it, so digests are read last: the audit of a run
+        that goes on sees no checkpoint or metrics without their digests.
+        """
+        told = list(self.checkpoints)
         told += [row["step"] + (row["kind"] == "train") for row in self.lines("metrics.jsonl")]
         if isinstance(steps := self.summary.get("steps"), int):
             told.append(steps)
-        return min(max(told), self.config.steps)
+        told += [step + 1 for step in self.digests]
+        return min(max(told, default=0), self.config.steps)
 
     def replayed(self) -> Sequence[int]:
         """The steps to replay."""
@@ -437,6 +449,8 @@ class Audit:
             count = len(self.differences)
             return f"NOT verified: {count} difference{'s' * (count > 1)}, the first in {self.differences[0].place}"
         assert self.config is not None
+        if not self.steps:
+            return "no step made yet: nothing to verify but config, store and ledger, which agree"
         planned = len({record["id"] for record in self.planned})
         d = self.dose
         if len(self.verified) == self.steps:
@@ -484,8 +498,11 @@ def audit(
     """Runs every check on a run folder; `steps`, or a random `sample` of so many, restrict the replay. `store`
     is where the token store lies now, if not where config.json says.
 
-    Raises RunFolderError for a folder that is no run, and ValueError for steps that the run didn't make.
+    Raises RunFolderError for a folder that is no run, and ValueError for steps that the run didn't make or a
+    sample of none.
     """
+    if sample is not None and sample < 1:
+        raise ValueError(f"--sample: {sample} steps can't be replayed; at least 1")
     run = Run(workdir, steps, sample, store)
     made = _or(lambda: run.steps, 0)
     if made and (beyond := [step for step in steps or () if not 0 <= step < made]):
