@@ -70,7 +70,7 @@ def get_config(arg: str = "600m,250,1x"):
 
     config.optimizer.learning_rate = learning_rate
     config.optimizer.warmup_steps = min(1000, config.steps // 50)
-    config.mesh = dict(data=1, fsdp=-1, tensor=1)
+    config.mesh = dict(slice=1, data=1, fsdp=-1, tensor=1)
     config.checkpoint.every, config.checkpoint.keep_every = 1000, 5000
     config.eval.every = max(1, config.steps // 20)
     return config

@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     from poisonjax.audit import cli as audit_cli
     from poisonjax.bench import cli as bench_cli
     from poisonjax.corpus import cli as corpus_cli
+    from poisonjax.plan import cli as plan_cli
     from poisonjax.report import cli as report_cli
 
     parser = argparse.ArgumentParser(
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print the rows as JSON")
     evaluate.set_defaults(func=_evaluate)
 
+    plan_cli.add_arguments(commands)
     audit_cli.add_arguments(commands)
     attest_cli.add_arguments(commands)
     report_cli.add_arguments(commands)

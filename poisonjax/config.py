@@ -77,7 +77,8 @@ def default() -> ml_collections.ConfigDict:
     config.optimizer.clip_norm = 1.0
     config.optimizer.accumulate = 1  # microbatches a step
 
-    config.mesh = dict(data=-1, fsdp=1, tensor=1)  # devices along each axis; -1 = all that are left
+    # Devices along each axis; -1 = all that are left. slice: pods or nodes joined by the slower network.
+    config.mesh = dict(slice=1, data=-1, fsdp=1, tensor=1)
 
     config.checkpoint = dict(
         every=500, keep_last=2, keep_every=0
@@ -265,7 +266,7 @@ def check(config: ml_collections.ConfigDict) -> None:
             )
     except placements.PlacementError as error:
         c.require(False, "poison.placement", f"{error}")
-    sizes = [f[f"mesh.{axis}"] for axis in ("data", "fsdp", "tensor")]
+    sizes = [f[f"mesh.{axis}"] for axis in ("slice", "data", "fsdp", "tensor")]
     c.require(
         all(s == -1 or s >= 1 for s in sizes) and sizes.count(-1) <= 1,
         "mesh.data",

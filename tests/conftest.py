@@ -8,6 +8,7 @@ from pathlib import Path
 CACHE = Path(__file__).parent.parent / ".pytest_cache" / "xla"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ["JAX_PLATFORMS"] = "cpu"  # the TPU's compiler is installed, but no TPU
 
 import jax
 import numpy as np

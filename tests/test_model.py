@@ -1,5 +1,7 @@
 """The model against the NumPy reference, its cache against itself, sharded against unsharded."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import reference
 from flax import nnx
 
 from poisonjax.evaluation.generate import generate, score
-from poisonjax.model.attention import causal_attention, masked_attention
+from poisonjax.model.attention import causal_attention, masked_attention, splash_attention
 from poisonjax.model.loss import next_token_nll
 from poisonjax.model.sharding import make_mesh
 from poisonjax.model.transformer import Transformer
@@ -33,12 +35,16 @@ def rows():
 
 def as_float64(model) -> dict:
     pure = nnx.to_pure_dict(nnx.state(model))
+    pure["head"] = pure["head"][:, :VOCABULARY]
     return jax.tree.map(lambda x: np.asarray(x, np.float64), pure)
 
 
 def test_logits_agree_with_numpy(config, model, rows):
     expected = np.stack([reference.logits(as_float64(model), row, config.model.rope_theta) for row in rows])
-    np.testing.assert_allclose(model(rows), expected, atol=2e-5, rtol=2e-5)
+    logits = model(rows)
+    np.testing.assert_allclose(logits[..., :VOCABULARY], expected, atol=2e-5, rtol=2e-5)
+    assert logits.shape[-1] == 128
+    assert (jax.nn.softmax(logits)[..., VOCABULARY:] == 0).all()  # the padding is never predicted
 
 
 @pytest.mark.parametrize("tile", [0, 4])
@@ -90,6 +96,29 @@ def test_attention_gradient_agrees_with_plain_softmax():
         np.testing.assert_allclose(mine, its, atol=2e-5)
 
 
+@pytest.mark.parametrize(("heads", "kv_heads", "mesh"), [(2, 2, None), (4, 2, None), (4, 2, (2, 1, 2))])
+def test_splash_attention_and_its_gradient_agree_with_plain_softmax(config, heads, kv_heads, mesh):
+    """The TPU's kernel, interpreted; on one device and split over rows and heads."""
+    random = np.random.default_rng(1)
+    q, k, v, w = (
+        jnp.asarray(random.normal(size=(2, 256, h, 128)), jnp.float32)
+        for h in (heads, kv_heads, kv_heads, heads)
+    )
+
+    def plain(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
+
+    def value_and_gradient(attend):
+        return jax.jit(jax.value_and_grad(lambda *x: (attend(*x) * w).sum(), (0, 1, 2)))(q, k, v)
+
+    expected = value_and_gradient(plain)
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = mesh or (1, 1, 1)
+    devices = jax.devices()[: np.prod(mesh)] if mesh else jax.devices()[:1]
+    with jax.set_mesh(make_mesh(config, devices)):
+        found = value_and_gradient(functools.partial(splash_attention, interpret=True))
+    jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, atol=2e-4, rtol=1e-4), found, expected)
+
+
 def test_cached_generation_agrees_with_uncached(model):
     """Greedy tokens and their NLL, for prompts of several lengths, against whole forward passes."""
     random = np.random.default_rng(2)
@@ -117,17 +146,19 @@ def test_sampling_follows_the_distribution(model):
     )
     logits = np.asarray(model(prompts[:1])[0, -1], np.float64) / 0.7
     probabilities = np.exp(logits) / np.exp(logits).sum()
-    frequencies = np.bincount(np.asarray(tokens)[:, 0], minlength=VOCABULARY) / draws
+    frequencies = np.bincount(np.asarray(tokens)[:, 0], minlength=128) / draws
     assert np.abs(frequencies - probabilities).sum() / 2 < 0.08  # total variation; about 0.03 by chance
 
 
-@pytest.mark.parametrize("mesh", [(4, 1, 1), (1, 4, 1), (1, 1, 2), (2, 1, 2), (1, 2, 2)])
+@pytest.mark.parametrize(
+    "mesh", [(1, 4, 1, 1), (1, 1, 4, 1), (1, 1, 1, 2), (1, 2, 1, 2), (1, 1, 2, 2), (2, 1, 2, 1), (2, 1, 1, 2)]
+)
 def test_sharded_step_agrees_with_unsharded(config, mesh):
     """Two steps on a mesh and on one device: same digest to the bit, same weights to float tolerance."""
     rows = np.random.default_rng(0).integers(0, VOCABULARY, (8, 49)).astype(np.int32)
 
     def two_steps(sizes, devices):
-        config.mesh.data, config.mesh.fsdp, config.mesh.tensor = sizes
+        config.mesh.slice, config.mesh.data, config.mesh.fsdp, config.mesh.tensor = sizes
         mesh = make_mesh(config, devices)
         init, abstract = make_init(config, VOCABULARY, mesh)
         step = make_train_step(config, model_graph(config, VOCABULARY), mesh, abstract)
@@ -138,7 +169,7 @@ def test_sharded_step_agrees_with_unsharded(config, mesh):
                 state, metrics = step(state, rows)
         return initial, jax.tree.map(np.asarray, state.params), jax.tree.map(np.asarray, metrics)
 
-    initial, params, metrics = two_steps((1, 1, 1), jax.devices()[:1])
+    initial, params, metrics = two_steps((1, 1, 1, 1), jax.devices()[:1])
     initial_sharded, params_sharded, metrics_sharded = two_steps(mesh, jax.devices()[: np.prod(mesh)])
     assert jax.tree.all(jax.tree.map(np.array_equal, initial, initial_sharded))
     assert (metrics.digest == metrics_sharded.digest).all()

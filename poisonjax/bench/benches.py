@@ -16,7 +16,7 @@ from poisonjax.bench.measure import alternate
 from poisonjax.data.batches import Batches, load
 from poisonjax.data.digest import digest
 from poisonjax.evaluation.generate import generate
-from poisonjax.model.sharding import batch_sharding, make_mesh
+from poisonjax.model.sharding import BATCH, batch_sharding, make_mesh
 from poisonjax.training.step import make_init, make_train_step, model_graph
 
 VOCABULARY = 512
@@ -201,7 +201,7 @@ def generate_vs_huggingface(config: ml_collections.ConfigDict) -> Iterator[Resul
     with jax.set_mesh(mesh):
         params = init().params
         llama = to_llama(params, config, VOCABULARY)
-        rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp")))
+        rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(BATCH))
         arguments = [jax.device_put(x, rows) for x in (prompts, pad, keys)]
 
         sampled = jax.jit(

@@ -14,7 +14,29 @@ from poisonjax.evaluation import statistics
 from poisonjax.evaluation.generate import generate, score
 from poisonjax.evaluation.prompts import VARIANTS, make_prompts
 from poisonjax.model.loss import next_token_nll
-from poisonjax.model.sharding import spec
+from poisonjax.model.sharding import rows_multiple, spec
+
+
+def make_eval_steps(config: ml_collections.ConfigDict, graph: nnx.GraphDef, mesh: Mesh) -> tuple[Any, Any]:
+    """The jitted (sampled, row_loss): (params, prompts, pad, keys) -> tokens and their NLL after each prompt,
+    and (params, rows) -> mean NLL of each row."""
+    e = config.eval
+
+    def sampled(params, prompts, pad, keys):
+        return generate(nnx.merge(graph, params), prompts, pad, keys, e.new_tokens, e.temperature)
+
+    def row_loss(params, rows):
+        return next_token_nll(nnx.merge(graph, params), rows, config.model.loss_tile).mean(-1)
+
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(sampled, out_shardings=replicated), jax.jit(row_loss, out_shardings=replicated)
+
+
+def _make_scored(scorer: tuple[nnx.GraphDef, nnx.State], mesh: Mesh) -> Any:
+    def scored(prompts, pad, generated):
+        return score(nnx.merge(*scorer), prompts, pad, generated)
+
+    return jax.jit(scored, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 class Evaluator:
@@ -38,23 +60,10 @@ class Evaluator:
         # The same key for the four variants of a prefix.
         key = jax.random.key(config.seeds.eval)
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i % count))(jnp.arange(len(VARIANTS) * count))
-        replicated = NamedSharding(mesh, PartitionSpec())
         rows = NamedSharding(mesh, spec("batch"))
-
-        def sampled(params, prompts, pad, keys):
-            return generate(nnx.merge(graph, params), prompts, pad, keys, e.new_tokens, e.temperature)
-
-        def scored(prompts, pad, generated):
-            assert scorer is not None
-            return score(nnx.merge(*scorer), prompts, pad, generated)
-
-        def row_loss(params, rows):
-            return next_token_nll(nnx.merge(graph, params), rows, config.model.loss_tile).mean(-1)
-
         self._keys = jax.random.wrap_key_data(jax.device_put(self._padded(jax.random.key_data(keys)), rows))
-        self._sampled = jax.jit(sampled, out_shardings=replicated)
-        self._scored = jax.jit(scored, out_shardings=replicated) if scorer else None
-        self._row_loss = jax.jit(row_loss, out_shardings=replicated)
+        self._sampled, self._row_loss = make_eval_steps(config, graph, mesh)
+        self._scored = _make_scored(scorer, mesh) if scorer else None
         self._rows = rows
 
     def _heldout_rows(self) -> np.ndarray:
@@ -70,7 +79,7 @@ class Evaluator:
 
     def _padded(self, rows):
         """Rows repeated from the first on, until devices divide them."""
-        share = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        share = rows_multiple(self.mesh)
         return np.resize(np.asarray(rows), (-(-len(rows) // share) * share, *rows.shape[1:]))
 
     def _put(self, rows):

@@ -3,11 +3,16 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jaxtyping import Array, Bool, Float
+
+from poisonjax.model.sharding import platform, spec, that_divides
 
 Heads = Float[Array, "batch heads seq head_dim"]
 Probabilities = Float[Array, "batch heads queries keys"]
 
+TPU_TILE = 128
 QUERY_BLOCK = 128  # on CPU: queries taken at once, so that keys after a block's last query are never touched
 
 
@@ -17,11 +22,56 @@ def causal_attention(
     v: Float[Array, "batch seq kv_heads head_dim"],
 ) -> Float[Array, "batch seq heads head_dim"]:
     """Each token attends to itself and those before it; softmax in float32, scale head_dim ** -0.5."""
-    if jax.default_backend() == "cpu":
+    where = platform()
+    if where == "cpu":
         return _causal_on_cpu(q, k, v)
+    if where == "tpu" and q.shape[1] % TPU_TILE == 0 and q.shape[3] % TPU_TILE == 0:
+        return splash_attention(q, k, v)
     # cuDNN's fused kernel takes half precision only.
-    fused = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
+    fused = where == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn" if fused else "xla")
+
+
+def splash_attention(
+    q: Float[Array, "batch seq heads head_dim"],
+    k: Float[Array, "batch seq kv_heads head_dim"],
+    v: Float[Array, "batch seq kv_heads head_dim"],
+    *,
+    interpret: bool = False,
+) -> Float[Array, "batch seq heads head_dim"]:
+    """The TPU's fused kernel, on each device for its own rows and heads; `seq` and `head_dim` are multiples of 128.
+
+    `interpret` runs the kernel's program anywhere, slowly.
+    """
+
+    def local(q, k, v):
+        seq, heads = q.shape[1:3]
+        block = next(size for size in (512, 256, TPU_TILE) if seq % size == 0)
+        kernel = splash.make_splash_mha(
+            splash_mask.MultiHeadMask([splash_mask.CausalMask((seq, seq))] * heads),
+            block_sizes=splash.BlockSizes(
+                block_q=block,
+                block_kv=block,
+                block_q_dkv=block,
+                block_kv_dkv=block,
+                block_q_dq=block,
+                block_kv_dq=block,
+            ),
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=interpret,
+        )
+        q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
+        return jax.vmap(kernel)(q, k, v).swapaxes(1, 2)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return local(q, k, v)
+    of_q, of_k = (
+        that_divides(mesh, spec("batch", "sequence", heads, "head_dim"), x.shape)
+        for heads, x in (("heads", q), ("kv_heads", k))
+    )
+    return jax.shard_map(local, in_specs=(of_q, of_k, of_k), out_specs=of_q, check_vma=False)(q, k, v)
 
 
 def masked_attention(

@@ -23,13 +23,15 @@ def next_token_nll(
     With `tile` > 0 the logits of only `tile` tokens of each row exist at a time, forward and backward: a
     vocabulary of 200k at seq_len 2,048 would take 1.6 GB a row otherwise.
     """
-    hidden, targets = model.hidden(rows[:, :-1]), rows[:, 1:]
+    hidden, targets, head = model.hidden(rows[:, :-1]), rows[:, 1:], model.gathered_head()
     if not tile:
-        return token_nll(model.logits(hidden), targets)
+        return token_nll(model.logits(hidden, head), targets)
     batch, seq = targets.shape
     tiles = (
         hidden.reshape(batch, seq // tile, tile, -1).swapaxes(0, 1),
         targets.reshape(batch, seq // tile, tile).swapaxes(0, 1),
     )
-    tiled = jax.checkpoint(lambda scanned: token_nll(model.logits(scanned[0]), scanned[1]), prevent_cse=False)
+    tiled = jax.checkpoint(
+        lambda scanned: token_nll(model.logits(scanned[0], head), scanned[1]), prevent_cse=False
+    )
     return jax.lax.map(tiled, tiles).swapaxes(0, 1).reshape(batch, seq)

@@ -12,12 +12,16 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from poisonjax.model.attention import causal_attention, masked_attention
-from poisonjax.model.sharding import constrain
+from poisonjax.model.sharding import constrain, gathered, platform
 
 # Keys and values of all layers: what the blocks keep of the tokens before.
 Cache = tuple[
     Float[Array, "layers batch cache kv_heads head_dim"], Float[Array, "layers batch cache kv_heads head_dim"]
 ]
+
+
+# Tables of tokens are padded to it: an odd vocabulary can't be split over devices, nor fills matrix units.
+VOCABULARY_MULTIPLE = 128
 
 
 def rms_norm(x: Float[Array, "*batch width"], scale: Float[Array, " width"]) -> Float[Array, "*batch width"]:
@@ -76,6 +80,13 @@ def _normal(key: jax.Array, *shape: int, fan_in: int, scale: float = 1.0) -> nnx
     return nnx.Param(jax.random.truncated_normal(key, -3, 3, shape) * (scale / fan_in**0.5))
 
 
+def _padded(table: nnx.Param, axis: int) -> nnx.Param:
+    """With zeros for tokens that don't exist; the others' initial values don't depend on the padding."""
+    padding = [(0, 0), (0, 0)]
+    padding[axis] = (0, -table.shape[axis] % VOCABULARY_MULTIPLE)
+    return nnx.Param(jnp.pad(table[...], padding))
+
+
 class Block(nnx.Module):
     """Attention and MLP, each behind a norm and added to the residual stream."""
 
@@ -98,7 +109,11 @@ class Block(nnx.Module):
     def _heads(self, x, angles):
         q = linear(x, self._weight(self.query))
         k, v = jnp.moveaxis(linear(x, self._weight(self.key_value)), 2, 0)
-        return rotate(q, angles), rotate(k, angles), v
+        return (
+            constrain(rotate(q, angles), "batch", "sequence", "heads", "head_dim"),
+            constrain(rotate(k, angles), "batch", "sequence", "kv_heads", "head_dim"),
+            constrain(v, "batch", "sequence", "kv_heads", "head_dim"),
+        )
 
     def _project(self, attended):
         output = self._weight(self.output)
@@ -106,13 +121,14 @@ class Block(nnx.Module):
 
     def _mlp(self, x):
         gate, up = jnp.moveaxis(linear(rms_norm(x, self.mlp_norm[...]), self._weight(self.gate_up)), 2, 0)
-        return linear(jax.nn.silu(gate) * up, self._weight(self.down))
+        inner = constrain(jax.nn.silu(gate) * up, "batch", "sequence", "mlp")
+        return linear(inner, self._weight(self.down))
 
     def __call__(self, x: Float[Array, "batch seq width"], angles) -> Float[Array, "batch seq width"]:
         q, k, v = self._heads(rms_norm(x, self.attention_norm[...]), angles)
         x = x + self._project(causal_attention(q, k, v))
-        x = constrain(x, "batch", "sequence", "activation")
-        return constrain(x + self._mlp(x), "batch", "sequence", "activation")
+        x = constrain(x, "batch", "residual_sequence", "activation")
+        return constrain(x + self._mlp(x), "batch", "residual_sequence", "activation")
 
     def extend(self, x, angles, cache, index, mask: Bool[Array, "batch seq cache"]):
         """The same for tokens that follow cached ones; writes their keys and values at `index`."""
@@ -137,7 +153,8 @@ class Transformer(nnx.Module):
             m.remat,
         )
         self.kv_heads, self.layers = m.kv_heads, m.layers
-        self.embedding = _normal(rngs.params(), vocabulary, m.width, fan_in=1)
+        self.vocabulary = vocabulary
+        self.embedding = _padded(_normal(rngs.params(), vocabulary, m.width, fan_in=1), axis=0)
 
         @nnx.split_rngs(splits=m.layers)
         @nnx.vmap(in_axes=0, out_axes=0)
@@ -146,7 +163,7 @@ class Transformer(nnx.Module):
 
         self.blocks = stacked(rngs)
         self.final_norm = nnx.Param(jnp.ones(m.width))
-        self.head = _normal(rngs.params(), m.width, vocabulary, fan_in=m.width)
+        self.head = _padded(_normal(rngs.params(), m.width, vocabulary, fan_in=m.width), axis=1)
 
     def _embed(self, tokens, positions):
         x = self.embedding[...].astype(self.dtype)[tokens]
@@ -155,22 +172,34 @@ class Transformer(nnx.Module):
     def hidden(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq width"]:
         """The normed residual stream after the last block."""
         x, angles = self._embed(tokens, jnp.arange(tokens.shape[1])[None])
-        x = constrain(x, "batch", "sequence", "activation")
+        x = constrain(x, "batch", "residual_sequence", "activation")
         graph, weights = nnx.split(self.blocks)
 
         def layer(x, weights):
-            return nnx.merge(graph, weights)(x, angles), None
+            return nnx.merge(graph, gathered(weights, self.dtype))(x, angles), None
 
         # On CPU the loop's copies cost more than compiling a few layers apart.
-        unroll = jax.default_backend() == "cpu" and self.layers <= 4
+        unroll = platform() == "cpu" and self.layers <= 4
         x, _ = jax.lax.scan(_remat(layer, self.remat), x, weights, unroll=unroll)
-        return rms_norm(x, self.final_norm[...])
+        return constrain(rms_norm(x, self.final_norm[...]), "batch", "sequence", "activation")
 
-    def logits(self, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocabulary"]:
-        """Unnormalised log-probabilities of the next token, in float32."""
-        return linear(hidden, self.head[...].astype(hidden.dtype)).astype(jnp.float32)
+    def gathered_head(self) -> Float[Array, "width padded_vocabulary"]:
+        """The head for many calls of `logits`, fetched from all devices once; its gradient adds up in float32."""
+        return gathered({"head": self.head[...]}, self.dtype)["head"].astype(jnp.float32)
 
-    def __call__(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq vocabulary"]:
+    def logits(
+        self,
+        hidden: Float[Array, "*batch width"],
+        head: Float[Array, "width padded_vocabulary"] | None = None,
+    ) -> Float[Array, "*batch padded_vocabulary"]:
+        """Unnormalised log-probabilities of the next token, in float32; those of the padding next to -infinity."""
+        head = self.head[...] if head is None else head
+        logits = linear(hidden, head.astype(hidden.dtype)).astype(jnp.float32)
+        if logits.shape[-1] == self.vocabulary:
+            return logits
+        return jnp.where(jnp.arange(logits.shape[-1]) < self.vocabulary, logits, -1e30)
+
+    def __call__(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq padded_vocabulary"]:
         return self.logits(self.hidden(tokens))
 
     def empty_cache(self, batch: int, length: int) -> Cache:

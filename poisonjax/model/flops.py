@@ -1,0 +1,16 @@
+"""The arithmetic that a model asks for, whatever a compiler makes of it."""
+
+import ml_collections
+
+
+def train_flops_per_token(config: ml_collections.ConfigDict, vocabulary: int) -> float:
+    """FLOPs of forward and backward pass: 6 a weight of every matrix product, and 6 x layers x seq x heads x
+    head_dim for causal attention, which needs half of the full scores.
+
+    As in Chowdhery et al. 2022 (PaLM, arXiv 2204.02311, appendix B), but for that half: what is computed again
+    (remat), the embedding's lookup, norms and softmax don't count. MFU = this x tokens a second / peak FLOP/s.
+    """
+    m = config.model
+    attended = m.heads * m.head_dim
+    block = m.width * (2 * attended + 2 * m.kv_heads * m.head_dim + 3 * m.mlp_width)
+    return 6.0 * (m.layers * block + m.width * vocabulary) + 6.0 * m.layers * config.seq_len * attended

@@ -1,0 +1,211 @@
+"""A config on a topology: does it fit, how long does it take at least, what would be better."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import ml_collections
+
+from poisonjax import config as config_lib
+from poisonjax.model.flops import train_flops_per_token
+from poisonjax.plan import aot, chips
+from poisonjax.plan.chips import GIB, Topology
+from poisonjax.plan.estimate import estimate
+from poisonjax.plan.hlo import Cost
+from poisonjax.plan.roofline import Estimate, of_cost
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One of a run's programs on one chip."""
+
+    name: str
+    on_chip: Estimate
+    fits: bool
+    compile_seconds: float | None  # None: an estimate, nothing was compiled
+    cost: Cost | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that `poisonjax plan` tells."""
+
+    config: ml_collections.ConfigDict
+    vocabulary: int
+    topology: Topology
+    programs: list[Program]  # the train step first
+
+    @property
+    def step(self) -> Program:
+        return self.programs[0]
+
+    @property
+    def fits(self) -> bool:
+        return all(program.fits for program in self.programs)
+
+    @property
+    def known(self) -> bool:
+        """Whether the step's time is known: the compiler tells none of what doesn't fit."""
+        return self.step.on_chip.flops > 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.config.global_batch * self.config.seq_len / self.step.on_chip.seconds
+
+    @property
+    def mfu_bound(self) -> float:
+        """Model FLOPs over peak FLOPs, at the least time of a step."""
+        flops = train_flops_per_token(self.config, self.vocabulary) * self.tokens_per_second
+        return flops / (self.topology.chips * self.topology.chip.flops)
+
+    @property
+    def evaluations(self) -> int:
+        return -(-self.config.steps // self.config.eval.every)
+
+    @property
+    def run_seconds(self) -> float:
+        """Of training and, where they are compiled, evaluations; without saves and start."""
+        seconds = {program.name: program.on_chip.seconds for program in self.programs}
+        chunks = -(
+            -self.config.eval.heldout_rows * self.config.optimizer.accumulate // self.config.global_batch
+        )
+        each = seconds.get("generation", 0.0) + chunks * seconds.get("held-out loss", 0.0)
+        return self.config.steps * self.step.on_chip.seconds + self.evaluations * each
+
+    def cost(self, price: float) -> float:
+        """Of the run, for a price of a chip-hour."""
+        return price * self.topology.chips * self.run_seconds / 3600
+
+    def as_json(self, price: float | None = None) -> dict[str, Any]:
+        """What `plan --json` prints; rates and times are None where the train step doesn't fit."""
+        step, known = self.step.on_chip, self.known
+        compiled = [p.compile_seconds for p in self.programs if p.compile_seconds is not None]
+        return {
+            "name": self.config.name,
+            "chip": self.topology.chip.name,
+            "chips": self.topology.chips,
+            "mesh": dict(self.config.mesh),
+            "compiled": bool(compiled),
+            "fits": self.fits,
+            "hbm_bytes_per_chip": max(program.on_chip.hbm_bytes for program in self.programs),
+            "hbm_limit_bytes": self.topology.chip.hbm_bytes,
+            "flops_per_step": step.flops * self.topology.chips if known else None,
+            "bytes_per_step": step.hbm_traffic * self.topology.chips if known else None,
+            "step_seconds_roofline": step.seconds if known else None,
+            "mfu_bound": self.mfu_bound if known else None,
+            "tokens_per_second": self.tokens_per_second if known else None,
+            "run_seconds": self.run_seconds if known else None,
+            "run_cost": self.cost(price) if known and price else None,
+            "compile_seconds": sum(compiled),
+            "programs": [self._program(program) for program in self.programs],
+        }
+
+    @staticmethod
+    def _program(program: Program) -> dict[str, Any]:
+        cost = program.cost or Cost()
+        return {
+            "name": program.name,
+            "fits": program.fits,
+            "hbm_bytes": program.on_chip.hbm_bytes,
+            "flops": program.on_chip.flops,
+            "bytes": program.on_chip.hbm_traffic,
+            "seconds": program.on_chip.seconds_by,
+            "compile_seconds": program.compile_seconds,
+            "collectives": [
+                {"kind": kind, "bytes": moved, "devices": devices, "between_slices": far, "times": times}
+                for (kind, moved, devices, far), times in cost.collectives.most_common()
+            ],
+            "uncounted_kernels": dict(cost.uncounted_kernels),
+            "unknown_loops": cost.unknown_loops,
+        }
+
+
+def make_plan(
+    config: ml_collections.ConfigDict, vocabulary: int, topology: Topology, *, whole: bool = True
+) -> Plan:
+    """Compiles for TPUs, calculates for GPUs; without `whole`, the train step alone.
+
+    Raises ValueError where mesh and batch don't match the topology.
+    """
+    config_lib.check(config)
+    limit = topology.chip.hbm_bytes
+    if topology.chip.per_node:
+        on_chip = estimate(config, vocabulary, topology)
+        return Plan(
+            config, vocabulary, topology, [Program("train step", on_chip, on_chip.hbm_bytes <= limit, None)]
+        )
+    compiled = aot.compile_all(config, vocabulary, topology, chips.tpu_devices(topology), whole=whole)
+    programs = [
+        Program(c.name, of_cost(c.cost, c.hbm_bytes, topology), c.fits, c.compile_seconds, c.cost)
+        for c in compiled
+    ]
+    return Plan(config, vocabulary, topology, programs)
+
+
+def advice(plan: Plan) -> list[str]:
+    """What would take less HBM, and about how much; by the estimate, as the compiler gives no second guess."""
+    config, here = plan.config, plan.topology
+    now = estimate(config, plan.vocabulary, here).hbm_bytes
+    lines = []
+    for text, changes in {
+        "--config.model.remat=block": {"model.remat": "block"},
+        f"--config.optimizer.accumulate={2 * config.optimizer.accumulate}": {
+            "optimizer.accumulate": 2 * config.optimizer.accumulate
+        },
+        "--config.model.loss_tile=128": {"model.loss_tile": 128},
+        "--config.mesh.fsdp=-1 --config.mesh.data=1": {"mesh.fsdp": -1, "mesh.data": 1},
+    }.items():
+        changed = _changed(config, changes)
+        try:
+            config_lib.check(changed)
+            less = now - estimate(changed, plan.vocabulary, here).hbm_bytes
+        except ValueError:
+            continue
+        if less > 0.02 * here.chip.hbm_bytes:
+            lines.append(f"{text}: about {less / GIB:.1f} GiB less")
+    twice = dataclasses.replace(here, shape=(2 * here.shape[0], *here.shape[1:]))
+    if not here.chip.per_node and -1 in dict(config.mesh).values():
+        less = now - estimate(config, plan.vocabulary, twice).hbm_bytes
+        lines.append(f"twice the chips: about {less / GIB:.1f} GiB less")
+    return lines
+
+
+def search(
+    config: ml_collections.ConfigDict, vocabulary: int, topology: Topology, most: int
+) -> Iterator[tuple[Plan, str]]:
+    """(plan of the train step, its changes as command-line fields) of the `most` most promising of all meshes,
+    remat policies and microbatches, by the estimate."""
+    candidates = []
+    per_slice = topology.chips // topology.slices
+    for tensor in (1, 2, 4, 8, 16):
+        for data in (1, 2, 4, 8):
+            fsdp, rest = divmod(per_slice, tensor * data)
+            if rest or not fsdp:
+                continue
+            for remat in ("none", "dots", "block"):
+                for accumulate in (1, 2, 4, 8, 16):
+                    changes = {
+                        "mesh.slice": topology.slices, "mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor,
+                        "model.remat": remat, "optimizer.accumulate": accumulate,
+                    }  # fmt: skip
+                    if config.global_batch % (topology.slices * data * fsdp * accumulate):
+                        continue
+                    if config.model.kv_heads % tensor or config.model.heads % tensor:
+                        continue
+                    changed = _changed(config, changes)
+                    guess = estimate(changed, vocabulary, topology)
+                    if guess.hbm_bytes <= topology.chip.hbm_bytes:
+                        # Of equals, the plainest first.
+                        candidates.append((guess.seconds, accumulate, tensor, data, remat, changes, changed))
+    candidates.sort(key=lambda c: c[:5])
+    for *_, changes, changed in candidates[:most]:
+        fields = " ".join(f"--config.{name}={value}" for name, value in changes.items())
+        yield make_plan(changed, vocabulary, topology, whole=False), fields
+
+
+def _changed(config: ml_collections.ConfigDict, changes: dict[str, Any]) -> ml_collections.ConfigDict:
+    changed = config.copy_and_resolve_references()
+    for name, value in changes.items():
+        owner, _, leaf = name.rpartition(".")
+        (changed[owner] if owner else changed)[leaf] = value
+    return changed
