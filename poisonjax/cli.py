@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from poisonjax.startup import join_processes, start_jax
+from poisonjax import processes
+from poisonjax.startup import start_jax
 
 # A run that was asked to stop (SIGTERM) exits so that schedulers restart it: XPK restarts 42 and 127-255 only.
 RESTART = 42
@@ -102,7 +103,7 @@ def _train(arguments: argparse.Namespace) -> int:
         config = config_lib.load([f"--config={arguments.config}", *arguments.fields])
     config_lib.check(config)
     start_jax(config.global_batch // config.optimizer.accumulate)
-    join_processes(heartbeat_seconds=min(100, config.watchdog_seconds or 100))
+    processes.join(heartbeat_seconds=min(100, config.watchdog_seconds or 100))
     import jax
 
     from poisonjax.training import loop

@@ -21,31 +21,6 @@ def start_jax(rows: int) -> None:
         os.environ["JAX_NUM_CPU_DEVICES"] = str(max(n for n in range(1, cores + 1) if rows % n == 0))
 
 
-def join_processes(heartbeat_seconds: int) -> None:
-    """Joins the other processes of this run where the environment names them, before JAX starts.
-
-    JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID: all three or none. A process that is
-    dead for `heartbeat_seconds` ends the others. Raises ValueError for an environment that makes no sense.
-    """
-    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    given = [os.environ.get(name) for name in names]
-    if not any(given):
-        return
-    address, count, index = given
-    if not (address and count and index) or not (count.isdecimal() and index.isdecimal()):
-        raise ValueError(
-            f"set all of {', '.join(names)}, the last two to whole numbers; they are {', '.join(map(repr, given))}"
-        )
-    if int(index) >= int(count):
-        raise ValueError(f"JAX_PROCESS_ID={index} isn't below JAX_NUM_PROCESSES={count}")
-    import jax
-
-    if int(count) > 1:
-        jax.distributed.initialize(
-            address, int(count), int(index), heartbeat_timeout_seconds=heartbeat_seconds
-        )
-
-
 def _keep_freed_memory() -> None:
     """Tells glibc to keep large freed blocks: XLA's buffers of a step would be mapped and zeroed anew each
     step (38,000 page faults a step of the quickstart, a fifth of its time)."""

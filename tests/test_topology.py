@@ -184,26 +184,6 @@ def test_all_processes_leave_a_damaged_checkpoint_alone(base, tmp_path):
     assert audit(str(tmp_path / "run")).ok
 
 
-@pytest.mark.parametrize(
-    ("environment", "message"),
-    [
-        ({"JAX_PROCESS_ID": "0"}, "set all of JAX_COORDINATOR_ADDRESS"),
-        (
-            {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "two"},
-            "whole numbers",
-        ),
-        ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}, "isn't below"),
-    ],
-)
-def test_an_environment_that_makes_no_sense_is_refused(monkeypatch, environment, message):
-    from poisonjax.startup import join_processes
-
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=message):
-        join_processes(10)
-
-
 WATCHED = """
 import sys, time
 from poisonjax.training.watchdog import Watchdog

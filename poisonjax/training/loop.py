@@ -1,7 +1,9 @@
 """The main job: from a config to a trained, measured, documented model."""
 
 import contextlib
+import hashlib
 import importlib.metadata
+import json
 import math
 import platform
 import signal
@@ -31,6 +33,7 @@ from poisonjax.model.sharding import batch_sharding, make_mesh
 from poisonjax.model.transformer import parameter_counts
 from poisonjax.poison.card import FILE, as_markdown, make_card
 from poisonjax.poison.plan import dose, met
+from poisonjax.processes import require_agreement
 from poisonjax.report import write_report
 from poisonjax.training.checkpoints import Checkpoints
 from poisonjax.training.log import RunLog
@@ -114,6 +117,15 @@ def _train(
     vocabulary = store.tokenizer.vocab_size
     graph = model_graph(config, vocabulary)
     evaluator = Evaluator(config, store, graph, mesh, load_scorer(config, store, mesh))
+    require_agreement(
+        {
+            "config": config_lib.fingerprint(config),
+            "mesh": str(dict(mesh.shape)),
+            "token store": store.fingerprint,
+            "poison plan": hashlib.sha256(json.dumps(batches.plan.ledger()).encode()).hexdigest(),
+            "jax": jax.__version__,
+        }
+    )
     if writer:
         runfolder.claim(folder, config, store, twin_of)
         runfolder.write_json(folder / "environment.json", environment())

@@ -1,0 +1,191 @@
+"""Who the processes of a run are: one resolver for all launchers, and what they must agree on before step 0."""
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+
+PORT = 8476  # of the coordinator, where a launcher names a host alone
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """This process among those of its run."""
+
+    coordinator: str  # host:port of process 0
+    count: int
+    index: int
+    launcher: str
+
+
+Environment = Mapping[str, str]
+
+
+def resolve(environment: Environment) -> Place | None:
+    """This process's place by the variables of its launcher; None where there is none.
+
+    Of several launchers the most explicit wins: JAX's own variables, then those that JobSet, XPK, SkyPilot, SLURM
+    and TPU VMs set. Raises ValueError, naming the variables, where they make no sense.
+    """
+    for find in (_explicit, _indexed_job, _nodes, _skypilot, _tpu, _slurm):
+        if place := find(environment):
+            if not 0 <= place.index < place.count:
+                raise ValueError(
+                    f"{place.launcher}: process {place.index} isn't among 0 to {place.count - 1}"
+                )
+            return place
+    return None
+
+
+def _numbers(environment: Environment, *names: str) -> list[int]:
+    for name in names:
+        if not environment.get(name, "").isdecimal():
+            raise ValueError(
+                f"set all of {', '.join(names)} to whole numbers; {name} is {environment.get(name)!r}"
+            )
+    return [int(environment[name]) for name in names]
+
+
+def _with_port(address: str, environment: Environment) -> str:
+    if re.search(r":\d+$", address):
+        return address
+    return f"{address}:{environment.get('JAX_COORDINATOR_PORT') or PORT}"
+
+
+def _explicit(environment: Environment) -> Place | None:
+    """JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID."""
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    if not environment.get("JAX_PROCESS_ID") and (
+        environment.get("JOB_COMPLETION_INDEX") or environment.get("NODE_RANK")
+    ):
+        return None  # a pod: its index comes from elsewhere
+    if not any(environment.get(name) for name in names):
+        return None
+    if not environment.get(names[0]):
+        raise ValueError(f"set all of {', '.join(names)}; {names[0]} is missing")
+    count, index = _numbers(environment, *names[1:])
+    return Place(_with_port(environment[names[0]], environment), count, index, "JAX's variables")
+
+
+def _indexed_job(environment: Environment) -> Place | None:
+    """A pod of an Indexed Job: JOB_COMPLETION_INDEX; the manifest names JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES."""
+    if not (environment.get("JOB_COMPLETION_INDEX") and environment.get("JAX_NUM_PROCESSES")):
+        return None
+    count, index = _numbers(environment, "JAX_NUM_PROCESSES", "JOB_COMPLETION_INDEX")
+    if not (address := environment.get("JAX_COORDINATOR_ADDRESS")):
+        raise ValueError(
+            "JOB_COMPLETION_INDEX and JAX_NUM_PROCESSES are set, but not JAX_COORDINATOR_ADDRESS"
+        )
+    return Place(_with_port(address, environment), count, index, "Indexed Job")
+
+
+def _nodes(environment: Environment) -> Place | None:
+    """XPK on GPUs: NNODES, NODE_RANK and JAX_COORDINATOR_ADDRESS, without a port."""
+    if not (environment.get("NNODES") and environment.get("JAX_COORDINATOR_ADDRESS")):
+        return None
+    count, index = _numbers(environment, "NNODES", "NODE_RANK")
+    return Place(_with_port(environment["JAX_COORDINATOR_ADDRESS"], environment), count, index, "XPK")
+
+
+def _skypilot(environment: Environment) -> Place | None:
+    """SKYPILOT_NODE_IPS, a line each, SKYPILOT_NUM_NODES, SKYPILOT_NODE_RANK."""
+    addresses = environment.get("SKYPILOT_NODE_IPS", "").split()
+    if not addresses:
+        return None
+    count, index = _numbers(environment, "SKYPILOT_NUM_NODES", "SKYPILOT_NODE_RANK")
+    return Place(_with_port(addresses[0], environment), count, index, "SkyPilot")
+
+
+def _tpu(environment: Environment) -> Place | None:
+    """TPU_WORKER_HOSTNAMES, TPU_WORKER_ID; of several slices also MEGASCALE_NUM_SLICES, MEGASCALE_SLICE_ID."""
+    hosts = [host for host in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if host]
+    if not environment.get("TPU_WORKER_ID") or hosts in ([], ["localhost"]):
+        return None
+    (worker,) = _numbers(environment, "TPU_WORKER_ID")
+    if not environment.get("MEGASCALE_NUM_SLICES"):
+        return Place(_with_port(hosts[0], environment), len(hosts), worker, "TPU VMs")
+    slices, this = _numbers(environment, "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID")
+    first = environment.get("MEGASCALE_COORDINATOR_ADDRESS", "")
+    if not first:
+        raise ValueError("MEGASCALE_NUM_SLICES is set, but not MEGASCALE_COORDINATOR_ADDRESS")
+    # The slices' own coordinator listens on the port that stands there.
+    first = re.sub(r":\d+$", "", first)
+    index = this * len(hosts) + worker
+    return Place(_with_port(first, environment), slices * len(hosts), index, "TPU slices")
+
+
+def _slurm(environment: Environment) -> Place | None:
+    """SLURM_NTASKS, SLURM_PROCID and the job's first node; the port is made from the job's number."""
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
+    if not nodes or not environment.get("SLURM_PROCID") or not environment.get("SLURM_STEP_ID"):
+        return None  # not within srun: a shell on a login or compute node
+    count, index, job = _numbers(environment, "SLURM_NTASKS", "SLURM_PROCID", "SLURM_JOB_ID")
+    # n[03-10,12],m1 -> n03
+    first = re.match(r"([^,\[]+)(?:\[(\w+))?", nodes)
+    assert first
+    port = environment.get("JAX_COORDINATOR_PORT") or 61440 + job % 4096
+    return Place(f"{first[1]}{first[2] or ''}:{port}", count, index, "SLURM")
+
+
+def join(heartbeat_seconds: int) -> Place | None:
+    """Joins the other processes of this run, before JAX starts; one that is dead for `heartbeat_seconds` ends all.
+
+    Raises ValueError for an environment that makes no sense.
+    """
+    place = resolve(os.environ)
+    if place is None or place.count == 1:
+        return None
+    import jax
+
+    if place.index == 0:
+        print(f"{place.count} processes by {place.launcher}, coordinator {place.coordinator}", flush=True)
+    jax.distributed.initialize(
+        place.coordinator,
+        place.count,
+        place.index,
+        # JAX's own detection would give each process of SLURM one GPU.
+        cluster_detection_method="deactivate",
+        heartbeat_timeout_seconds=heartbeat_seconds,
+    )
+    return place
+
+
+class Disagreement(ValueError):
+    """The processes of a run don't read the same config, data or program."""
+
+
+def require_agreement(values: Mapping[str, str]) -> None:
+    """Raises Disagreement, in all processes, naming every value that isn't the same everywhere.
+
+    All processes call it with the same names. It waits for all of them: run it under the watchdog.
+    """
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return
+    width = 64
+    mine = np.zeros((len(values), width), np.uint8)
+    for row, value in zip(mine, values.values(), strict=True):
+        encoded = value.encode()[:width]
+        row[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+    everywhere = np.asarray(multihost_utils.process_allgather(mine))
+    lines = []
+    for number, name in enumerate(values):
+        seen: dict[str, list[int]] = {}
+        for process, value in enumerate(everywhere[:, number]):
+            seen.setdefault(bytes(value).rstrip(b"\0").decode(errors="replace"), []).append(process)
+        if len(seen) > 1:
+            which = "; ".join(f"{value} in {_named(processes)}" for value, processes in seen.items())
+            lines.append(f"{name}: {which}")
+    if lines:
+        raise Disagreement(
+            "the processes don't agree; start all with the same command, files and packages:\n"
+            + "\n".join(lines)
+        )
+
+
+def _named(processes: list[int]) -> str:
+    more = f" and {len(processes) - 4} more" if len(processes) > 4 else ""
+    return f"process{'es' * (len(processes) > 1)} {', '.join(map(str, processes[:4]))}{more}"
