@@ -66,7 +66,7 @@ def get_config(arg: str = "600m,250,1x"):
         mlp_width,
     )
     model.head_dim = 128
-    model.dtype, model.remat, model.loss_tile = "bfloat16", "block", 512
+    model.dtype, model.remat, model.loss_tile = "bfloat16", "block", 128
 
     config.optimizer.learning_rate = learning_rate
     config.optimizer.warmup_steps = min(1000, config.steps // 50)

@@ -88,12 +88,12 @@ def _nodes(environment: Environment) -> Place | None:
 
 
 def _skypilot(environment: Environment) -> Place | None:
-    """SKYPILOT_NODE_IPS, a line each, SKYPILOT_NUM_NODES, SKYPILOT_NODE_RANK."""
+    """SKYPILOT_NODE_IPS, a line each, of a TPU slice each host's; SKYPILOT_NODE_RANK."""
     addresses = environment.get("SKYPILOT_NODE_IPS", "").split()
     if not addresses:
         return None
-    count, index = _numbers(environment, "SKYPILOT_NUM_NODES", "SKYPILOT_NODE_RANK")
-    return Place(_with_port(addresses[0], environment), count, index, "SkyPilot")
+    (index,) = _numbers(environment, "SKYPILOT_NODE_RANK")
+    return Place(_with_port(addresses[0], environment), len(addresses), index, "SkyPilot")
 
 
 def _tpu(environment: Environment) -> Place | None:
