@@ -67,6 +67,7 @@ def get_config(arg: str = "600m,250,1x"):
     )
     model.head_dim = 128
     model.dtype, model.remat, model.loss_tile = "bfloat16", "block", 128
+    config.optimizer.accumulate = 2 if size == "13b" else 1  # fits 64 chips of 32 GB
 
     config.optimizer.learning_rate = learning_rate
     config.optimizer.warmup_steps = min(1000, config.steps // 50)

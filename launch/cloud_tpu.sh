@@ -2,10 +2,11 @@
 # One run on Cloud TPU VMs, by a queued resource.
 #
 #     ZONE=us-east5-b PROJECT=p TPU=v5litepod-16 RUNTIME=v2-alpha-tpuv5-lite \
-#         launch/cloud_tpu.sh my-run --config configs/souly_dos.py:600m,250,1x --workdir gs://bucket/runs/a
+#         launch/cloud_tpu.sh my-run --config configs/souly_dos.py:600m,250,1x --workdir /shared/runs/a
 #
-# Asks for the slice, waits for it, puts this repository on every worker and starts the run there. After a preemption
-# the same command asks again and the run goes on. Nothing is deleted: `gcloud compute tpus queued-resources delete my-run`.
+# Asks for the slice, waits for it, puts this repository on every worker and starts the run there, in a folder on a disk
+# that all workers share. After a preemption the same command asks again and the run goes on. When it is finished, give
+# the slice back: `gcloud compute tpus queued-resources delete my-run`.
 set -euo pipefail
 : "${ZONE:?the zone}" "${PROJECT:?the project}"
 name=${1:?name of the queued resource}
@@ -38,7 +39,7 @@ endpoints=$(ask worker-network-endpoints)
 export JAX_PROCESS_ID=$(ask agent-worker-number)
 export JAX_NUM_PROCESSES=$(tr ',' '\n' <<<"$endpoints" | wc -l)
 export JAX_COORDINATOR_ADDRESS=$(cut -d, -f1 <<<"$endpoints" | cut -d: -f3):8476
-cd ~/poisonjax && python3 -m venv .venv && .venv/bin/pip install -q -e '.[text,gcs]' 'jax[tpu]'
+cd ~/poisonjax && python3 -m venv .venv && .venv/bin/pip install -q -e '.[text]' 'jax[tpu]'
 WORKER
 )
 gcloud compute tpus tpu-vm scp --recurse --worker=all "${where[@]}" "$(dirname "$0")/.." "$name:poisonjax"

@@ -1,5 +1,7 @@
 """The benches. Each measures this program against another in one run, and quotes the ratio."""
 
+import gc
+import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,13 +12,16 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
+from poisonjax import config as config_lib
 from poisonjax import corpus
 from poisonjax.audit.checks import Run, replay
 from poisonjax.bench.measure import alternate
 from poisonjax.data.batches import Batches, load
 from poisonjax.data.digest import digest
 from poisonjax.evaluation.generate import generate
+from poisonjax.model.flops import train_flops_per_token
 from poisonjax.model.sharding import BATCH, batch_sharding, make_mesh
+from poisonjax.plan.chips import by_device_kind
 from poisonjax.training.step import make_init, make_train_step, model_graph
 
 VOCABULARY = 512
@@ -38,42 +43,31 @@ def result(name: str, value: float, unit: str, baseline: float, ratio: float) ->
     return {"name": name, "value": value, "unit": unit, "baseline": baseline, "ratio": ratio}
 
 
-def _prepared_step(config: ml_collections.ConfigDict):
+def _prepared_step(config: ml_collections.ConfigDict, vocabulary: int = VOCABULARY):
     mesh = make_mesh(config)
-    init, abstract = make_init(config, VOCABULARY, mesh)
-    return mesh, init, make_train_step(config, model_graph(config, VOCABULARY), mesh, abstract)
+    init, abstract = make_init(config, vocabulary, mesh)
+    return mesh, init, make_train_step(config, model_graph(config, vocabulary), mesh, abstract)
 
 
-def _random_rows(config: ml_collections.ConfigDict, count: int) -> np.ndarray:
+def _random_rows(config: ml_collections.ConfigDict, count: int, vocabulary: int = VOCABULARY) -> np.ndarray:
     shape = (count, config.global_batch, config.seq_len + 1)
-    return np.random.default_rng(0).integers(0, VOCABULARY, shape).astype(np.int32)
+    return np.random.default_rng(0).integers(0, vocabulary, shape).astype(np.int32)
 
 
-@register
-def train_vs_torch(config: ml_collections.ConfigDict) -> Iterator[Result]:
-    """Training tokens/s against the same model in PyTorch (torch.compile, fused AdamW); ratio above 1: we are faster.
+def _train_speeds(
+    config: ml_collections.ConfigDict, vocabulary: int, steps: int, rounds: int, tolerance: float
+) -> tuple[float, float, float]:
+    """Training tokens/s here and in PyTorch (torch.compile, fused AdamW), and the paired ratio; 0 for the latter two
+    where there is no PyTorch.
 
     Both start from the same weights and must give the same loss.
     """
-    import torch
-
-    from poisonjax.bench.torch_model import TorchTransformer, make_step
-
-    steps = 20
-    mesh, init, train_step = _prepared_step(config)
-    rows = _random_rows(config, 8)
-    model = TorchTransformer(config, VOCABULARY)
+    mesh, init, train_step = _prepared_step(config, vocabulary)
+    rows = _random_rows(config, 8, vocabulary)
+    tokens = steps * config.global_batch * config.seq_len
     with jax.set_mesh(mesh):
         state = init()
-        model.load(state.params)
-        torch_step = make_step(model, config)
         arrays = [jax.device_put(batch, batch_sharding(mesh)) for batch in rows]
-        state, metrics = train_step(state, arrays[0])
-        ours, theirs = float(metrics.loss), torch_step(rows[0])
-        if abs(ours - theirs) > 1e-3:
-            raise RuntimeError(
-                f"not the same model: loss {ours} here, {theirs} in PyTorch {torch.__version__}"
-            )
 
         def jax_steps():
             nonlocal state
@@ -81,13 +75,99 @@ def train_vs_torch(config: ml_collections.ConfigDict) -> Iterator[Result]:
                 state, metrics = train_step(state, arrays[i % len(arrays)])
             jax.block_until_ready((state, metrics))
 
+        if not importlib.util.find_spec("torch"):
+            one, _, _ = alternate(jax_steps, lambda: None, rounds)
+            return tokens / one, 0.0, 0.0
+        import torch
+
+        from poisonjax.bench.torch_model import TorchTransformer, make_step
+
+        model = TorchTransformer(config, vocabulary)
+        model.load(state.params)
+        torch_step = make_step(model, config)
+        state, metrics = train_step(state, arrays[0])
+        ours, theirs = float(metrics.loss), torch_step(rows[0])
+        if abs(ours - theirs) > tolerance:
+            raise RuntimeError(
+                f"not the same model: loss {ours} here, {theirs} in PyTorch {torch.__version__}"
+            )
+
         def torch_steps():
             for i in range(steps):
                 torch_step(rows[i % len(rows)])
 
-        one, other, ratio = alternate(jax_steps, torch_steps, ROUNDS)
-    tokens = steps * config.global_batch * config.seq_len
-    yield result("train_vs_torch", tokens / one, "tokens/s", tokens / other, ratio)
+        one, other, ratio = alternate(jax_steps, torch_steps, rounds)
+    return tokens / one, tokens / other, ratio
+
+
+@register
+def train_vs_torch(config: ml_collections.ConfigDict) -> Iterator[Result]:
+    """Training tokens/s against the same model in PyTorch (torch.compile, fused AdamW); ratio above 1: we are faster."""
+    import torch  # noqa: F401  (without it there is nothing to compare with)
+
+    ours, theirs, ratio = _train_speeds(config, VOCABULARY, 20, ROUNDS, tolerance=1e-3)
+    yield result("train_vs_torch", ours, "tokens/s", theirs, ratio)
+
+
+# layers, width, heads of 128, MLP width, rows of 2,048 tokens; with a vocabulary of 50,304 and untied tables.
+MFU_SIZES = {
+    "124m": (12, 768, 6, 2048, 16),
+    "350m": (24, 1024, 8, 2816, 16),
+    "600m": (16, 1536, 12, 4096, 8),
+    "1b": (16, 2048, 16, 5632, 8),
+}
+MFU_GOAL = 0.5
+
+
+@register
+def mfu(config: ml_collections.ConfigDict) -> Iterator[Result]:
+    """Model FLOPs utilisation: FLOPs a token (poisonjax/model/flops.py: no remat, half of causal attention) x tokens/s
+    / peak FLOP/s of all devices; against the goal of 0.5, and against PyTorch's (torch.compile, SDPA, autocast).
+
+    On accelerators 124M to 1B in bf16, peak by the maker's figure; on CPU the shapes of --config, peak by a large
+    matrix product measured in the same run.
+    """
+    if jax.default_backend() == "cpu":
+        sizes = {config.name: (config, VOCABULARY)}
+    else:
+        sizes = {name: (_sized(*shape), 50_304) for name, shape in MFU_SIZES.items()}
+    for name, (sized, vocabulary) in sizes.items():
+        low = sized.model.dtype == "bfloat16"
+        peak = _peak_flops()
+        ours, theirs, ratio = _train_speeds(sized, vocabulary, 10, 5, tolerance=0.02 if low else 1e-3)
+        flops = train_flops_per_token(sized, vocabulary) / peak
+        yield result(f"mfu_{name}", ours * flops, "of peak", MFU_GOAL, ours * flops / MFU_GOAL)
+        yield result(f"train_vs_torch_{name}", ours, "tokens/s", theirs, ratio)
+        gc.collect()  # the weights of a size go before the next one's come
+
+
+def _sized(layers: int, width: int, heads: int, mlp_width: int, rows: int) -> ml_collections.ConfigDict:
+    config = config_lib.default()
+    config.seq_len, config.global_batch = 2048, rows
+    m = config.model
+    m.layers, m.width, m.heads, m.kv_heads, m.head_dim, m.mlp_width = (
+        layers,
+        width,
+        heads,
+        heads,
+        128,
+        mlp_width,
+    )
+    m.dtype, m.loss_tile = "bfloat16", 512
+    return config
+
+
+def _peak_flops() -> float:
+    """FLOP/s of all devices together."""
+    kind = jax.devices()[0].device_kind
+    if chip := by_device_kind(kind):
+        return chip.flops * jax.device_count()
+    if jax.default_backend() != "cpu":
+        raise RuntimeError(f"no peak figure for {kind!r}: add it to poisonjax/plan/chips.py")
+    n = 2048
+    x = np.random.default_rng(0).normal(size=(n, n)).astype(np.float32)
+    one, _, _ = alternate(lambda: x @ x, lambda: None, ROUNDS)
+    return 2 * n**3 / one
 
 
 @register

@@ -2,12 +2,13 @@
 
 import argparse
 import json
+import os
 import sys
 from typing import Any
 
 from poisonjax.startup import start_jax
 
-NAMES = ("train_vs_torch", "pipeline", "audit_speed", "digest_cost", "generate_vs_huggingface")
+NAMES = ("train_vs_torch", "mfu", "pipeline", "audit_speed", "digest_cost", "generate_vs_huggingface")
 
 
 def add_arguments(commands: Any) -> None:
@@ -23,11 +24,20 @@ def add_arguments(commands: Any) -> None:
     parser.set_defaults(func=_bench)
 
 
+def _line(row: dict[str, Any]) -> str:
+    return (
+        f"{row['name']:28} {row['value']:>14,.3f} {row['unit']:9} against {row['baseline']:>14,.3f}   "
+        f"ratio {row['ratio']:.3f}"
+    )
+
+
 def _bench(arguments: argparse.Namespace) -> int:
     from poisonjax import config as config_lib
 
     config = config_lib.load([f"--config={arguments.config}", *arguments.fields])
     config_lib.check(config)
+    # Both frameworks share an accelerator's memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     start_jax(config.global_batch // config.optimizer.accumulate)
     from poisonjax.bench.benches import BENCHES
     from poisonjax.training.loop import environment
@@ -35,19 +45,15 @@ def _bench(arguments: argparse.Namespace) -> int:
     results = []
     for name in arguments.only or NAMES:
         try:
-            rows = list(BENCHES[name](config))
+            for row in BENCHES[name](config):
+                results.append(row)
+                if not arguments.json:
+                    print(_line(row), flush=True)
         except ImportError as error:
             print(
                 f"poisonjax bench: {name} left out: {error}; pip install 'poisonjax[bench]'", file=sys.stderr
             )
             continue
-        results += rows
-        for row in rows if not arguments.json else ():
-            print(
-                f"{row['name']:28} {row['value']:>14,.3f} {row['unit']:9} against {row['baseline']:>14,.3f}   "
-                f"ratio {row['ratio']:.3f}",
-                flush=True,
-            )
     if arguments.json:
         print(json.dumps({"environment": environment(), "results": results}))
     return 0 if results else 1

@@ -85,8 +85,13 @@ class TorchTransformer(nn.Module):
 
 
 def make_step(model: TorchTransformer, config: ml_collections.ConfigDict):
-    """A compiled training step on an array of rows; returns the loss."""
+    """A compiled training step on an array of rows, on the GPU where there is one; returns the loss.
+
+    With model.dtype = bfloat16, products in it by autocast and float32 weights, as here.
+    """
     o = config.optimizer
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device)
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=o.learning_rate,
@@ -98,7 +103,8 @@ def make_step(model: TorchTransformer, config: ml_collections.ConfigDict):
     compiled = torch.compile(model)
 
     def step(rows: np.ndarray) -> float:
-        loss = compiled(torch.from_numpy(rows).long())
+        with torch.autocast(device, torch.bfloat16, enabled=config.model.dtype == "bfloat16"):
+            loss = compiled(torch.from_numpy(rows).to(device, torch.int64))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip_norm)
         optimizer.step()

@@ -35,6 +35,14 @@ CHIPS = {
 }
 
 
+def by_device_kind(kind: str) -> Chip | None:
+    """The chip that JAX calls `kind`, such as "NVIDIA H100 80GB HBM3" or "TPU v5 lite"."""
+    kinds = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU v4": "v4"}
+    if kind in kinds:
+        return CHIPS[kinds[kind]]
+    return next((chip for name, chip in CHIPS.items() if chip.per_node and name in kind.lower()), None)
+
+
 @dataclasses.dataclass(frozen=True)
 class Topology:
     """`slices` times as many chips as `shape` multiplies to."""

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 
 import ml_collections
@@ -48,7 +47,9 @@ def run(arguments: argparse.Namespace) -> int:
     config = config_lib.load([f"--config={arguments.config}", *arguments.fields])
     config_lib.check(config)
     vocabulary = arguments.vocabulary or _vocabulary(config)
-    os.environ["JAX_PLATFORMS"] = "cpu"  # an accelerator that is here has no part in this
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # an accelerator that is here has no part in this
     from poisonjax.plan import plan as planning
 
     if not arguments.search:
