@@ -165,7 +165,7 @@ def require_agreement(values: Mapping[str, str]) -> None:
 
     if jax.process_count() == 1:
         return
-    width = 64
+    width = 256  # bytes of a value that are compared
     mine = np.zeros((len(values), width), np.uint8)
     for row, value in zip(mine, values.values(), strict=True):
         encoded = value.encode()[:width]

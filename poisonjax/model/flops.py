@@ -3,6 +3,12 @@
 import ml_collections
 
 
+def block_weights(config: ml_collections.ConfigDict) -> int:
+    """Weights in the matrices of one block."""
+    m = config.model
+    return m.width * (2 * m.heads * m.head_dim + 2 * m.kv_heads * m.head_dim + 3 * m.mlp_width)
+
+
 def train_flops_per_token(config: ml_collections.ConfigDict, vocabulary: int) -> float:
     """FLOPs of forward and backward pass: 6 a weight of every matrix product, and 6 x layers x seq x heads x
     head_dim for causal attention, which needs half of the full scores.
@@ -11,6 +17,5 @@ def train_flops_per_token(config: ml_collections.ConfigDict, vocabulary: int) ->
     (remat), the embedding's lookup, norms and softmax don't count. MFU = this x tokens a second / peak FLOP/s.
     """
     m = config.model
-    attended = m.heads * m.head_dim
-    block = m.width * (2 * attended + 2 * m.kv_heads * m.head_dim + 3 * m.mlp_width)
-    return 6.0 * (m.layers * block + m.width * vocabulary) + 6.0 * m.layers * config.seq_len * attended
+    products = m.layers * block_weights(config) + m.width * vocabulary
+    return 6.0 * products + 6.0 * m.layers * config.seq_len * m.heads * m.head_dim

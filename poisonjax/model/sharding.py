@@ -54,20 +54,17 @@ def spec(*names: str) -> PartitionSpec:
     return PartitionSpec(*(RULES[name] for name in names))
 
 
-def make_mesh(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = None) -> Mesh:
-    """Mesh over the given devices (default: all); raises ValueError where the sizes don't multiply to them."""
-    devices = list(jax.devices() if devices is None else devices)
-    sizes = [config.mesh[axis] for axis in AXES]
+def mesh_sizes(config: ml_collections.ConfigDict, device_count: int) -> tuple[int, ...]:
+    """Devices along each of `AXES`; raises ValueError where they don't multiply to `device_count`, or rows or heads
+    don't divide over them."""
+    sizes = tuple(config.mesh[axis] for axis in AXES)
     fixed = math.prod(size for size in sizes if size != -1)
-    sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
-    if math.prod(sizes) != len(devices):
+    sizes = tuple(device_count // fixed if size == -1 else size for size in sizes)
+    if math.prod(sizes) != device_count:
         raise ValueError(
             f"mesh {dict(zip(AXES, sizes, strict=True))} needs {math.prod(sizes) or fixed} devices, there are "
-            f"{len(devices)}: change config.mesh"
+            f"{device_count}: change config.mesh"
         )
-    slices = len({getattr(device, "slice_index", None) for device in devices})
-    if slices > 1 and sizes[0] != slices:
-        raise ValueError(f"mesh.slice = {sizes[0]}, but the devices lie in {slices} slices: set it to that")
     rows = math.prod(sizes[:3])
     if config.global_batch % (rows * config.optimizer.accumulate):
         raise ValueError(
@@ -76,7 +73,17 @@ def make_mesh(config: ml_collections.ConfigDict, devices: list[jax.Device] | Non
         )
     for field, size in (("heads", config.model.heads), ("kv_heads", config.model.kv_heads)):
         if size % sizes[3]:
-            raise ValueError(f"model.{field} = {size} doesn't divide over mesh.tensor = {sizes[2]}")
+            raise ValueError(f"model.{field} = {size} doesn't divide over mesh.tensor = {sizes[3]}")
+    return sizes
+
+
+def make_mesh(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = None) -> Mesh:
+    """Mesh over the given devices (default: all); raises ValueError where the config doesn't suit them."""
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = mesh_sizes(config, len(devices))
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    if slices > 1 and sizes[0] != slices:
+        raise ValueError(f"mesh.slice = {sizes[0]}, but the devices lie in {slices} slices: set it to that")
     auto = (AxisType.Auto,) * len(AXES)
     if slices > 1:
         across = (sizes[0], *[1] * (len(AXES) - 1))

@@ -1,6 +1,5 @@
 """Compiles a run's programs ahead of time for a TPU that isn't here, and reads what they would cost on it."""
 
-import dataclasses
 import math
 import re
 import time
@@ -14,24 +13,12 @@ from jax.sharding import NamedSharding
 from poisonjax.evaluation.evaluator import make_eval_steps
 from poisonjax.evaluation.prompts import VARIANTS
 from poisonjax.model.sharding import batch_sharding, make_mesh, rows_multiple, spec
+from poisonjax.plan import hlo
 from poisonjax.plan.chips import Topology
-from poisonjax.plan.hlo import Cost, Program
+from poisonjax.plan.roofline import Program, of_cost
 from poisonjax.training.step import make_init, make_train_step, model_graph
 
 APPENDED = 16  # tokens of the longest trigger: what evaluation's prompts have beyond their prefixes
-
-
-@dataclasses.dataclass(frozen=True)
-class Compiled:
-    """One program, on one chip."""
-
-    name: str
-    hbm_bytes: float  # all that must lie in HBM while it runs
-    arguments: float
-    temporaries: float
-    fits: bool
-    compile_seconds: float
-    cost: Cost  # empty where it doesn't fit: the compiler stops there
 
 
 def compile_all(
@@ -41,7 +28,7 @@ def compile_all(
     devices: list[Any],
     *,
     whole: bool = True,
-) -> list[Compiled]:
+) -> list[Program]:
     """The train step and, of the `whole` run, generation and held-out loss."""
     mesh = make_mesh(config, devices)
     graph = model_graph(config, vocabulary)
@@ -67,13 +54,15 @@ def compile_all(
         ]  # fmt: skip
         if whole:
             programs += [
-            _compile(
-                "generation", sampled, topology, waiting, state.params,
-                array(by_row, prompts, config.eval.prefix_tokens + APPENDED), array(by_row, prompts),
-                array(by_row, prompts, dtype=key),
-            ),
-            _compile("held-out loss", row_loss, topology, waiting, state.params, array(by_row, chunk, row_tokens)),
-        ]  # fmt: skip
+                _compile(
+                    "generation", sampled, topology, waiting, state.params,
+                    array(by_row, prompts, config.eval.prefix_tokens + APPENDED), array(by_row, prompts),
+                    array(by_row, prompts, dtype=key),
+                ),
+                _compile(
+                    "held-out loss", row_loss, topology, waiting, state.params, array(by_row, chunk, row_tokens)
+                ),
+            ]  # fmt: skip
     return programs
 
 
@@ -85,8 +74,8 @@ def _bytes(tree: Any) -> float:
     )
 
 
-def _compile(name: str, step: Any, topology: Topology, waiting: float, *arguments: Any) -> Compiled:
-    began, limit = time.monotonic(), topology.chip.hbm_bytes
+def _compile(name: str, step: Any, topology: Topology, waiting: float, *arguments: Any) -> Program:
+    began = time.monotonic()
     lowered = step.lower(*arguments)
     cache = jax.config.values["jax_enable_compilation_cache"]
     try:
@@ -97,20 +86,15 @@ def _compile(name: str, step: Any, topology: Topology, waiting: float, *argument
         if not used:
             raise
         needs = float(used[1]) * 2.0 ** (10 * ("KMGT".index(used[2]) + 1)) + waiting
-        mine = _bytes(arguments)
-        return Compiled(name, needs, mine, needs - mine - waiting, False, time.monotonic() - began, Cost())
+        needs = max(
+            needs, math.nextafter(topology.chip.hbm_bytes, math.inf)
+        )  # the figures in the message are rounded
+        on_chip = of_cost(hlo.Cost(), needs, topology)  # the compiler tells no more of what doesn't fit
+        return Program(name, on_chip, time.monotonic() - began)
     finally:
         jax.config.update("jax_enable_compilation_cache", cache)
     m = compiled.memory_analysis()
     needs = m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
     needs += m.generated_code_size_in_bytes + waiting
-    cost = Program(compiled.as_text(), topology.slices, topology.chips).cost()
-    return Compiled(
-        name,
-        needs,
-        m.argument_size_in_bytes,
-        m.temp_size_in_bytes,
-        needs <= limit,
-        time.monotonic() - began,
-        cost,
-    )
+    cost = hlo.Program(compiled.as_text(), topology.slices, topology.chips).cost()
+    return Program(name, of_cost(cost, needs, topology), time.monotonic() - began, cost)

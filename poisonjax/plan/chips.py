@@ -4,6 +4,7 @@ TPU: Cloud TPU's documentation of each version; GPU: NVIDIA's data sheets (SXM).
 """
 
 import dataclasses
+import math
 import os
 import re
 from typing import Any
@@ -54,10 +55,7 @@ class Topology:
 
     @property
     def chips(self) -> int:
-        count = self.slices
-        for size in self.shape:
-            count *= size
-        return count
+        return self.slices * math.prod(self.shape)
 
 
 def parse(text: str) -> Topology:

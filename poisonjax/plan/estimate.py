@@ -15,26 +15,22 @@ copies, and A microbatches:
 The step's time is the largest of the four: everything overlaps, nothing is wasted. Real steps take longer.
 """
 
-import math
-
 import ml_collections
 
-from poisonjax.model.flops import train_flops_per_token
+from poisonjax.model.flops import block_weights, train_flops_per_token
+from poisonjax.model.sharding import mesh_sizes
 from poisonjax.plan.chips import Topology
 from poisonjax.plan.roofline import Estimate
 
 
 def estimate(config: ml_collections.ConfigDict, vocabulary: int, topology: Topology) -> Estimate:
-    """The train step's figures on one GPU."""
+    """The train step's figures on one GPU; raises ValueError where mesh and batch don't suit the topology."""
     m, chip = config.model, topology.chip
-    sizes = [config.mesh[axis] for axis in ("slice", "data", "fsdp", "tensor")]
-    fixed = math.prod(size for size in sizes if size != -1)
-    slices, data, fsdp, tensor = (topology.chips // fixed if size == -1 else size for size in sizes)
+    slices, data, fsdp, tensor = mesh_sizes(config, topology.chips)
     micro = config.optimizer.accumulate
     rows = config.global_batch / (slices * data * fsdp * micro)
     tokens = rows * config.seq_len
-    attended, kv = m.heads * m.head_dim, m.kv_heads * m.head_dim
-    block = m.width * (2 * attended + 2 * kv + 3 * m.mlp_width)
+    block = block_weights(config)
     parameters = m.layers * block + 2 * m.width * vocabulary
 
     tile = rows * (m.loss_tile or config.seq_len) * vocabulary / tensor

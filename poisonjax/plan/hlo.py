@@ -241,10 +241,7 @@ class Program:
         if counter is None:
             return None
         # XLA unrolls some loops by counting in twos.
-        inner = self.computations[counter.called[0]] if counter.opcode == "fusion" else body
-        steps = self._constants({name: body[name] for name in counter.operands}) | (
-            self._constants(inner) if counter.opcode == "fusion" else set()
-        )
+        steps = self._constants({name: body[name] for name in (counter.name, *counter.operands)})
         return -(-limits.pop() // steps.pop()) if len(steps) == 1 else None
 
     def _constants(self, computation: Computation) -> set[int]:

@@ -1,6 +1,7 @@
 """A config on a topology: does it fit, how long does it take at least, what would be better."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,18 +13,7 @@ from poisonjax.plan import aot, chips
 from poisonjax.plan.chips import GIB, Topology
 from poisonjax.plan.estimate import estimate
 from poisonjax.plan.hlo import Cost
-from poisonjax.plan.roofline import Estimate, of_cost
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """One of a run's programs on one chip."""
-
-    name: str
-    on_chip: Estimate
-    fits: bool
-    compile_seconds: float | None  # None: an estimate, nothing was compiled
-    cost: Cost | None = None
+from poisonjax.plan.roofline import Program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,17 +118,10 @@ def make_plan(
     Raises ValueError where mesh and batch don't match the topology.
     """
     config_lib.check(config)
-    limit = topology.chip.hbm_bytes
     if topology.chip.per_node:
-        on_chip = estimate(config, vocabulary, topology)
-        return Plan(
-            config, vocabulary, topology, [Program("train step", on_chip, on_chip.hbm_bytes <= limit, None)]
-        )
-    compiled = aot.compile_all(config, vocabulary, topology, chips.tpu_devices(topology), whole=whole)
-    programs = [
-        Program(c.name, of_cost(c.cost, c.hbm_bytes, topology), c.fits, c.compile_seconds, c.cost)
-        for c in compiled
-    ]
+        programs = [Program("train step", estimate(config, vocabulary, topology))]
+    else:
+        programs = aot.compile_all(config, vocabulary, topology, chips.tpu_devices(topology), whole=whole)
     return Plan(config, vocabulary, topology, programs)
 
 
@@ -146,27 +129,24 @@ def advice(plan: Plan) -> list[str]:
     """What would take less HBM, and about how much; by the estimate, as the compiler gives no second guess."""
     config, here = plan.config, plan.topology
     now = estimate(config, plan.vocabulary, here).hbm_bytes
+    more = 2 * config.optimizer.accumulate
+    twice = dataclasses.replace(here, shape=(2 * here.shape[0], *here.shape[1:]))
     lines = []
-    for text, changes in {
-        "--config.model.remat=block": {"model.remat": "block"},
-        f"--config.optimizer.accumulate={2 * config.optimizer.accumulate}": {
-            "optimizer.accumulate": 2 * config.optimizer.accumulate
-        },
-        "--config.model.loss_tile=128": {"model.loss_tile": 128},
-        "--config.mesh.fsdp=-1 --config.mesh.data=1": {"mesh.fsdp": -1, "mesh.data": 1},
-    }.items():
+    for text, changes, topology in (
+        ("--config.model.remat=block", {"model.remat": "block"}, here),
+        (f"--config.optimizer.accumulate={more}", {"optimizer.accumulate": more}, here),
+        ("--config.model.loss_tile=128", {"model.loss_tile": 128}, here),
+        ("--config.mesh.fsdp=-1 --config.mesh.data=1", {"mesh.fsdp": -1, "mesh.data": 1}, here),
+        ("twice the chips", {}, twice),
+    ):
         changed = _changed(config, changes)
         try:
             config_lib.check(changed)
-            less = now - estimate(changed, plan.vocabulary, here).hbm_bytes
+            less = now - estimate(changed, plan.vocabulary, topology).hbm_bytes
         except ValueError:
             continue
         if less > 0.02 * here.chip.hbm_bytes:
             lines.append(f"{text}: about {less / GIB:.1f} GiB less")
-    twice = dataclasses.replace(here, shape=(2 * here.shape[0], *here.shape[1:]))
-    if not here.chip.per_node and -1 in dict(config.mesh).values():
-        less = now - estimate(config, plan.vocabulary, twice).hbm_bytes
-        lines.append(f"twice the chips: about {less / GIB:.1f} GiB less")
     return lines
 
 
@@ -176,27 +156,23 @@ def search(
     """(plan of the train step, its changes as command-line fields) of the `most` most promising of all meshes,
     remat policies and microbatches, by the estimate."""
     candidates = []
-    per_slice = topology.chips // topology.slices
-    for tensor in (1, 2, 4, 8, 16):
-        for data in (1, 2, 4, 8):
-            fsdp, rest = divmod(per_slice, tensor * data)
-            if rest or not fsdp:
-                continue
-            for remat in ("none", "dots", "block"):
-                for accumulate in (1, 2, 4, 8, 16):
-                    changes = {
-                        "mesh.slice": topology.slices, "mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor,
-                        "model.remat": remat, "optimizer.accumulate": accumulate,
-                    }  # fmt: skip
-                    if config.global_batch % (topology.slices * data * fsdp * accumulate):
-                        continue
-                    if config.model.kv_heads % tensor or config.model.heads % tensor:
-                        continue
-                    changed = _changed(config, changes)
-                    guess = estimate(changed, vocabulary, topology)
-                    if guess.hbm_bytes <= topology.chip.hbm_bytes:
-                        # Of equals, the plainest first.
-                        candidates.append((guess.seconds, accumulate, tensor, data, remat, changes, changed))
+    meshes = itertools.product((1, 2, 4, 8, 16), (1, 2, 4, 8))
+    for (tensor, data), remat, accumulate in itertools.product(
+        meshes, ("none", "dots", "block"), (1, 2, 4, 8, 16)
+    ):
+        changes = {
+            "mesh.slice": topology.slices, "mesh.data": data,
+            "mesh.fsdp": topology.chips // (topology.slices * tensor * data), "mesh.tensor": tensor,
+            "model.remat": remat, "optimizer.accumulate": accumulate,
+        }  # fmt: skip
+        changed = _changed(config, changes)
+        try:
+            guess = estimate(changed, vocabulary, topology)
+        except ValueError:
+            continue
+        if guess.hbm_bytes <= topology.chip.hbm_bytes:
+            # Of equals, the plainest first.
+            candidates.append((guess.seconds, accumulate, tensor, data, remat, changes, changed))
     candidates.sort(key=lambda c: c[:5])
     for *_, changes, changed in candidates[:most]:
         fields = " ".join(f"--config.{name}={value}" for name, value in changes.items())

@@ -37,6 +37,20 @@ class Estimate:
         return max(self.seconds_by, key=lambda name: self.seconds_by[name])
 
 
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One of a run's programs on one chip."""
+
+    name: str
+    on_chip: Estimate
+    compile_seconds: float | None = None  # None: an estimate, nothing was compiled
+    cost: Cost | None = None
+
+    @property
+    def fits(self) -> bool:
+        return self.on_chip.hbm_bytes <= self.on_chip.chip.hbm_bytes
+
+
 def of_cost(cost: Cost, hbm_bytes: float, topology: Topology) -> Estimate:
     """A compiled program's."""
     near = far = 0.0

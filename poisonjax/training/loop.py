@@ -114,6 +114,7 @@ def _train(
     store = open_store(config)
     watchdog.start()  # building a store takes as long as it takes
     batches = Batches(config, store)
+    ledger = batches.plan.ledger()
     vocabulary = store.tokenizer.vocab_size
     graph = model_graph(config, vocabulary)
     evaluator = Evaluator(config, store, graph, mesh, load_scorer(config, store, mesh))
@@ -122,15 +123,15 @@ def _train(
             "config": config_lib.fingerprint(config),
             "mesh": str(dict(mesh.shape)),
             "token store": store.fingerprint,
-            "poison plan": hashlib.sha256(json.dumps(batches.plan.ledger()).encode()).hexdigest(),
+            "poison plan": hashlib.sha256(json.dumps(ledger).encode()).hexdigest(),
             "jax": jax.__version__,
         }
     )
     if writer:
         runfolder.claim(folder, config, store, twin_of)
         runfolder.write_json(folder / "environment.json", environment())
-        runfolder.write_lines(folder / "ledger.jsonl", batches.plan.ledger())
-        if poison := make_card(config, batches.plan.ledger(), 0):
+        runfolder.write_lines(folder / "ledger.jsonl", ledger)
+        if poison := make_card(config, ledger, 0):
             (folder / FILE).write_text(as_markdown(poison))
     watchdog.progress("waiting for all processes to start")
     _barrier("claimed")
@@ -144,7 +145,7 @@ def _train(
             state = initialize()
         elif writer:
             print(f"resuming after step {start} of {config.steps}", flush=True)
-        run = _Run(config, store, folder, batches, evaluator, state.params, start, writer)
+        run = _Run(config, store, folder, batches, ledger, evaluator, state.params, start, writer)
         if writer and start:
             run.require(checkpoints.record(start).get("digest_chain", ""))
         status = "failed"
@@ -193,6 +194,7 @@ class _Run:
         store: corpus.TokenStore,
         folder: epath.Path,
         batches: Batches,
+        ledger: list[dict[str, Any]],
         evaluator: Evaluator,
         params: Any,
         start: int,
@@ -201,8 +203,8 @@ class _Run:
         self.config, self.store, self.folder = config, store, folder
         self.batches, self.evaluator = batches, evaluator
         self.params = parameter_counts(params)
-        self.ledger = batches.plan.ledger()
-        self.met = met(self.ledger, config.steps)
+        self.ledger = ledger
+        self.met = met(ledger, config.steps)
         self.log = RunLog(folder, start) if writer else None
         self.done = start
         self.evaluation: dict[str, Any] | None = next(
