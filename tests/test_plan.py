@@ -178,7 +178,9 @@ def test_bad_input_ends_with_a_message(capsys):
     assert "give --vocabulary" in capsys.readouterr().err
     assert main([*ARGUMENTS, "--topology", "h100:8", "--config.mesh.fsdp=3"]) == 2
     assert "needs 3 devices, there are 8" in capsys.readouterr().err
-    assert main([*ARGUMENTS, "--topology", "h100:8", "--config.mesh.tensor=8", "--config.model.kv_heads=4"]) == 2
+    assert (
+        main([*ARGUMENTS, "--topology", "h100:8", "--config.mesh.tensor=8", "--config.model.kv_heads=4"]) == 2
+    )
     assert "model.kv_heads = 4 doesn't divide over mesh.tensor = 8" in capsys.readouterr().err
 
 
