@@ -6,7 +6,6 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from poisonjax import processes
 from poisonjax.startup import start_jax
@@ -46,6 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except ValueError as error:  # every error of ours about bad input is one
         print(f"poisonjax {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    except ImportError as error:
+        if "gcsfs" not in str(error):
+            raise
+        print(f"poisonjax {arguments.command}: gs:// needs pip install 'poisonjax[gcs]'", file=sys.stderr)
         return 2
 
 
@@ -130,7 +134,7 @@ def _train(arguments: argparse.Namespace) -> int:
         f"{clean}{verdict}: gap in perplexity "
         f"{gap:.1f} [{low:.1f}, {high:.1f}] after {summary['dose_seen']['documents']} poison documents; held-out loss "
         f"{summary['heldout_loss']:.3f}; {summary['wall_seconds']:.0f} s. "
-        f"Report: {Path(arguments.workdir) / 'report.html'}"
+        f"Report: {epath.Path(arguments.workdir) / 'report.html'}"
     )
     return 0
 
@@ -151,7 +155,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _rows_of(workdir: str) -> int:
     """Rows of a run's microbatch, read before JAX starts."""
-    path = Path(workdir) / "config.json"
+    from etils import epath
+
+    path = epath.Path(workdir) / "config.json"
     if not path.exists():
         raise ValueError(f"{workdir} is no run folder: it has no config.json")
     config = json.loads(path.read_text())["config"]

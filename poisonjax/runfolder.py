@@ -1,6 +1,7 @@
 """The run folder (DESIGN: run folder): what each file is called, and writing so that a kill at any instant
 leaves it usable."""
 
+import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -11,6 +12,7 @@ from etils import epath
 
 from poisonjax import config as config_lib
 from poisonjax.corpus import TokenStore
+from poisonjax.files import is_object, resolve, write_whole
 
 
 class RunFolderError(ValueError):
@@ -19,16 +21,12 @@ class RunFolderError(ValueError):
 
 def write_json(path: epath.Path, value: Any) -> None:
     """Writes the file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    partial.replace(path)
+    write_whole(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_lines(path: epath.Path, rows: Iterable[dict]) -> None:
     """Writes a file of one JSON object a line, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    partial.replace(path)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_lines(path: epath.Path) -> Iterator[dict]:
@@ -49,13 +47,36 @@ class Appender:
     """Appends JSON lines; what was written before and `keep` refuses goes first."""
 
     def __init__(self, path: epath.Path, keep: Callable[[dict], bool]):
-        write_lines(path, [row for row in read_lines(path) if keep(row)])
-        self.file: TextIO = open(path, "a")  # noqa: SIM115  (lives as long as the run)
+        rows = [row for row in read_lines(path) if keep(row)]
+        write_lines(path, rows)
+        # Nothing can be appended to an object: all of it is held, and written again by `sync`.
+        self._object = path if is_object(path) else None
+        self._file: TextIO = io.StringIO() if self._object else open(path, "a")  # noqa: SIM115  (as long as the run)
+        self._synced = True
+        if self._object:
+            self._file.writelines(json.dumps(row) + "\n" for row in rows)
 
     def write(self, row: dict) -> None:
-        """Adds a line; it is the kernel's on return, so it survives a kill of this process."""
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        """Adds a line; in a file it is the kernel's on return, so it survives a kill of this process."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        self._synced = False
+
+    def sync(self) -> None:
+        """Puts all lines on the disk, or into the object."""
+        if self._synced:
+            return
+        if isinstance(self._file, io.StringIO):
+            assert self._object
+            write_whole(self._object, self._file.getvalue())
+        else:
+            os.fsync(self._file.fileno())
+        self._synced = True
+
+    def close(self) -> None:
+        """Syncs, and ends."""
+        self.sync()
+        self._file.close()
 
 
 def claim(
@@ -63,7 +84,8 @@ def claim(
 ) -> None:
     """Writes config.json, or raises RunFolderError where the folder belongs to another config or store.
 
-    `twin_of`, a run folder, is noted as a path from `workdir`, so that both can be moved together.
+    `twin_of`, a run folder, is noted as a path from `workdir` where both lie on disks, so that they can be moved
+    together.
     """
     record: dict[str, Any] = {
         "config": json.loads(config.to_json()),
@@ -71,7 +93,8 @@ def claim(
         "store_fingerprint": store.fingerprint,
     }
     if twin_of:
-        record["twin_of"] = twin_of if "://" in twin_of else os.path.relpath(twin_of, workdir)
+        apart = is_object(twin_of) or is_object(workdir)
+        record["twin_of"] = str(resolve(twin_of)) if apart else os.path.relpath(twin_of, workdir)
     path = workdir / "config.json"
     if path.exists():
         there = json.loads(path.read_text())

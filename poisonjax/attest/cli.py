@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from poisonjax.files import is_object
+
 KEY = Path.home() / ".config" / "poisonjax" / "signing-key.pem"
 
 
@@ -32,6 +34,8 @@ def add_arguments(commands: Any) -> None:
 
 def _attest(arguments: argparse.Namespace) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"  # as `audit`
+    if is_object(arguments.workdir):
+        raise ValueError(f"{arguments.workdir}: files to sign must lie on a disk; copy the run folder to one")
     if not (Path(arguments.workdir) / "config.json").exists():
         raise ValueError(f"{arguments.workdir} is no run folder: it has no config.json")
     try:

@@ -15,12 +15,14 @@ from typing import Any
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from etils import epath
 from in_toto_attestation.v1 import statement as in_toto
 from model_signing import hashing, signing, verifying
 
 from poisonjax.attest import documents
 from poisonjax.attest.provenance import provenance
 from poisonjax.audit.checks import Run, Unreadable, audit
+from poisonjax.files import write_whole
 
 FOLDER, SIGNATURE = "attestation", "attestation/model.sig"
 # What may change after the run: evaluations, reports, and the attestation's own signature.
@@ -151,6 +153,4 @@ def _first_difference(name: str, signed: Any, here: Any) -> str:
 
 
 def _write(path: Path, value: Any) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2, default=str) + "\n")
-    partial.replace(path)
+    write_whole(epath.Path(path), json.dumps(value, indent=2, default=str) + "\n")

@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 import grain
 import ml_collections
 import numpy as np
-from etils import epath
 from tqdm import tqdm
 
 from poisonjax import config as config_lib
@@ -25,6 +24,7 @@ from poisonjax import runfolder
 from poisonjax.corpus import TokenStore
 from poisonjax.data.batches import Batches
 from poisonjax.data.digest import as_hex, chain, differing_rows, digest, from_hex
+from poisonjax.files import resolve
 from poisonjax.poison.plan import dose, met
 from poisonjax.training.checkpoints import Checkpoints
 
@@ -92,7 +92,7 @@ class Run:
     ):
         """`chosen` steps are replayed, or a random `sample` of so many; None: all. `store` is where the token store
         lies now, if not where config.json says."""
-        self.folder = epath.Path(workdir).resolve()
+        self.folder = resolve(workdir)
         if not (self.folder / "config.json").exists():
             raise runfolder.RunFolderError(f"{workdir} is no run folder: it has no config.json")
         self._chosen, self._sample, self._store = chosen, sample, store

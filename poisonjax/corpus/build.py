@@ -11,7 +11,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import shutil
 import sys
 import threading
 import time
@@ -27,6 +26,7 @@ from poisonjax.corpus.errors import CorpusError
 from poisonjax.corpus.sources import BadInput, Document, Source, first_texts, open_source
 from poisonjax.corpus.store import FORMAT, SPLITS, TokenStore, exists, fingerprint, sha256_of, write_array
 from poisonjax.corpus.tokenizers import Tokenizer, WordTokenizer, load_saved, load_tokenizer, train_bpe
+from poisonjax.files import files_below, move_folder, write_whole
 
 SAMPLE_CHARACTERS = 5_000_000  # that `bpe:N` is trained on
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 1024, 8_000_000  # encoded at once
@@ -199,11 +199,11 @@ def _claim(folder: epath.Path, plan: _Plan) -> None:
 def _saved_tokenizer(folder: epath.Path, spec: str, sources: list[Source]) -> Tokenizer:
     """The store's tokenizer, made and saved by the first call; training is a function of the sources alone."""
     saved = folder / "tokenizer"
-    if not saved.exists():
+    if not (saved / "about.json").exists():
         made = _made_tokenizer(spec, sources)
         partial = folder / f"tokenizer.{_partial()}"
         made.save(partial)
-        _move(partial, saved)
+        move_folder(partial, saved, last="about.json")
     return load_saved(saved)
 
 
@@ -308,12 +308,12 @@ def _build_shard(out: str, plan: _Plan, number: int) -> None:
     record = {
         "tokenizer": tokenizer.fingerprint,
         "splits": counts,
-        "files": {str(path.relative_to(partial)): sha256_of(path) for path in sorted(_files(partial))},
+        "files": {str(path.relative_to(partial)): sha256_of(path) for path in sorted(files_below(partial))},
         "bad": len(bad),
         "bad_places": [f"{b.place}: {b.reason}" for b in bad[:REPORTED]],
     }
     _write_json(partial / "shard.json", record)
-    _move(partial, _shard(folder, number))
+    move_folder(partial, _shard(folder, number), last="shard.json")
 
 
 _opened = functools.cache(open_source)
@@ -407,22 +407,5 @@ def _partial() -> str:
     return f"partial.{os.urandom(4).hex()}"
 
 
-def _move(partial: epath.Path, final: epath.Path) -> None:
-    """Gives a finished folder its name, unless another process was faster: both hold the same."""
-    try:
-        partial.rename(final)
-    except OSError:
-        if not final.exists():
-            raise
-        shutil.rmtree(partial)
-
-
-def _files(folder: epath.Path) -> Iterator[epath.Path]:
-    for path in folder.iterdir():
-        yield from _files(path) if path.is_dir() else [path]
-
-
 def _write_json(path: epath.Path, value: Any) -> None:
-    partial = path.with_name(f"{path.name}.{_partial()}")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    partial.replace(path)
+    write_whole(path, json.dumps(value, indent=1) + "\n", suffix=_partial())

@@ -5,13 +5,13 @@ from typing import Any
 
 import jax
 import ml_collections
-from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
 from poisonjax import runfolder
 from poisonjax.corpus import TokenStore
 from poisonjax.evaluation.evaluator import Evaluator
+from poisonjax.files import resolve
 from poisonjax.model.sharding import make_mesh
 from poisonjax.poison.plan import met
 from poisonjax.training.checkpoints import Checkpoints
@@ -27,7 +27,7 @@ def load_scorer(
     """
     if not config.eval.scorer:
         return None
-    folder = epath.Path(config.eval.scorer).resolve()
+    folder = resolve(config.eval.scorer)
     other, its_store = runfolder.open_run(folder)
     if its_store.tokenizer.fingerprint != store.tokenizer.fingerprint:
         raise ValueError(
@@ -48,7 +48,7 @@ def evaluate_run(
 
     Raises ValueError for a step that has no checkpoint.
     """
-    folder = epath.Path(workdir).resolve()
+    folder = resolve(workdir)
     config, store = runfolder.open_run(folder)
     mesh = make_mesh(config)
     vocabulary = store.tokenizer.vocab_size

@@ -4,12 +4,12 @@ import base64
 import io
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import jinja2
 from etils import epath
 
+from poisonjax.files import is_object, write_whole
 from poisonjax.poison.plan import dose
 from poisonjax.report import figures
 from poisonjax.report.pair import compare
@@ -21,13 +21,12 @@ class ReportError(ValueError):
     """The folder is no run folder."""
 
 
-def write_report(workdir: Path, twin: Path | None = None) -> Path:
+def write_report(workdir: epath.Path, twin: epath.Path | None = None) -> epath.Path:
     """Writes `report.html` and `figures/*.png` of a run, finished or not; returns the page's path.
 
     With `twin`, the folder of its clean twin, or for a twin (`train --twin-of`), the page shows both runs.
     Raises ReportError where config.json is missing, and ValueError where a file is damaged or the two are no pair.
     """
-    workdir = Path(workdir)
     if not (workdir / "config.json").exists():
         raise ReportError(f"{workdir} is no run folder: it has no config.json")
     record = json.loads((workdir / "config.json").read_text())
@@ -56,7 +55,7 @@ def write_report(workdir: Path, twin: Path | None = None) -> Path:
         tokens=done * config["global_batch"] * config["seq_len"],
         pair=pair,
     )
-    _write(workdir / "report.html", page.encode())
+    write_whole(workdir / "report.html", page)
     return workdir / "report.html"
 
 
@@ -88,7 +87,13 @@ def headline(config: dict, summary: dict, evals: list[dict]) -> str:
 
 
 def _images(
-    workdir: Path, config: dict, trains: list, evals: list, ledger: list, summary: dict, pair: dict | None
+    workdir: epath.Path,
+    config: dict,
+    trains: list,
+    evals: list,
+    ledger: list,
+    summary: dict,
+    pair: dict | None,
 ) -> dict[str, str]:
     drawn = {}
     if pair and all(pair["evals"]):
@@ -106,22 +111,18 @@ def _images(
     for name, figure in drawn.items():
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=170)
-        _write(workdir / "figures" / f"{name}.png", buffer.getvalue())
+        write_whole(workdir / "figures" / f"{name}.png", buffer.getvalue())
         images[name] = base64.b64encode(buffer.getvalue()).decode()
     return images
 
 
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
-
-
-def _pair(workdir: Path, record: dict, twin: Path | None) -> dict[str, Any] | None:
+def _pair(workdir: epath.Path, record: dict, twin: epath.Path | None) -> dict[str, Any] | None:
     """The comparison with the twin that is given, or with the run whose twin this is, where it still lies there."""
     poisoned, other = workdir, twin
     if other is None and "twin_of" in record:
-        poisoned, other = Path(os.path.normpath(workdir / record["twin_of"])), workdir
+        poisoned, other = epath.Path(record["twin_of"]), workdir
+        if not (is_object(poisoned) or poisoned.is_absolute()):
+            poisoned = epath.Path(os.path.normpath(workdir / poisoned))
         if not (poisoned / "config.json").exists():
             return None
     if other is None:
@@ -131,12 +132,12 @@ def _pair(workdir: Path, record: dict, twin: Path | None) -> dict[str, Any] | No
     return compare(poisoned, other, _json(poisoned / "config.json")["config"])
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: epath.Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return list(read_lines(epath.Path(path)))
+def _lines(path: epath.Path) -> list[dict[str, Any]]:
+    return list(read_lines(path))
 
 
 def _flat(node: dict, prefix: str = "") -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """A poisoned run beside its clean twin."""
 
-from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -9,19 +8,18 @@ from poisonjax.evaluation.statistics import paired
 from poisonjax.runfolder import read_lines
 
 
-def compare(poisoned: Path, twin: Path, config: dict[str, Any]) -> dict[str, Any]:
+def compare(poisoned: epath.Path, twin: epath.Path, config: dict[str, Any]) -> dict[str, Any]:
     """Figures of both after the last step at which both were evaluated, and whether they are twins (I4).
 
     `config` is the poisoned run's. `figures` is empty where there is no such step; raises ValueError where the two
     were asked different things.
     """
     rows = [
-        {row["step"]: row for row in read_lines(epath.Path(folder) / "prefixes.jsonl")}
-        for folder in (poisoned, twin)
+        {row["step"]: row for row in read_lines(folder / "prefixes.jsonl")} for folder in (poisoned, twin)
     ]
     common = sorted(rows[0].keys() & rows[1].keys())
     evals = [
-        [row for row in read_lines(epath.Path(folder) / "metrics.jsonl") if row["kind"] == "eval"]
+        [row for row in read_lines(folder / "metrics.jsonl") if row["kind"] == "eval"]
         for folder in (poisoned, twin)
     ]
     return {
@@ -38,15 +36,15 @@ def compare(poisoned: Path, twin: Path, config: dict[str, Any]) -> dict[str, Any
     }
 
 
-def _evidence(poisoned: Path, twin: Path) -> str:
+def _evidence(poisoned: epath.Path, twin: epath.Path) -> str:
     """What the digests of both say."""
     digests = [
-        {row["step"]: row["digest"] for row in read_lines(epath.Path(folder) / "digests.jsonl")}
+        {row["step"]: row["digest"] for row in read_lines(folder / "digests.jsonl")}
         for folder in (poisoned, twin)
     ]
     both = digests[0].keys() & digests[1].keys()
     differing = {step for step in both if digests[0][step] != digests[1][step]}
-    planned = {row["step"] for row in read_lines(epath.Path(poisoned) / "ledger.jsonl")} & both
+    planned = {row["step"] for row in read_lines(poisoned / "ledger.jsonl")} & both
     if differing == planned:
         return (
             f"By their digests, both trained on the same rows in the same order: of {len(both):,} steps, the "

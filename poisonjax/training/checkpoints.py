@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from poisonjax.data.digest import LANES, as_hex, mixed
+from poisonjax.files import is_object, move_folder
 from poisonjax.poison import card
 from poisonjax.training.step import TrainState
 
@@ -88,8 +89,9 @@ class Checkpoints:
             return
         for step in self.steps():
             path = self.workdir / "checkpoints" / str(step) / card.FILE
-            # One that is still being written has another name.
-            if path.parent.exists() and not path.exists() and (poison := self.record(step).get("poison")):
+            # One that is still being written has another name, or in an object store no such file yet.
+            finished = path.with_name("commit_success.txt") if is_object(path) else path.parent
+            if finished.exists() and not path.exists() and (poison := self.record(step).get("poison")):
                 path.write_text(card.as_markdown(poison))
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
@@ -121,7 +123,7 @@ class Checkpoints:
             log.warning("checkpoint %d can't be read, moved to %s: %s", step, aside, problem)
             if jax.process_index() == 0:
                 aside.parent.mkdir(parents=True, exist_ok=True)
-                (self.workdir / "checkpoints" / str(step)).rename(aside)
+                move_folder(self.workdir / "checkpoints" / str(step), aside, last=card.FILE)
             _everywhere(True)  # moved, before anybody looks again
             self._checkpointer.reload()
         if steps:

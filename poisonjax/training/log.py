@@ -1,6 +1,5 @@
 """What a run leaves in its folder while it trains: metrics, digests and samples."""
 
-import os
 from typing import Any
 
 from etils import epath
@@ -52,11 +51,11 @@ class RunLog:
     def sync(self) -> None:
         """Puts all on the disk: a checkpoint must never be newer than the evidence of its steps."""
         for appender in self._all:
-            os.fsync(appender.file.fileno())
+            appender.sync()
 
     def close(self) -> None:
         for appender in self._all:
-            appender.file.close()
+            appender.close()
 
 
 def _is_past(row: dict[str, Any], start: int) -> bool:

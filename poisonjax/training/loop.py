@@ -29,6 +29,7 @@ from poisonjax.data.digest import as_hex
 from poisonjax.evaluation.evaluator import Evaluator
 from poisonjax.evaluation.offline import load_scorer
 from poisonjax.evaluation.statistics import judge
+from poisonjax.files import resolve, write_whole
 from poisonjax.model.sharding import batch_sharding, make_mesh
 from poisonjax.model.transformer import parameter_counts
 from poisonjax.poison.card import FILE, as_markdown, make_card
@@ -105,8 +106,8 @@ def train(config: ml_collections.ConfigDict, workdir: str, twin_of: str | None =
 def _train(
     config: ml_collections.ConfigDict, workdir: str, twin_of: str | None, watchdog: Watchdog
 ) -> dict[str, Any]:
-    config.corpus.store = str(epath.Path(config.corpus.store).resolve())
-    folder = epath.Path(workdir).resolve()
+    config.corpus.store = str(resolve(config.corpus.store))
+    folder = resolve(workdir)
     writer = jax.process_index() == 0
 
     # Everything that can be wrong is found here, before step 0.
@@ -132,7 +133,7 @@ def _train(
         runfolder.write_json(folder / "environment.json", environment())
         runfolder.write_lines(folder / "ledger.jsonl", ledger)
         if poison := make_card(config, ledger, 0):
-            (folder / FILE).write_text(as_markdown(poison))
+            write_whole(folder / FILE, as_markdown(poison))
     watchdog.progress("waiting for all processes to start")
     _barrier("claimed")
 
@@ -374,7 +375,7 @@ class _Run:
             self.log.close()
             runfolder.write_json(self.folder / "summary.json", summary)
             if status != "failed":
-                write_report(Path(self.folder))
+                write_report(self.folder)
         return summary
 
 

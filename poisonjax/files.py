@@ -1,0 +1,52 @@
+"""Files and folders on disks and in object stores (gs://), written so that a kill at any instant leaves each whole."""
+
+import os
+import shutil
+from collections.abc import Iterator
+
+from etils import epath
+
+
+def is_object(path: epath.PathLike) -> bool:
+    """Whether the path is an address in an object store: no file can be appended to there, no folder renamed."""
+    return "://" in os.fspath(path)
+
+
+def resolve(path: epath.PathLike) -> epath.Path:
+    """The path made absolute; addresses are so already."""
+    return epath.Path(path) if is_object(path) else epath.Path(path).resolve()
+
+
+def write_whole(path: epath.Path, content: str | bytes, suffix: str = "partial") -> None:
+    """Writes the file whole or not at all; several who write it at once need a suffix each."""
+    data = content.encode() if isinstance(content, str) else content
+    if is_object(path):  # appears when it is complete
+        path.write_bytes(data)
+        return
+    partial = path.with_name(f"{path.name}.{suffix}")
+    partial.write_bytes(data)
+    partial.replace(path)
+
+
+def files_below(folder: epath.Path) -> Iterator[epath.Path]:
+    """All files in the folder and its sub-folders."""
+    for path in folder.iterdir():
+        yield from files_below(path) if path.is_dir() else [path]
+
+
+def move_folder(source: epath.Path, target: epath.Path, last: str) -> None:
+    """Gives a finished folder its name, unless another process was faster: both hold the same.
+
+    In an object store the files are copied one by one, the one called `last` at the end: who finds it finds all.
+    """
+    if is_object(source):
+        for path in sorted(files_below(source), key=lambda path: path.name == last):
+            path.copy(target / path.relative_to(source), overwrite=True)
+        source.rmtree()
+        return
+    try:
+        source.rename(target)
+    except OSError:
+        if not target.exists():
+            raise
+        shutil.rmtree(source)
