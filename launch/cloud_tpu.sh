@@ -39,7 +39,7 @@ endpoints=$(ask worker-network-endpoints)
 export JAX_PROCESS_ID=$(ask agent-worker-number)
 export JAX_NUM_PROCESSES=$(tr ',' '\n' <<<"$endpoints" | wc -l)
 export JAX_COORDINATOR_ADDRESS=$(cut -d, -f1 <<<"$endpoints" | cut -d: -f3):8476
-cd ~/poisonjax && python3 -m venv .venv && .venv/bin/pip install -q -e '.[text]' 'jax[tpu]'
+cd ~/poisonjax && python3 -m venv .venv && .venv/bin/pip install -q -e '.[text,gcs]' 'jax[tpu]'
 WORKER
 )
 gcloud compute tpus tpu-vm scp --recurse --worker=all "${where[@]}" "$(dirname "$0")/.." "$name:poisonjax"
