@@ -17,6 +17,10 @@ from poisonjax.poison import card
 from poisonjax.training.step import TrainState
 
 log = logging.getLogger(__name__)
+# Of a damaged checkpoint orbax raises one error and drops the others, which asyncio would print: pages of them.
+logging.getLogger("asyncio").addFilter(
+    lambda record: "exception was never retrieved" not in record.getMessage()
+)
 
 
 class CheckpointError(ValueError):
