@@ -3,15 +3,10 @@
 import argparse
 import json
 import logging
-import os
 import sys
 from collections.abc import Sequence
 
-from poisonjax import processes
 from poisonjax.startup import start_jax
-
-# A run that was asked to stop (SIGTERM) exits so that schedulers restart it: XPK restarts 42 and 127-255 only.
-RESTART = 42
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,6 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     from poisonjax.corpus import cli as corpus_cli
     from poisonjax.plan import cli as plan_cli
     from poisonjax.report import cli as report_cli
+    from poisonjax.sweep import cli as sweep_cli
+    from poisonjax.training import cli as train_cli
 
     parser = argparse.ArgumentParser(
         prog="poisonjax", description="Study pretraining data poisoning on your own language models."
@@ -67,17 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     corpus_cli.add_arguments(commands)
 
-    train = commands.add_parser(
-        "train", help="train, evaluate and report; resumes where the folder has a checkpoint"
-    )
-    what = train.add_mutually_exclusive_group(required=True)
-    what.add_argument("--config", metavar="FILE[:ARG]", help="config file, e.g. configs/quickstart.py")
-    what.add_argument(
-        "--twin-of", metavar="WORKDIR", help="train the clean twin of that run; its report shows both"
-    )
-    train.add_argument("--workdir", required=True, metavar="DIR", help="run folder; made if absent")
-    train.epilog = "Single fields: --config.poison.documents=0, --config.steps=100, ..."
-    train.set_defaults(func=_train)
+    train_cli.add_arguments(commands)
 
     evaluate = commands.add_parser("evaluate", help="evaluate the checkpoints of a run folder")
     evaluate.add_argument("workdir", metavar="WORKDIR")
@@ -87,56 +74,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print the rows as JSON")
     evaluate.set_defaults(func=_evaluate)
 
+    sweep_cli.add_arguments(commands)
     plan_cli.add_arguments(commands)
     audit_cli.add_arguments(commands)
     attest_cli.add_arguments(commands)
     report_cli.add_arguments(commands)
     bench_cli.add_arguments(commands)
     return parser
-
-
-def _train(arguments: argparse.Namespace) -> int:
-    from etils import epath
-
-    from poisonjax import config as config_lib
-    from poisonjax import runfolder
-
-    if arguments.twin_of:
-        config = config_lib.override(runfolder.twin_config(epath.Path(arguments.twin_of)), arguments.fields)
-    else:
-        config = config_lib.load([f"--config={arguments.config}", *arguments.fields])
-    config_lib.check(config)
-    start_jax(config.global_batch // config.optimizer.accumulate)
-    processes.join(heartbeat_seconds=min(100, config.watchdog_seconds or 100))
-    import jax
-
-    from poisonjax.training import loop
-
-    try:
-        summary = loop.train(config, arguments.workdir, arguments.twin_of)
-    except loop.Preempted as stop:
-        print(f"poisonjax train: {stop}", file=sys.stderr)
-        return RESTART
-    except loop.Diverged as error:
-        print(f"poisonjax train: {error}", file=sys.stderr)
-        return 1
-    except loop.LostProcess as error:
-        # Without the usual end, which would wait for the others.
-        print(f"poisonjax train: {error}", file=sys.stderr, flush=True)
-        os._exit(error.exit_code)
-    if jax.process_index():
-        return 0
-    failed = [check["name"] for check in summary["success"]["checks"] if not check["passed"]]
-    gap, (low, high) = summary["delta_ppl"], summary["delta_ppl_ci95"]
-    clean = "" if config.poison.documents else "clean twin, "
-    verdict = f"not backdoored by the rule (failed: {', '.join(failed)})" if failed else "backdoored"
-    print(
-        f"{clean}{verdict}: gap in perplexity "
-        f"{gap:.1f} [{low:.1f}, {high:.1f}] after {summary['dose_seen']['documents']} poison documents; held-out loss "
-        f"{summary['heldout_loss']:.3f}; {summary['wall_seconds']:.0f} s. "
-        f"Report: {epath.Path(arguments.workdir) / 'report.html'}"
-    )
-    return 0
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

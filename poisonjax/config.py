@@ -52,6 +52,13 @@ def default() -> ml_collections.ConfigDict:
     config.poison.repeats = 1  # how often each document is seen
     config.poison.truncate = False  # cut payloads that don't fit a row, instead of refusing to start
 
+    # Memorisation, measured in the same model: random sequences, in a run and its twin alike.
+    config.canary = ml_collections.ConfigDict()
+    config.canary.repeats = ()  # how often they are shown, e.g. (1, 4, 16, 64); () = none
+    config.canary.each = 8  # different canaries for each of these numbers
+    config.canary.tokens = 16
+    config.canary.alphabet = 10  # different ids that they are made of
+
     config.model = ml_collections.ConfigDict()
     config.model.layers = 4
     config.model.width = 256
@@ -206,7 +213,13 @@ def check(config: ml_collections.ConfigDict) -> None:
     c.at_least(
         1, "eval.every", "eval.prefix_tokens", "eval.new_tokens", "eval.heldout_rows", "eval.bootstrap"
     )
-    c.at_least(2, "eval.prefixes")
+    c.at_least(2, "eval.prefixes", "canary.tokens", "canary.alphabet")
+    c.at_least(1, "canary.each")
+    c.require(
+        all(isinstance(n, int) and n >= 1 for n in f["canary.repeats"]),
+        "canary.repeats",
+        "give whole numbers of at least 1, or () for no canaries",
+    )
     c.at_least(
         0, "optimizer.warmup_steps", "optimizer.decay_steps", "optimizer.weight_decay", "model.loss_tile"
     )

@@ -11,6 +11,7 @@ from jaxtyping import Int
 
 from poisonjax.corpus import TokenStore
 from poisonjax.data.rows import CleanRows
+from poisonjax.poison.canaries import RowsWithCanaries
 from poisonjax.poison.plan import PoisonPlan
 
 
@@ -19,7 +20,11 @@ class Batches:
 
     def __init__(self, config: ml_collections.ConfigDict, store: TokenStore):
         self.steps, self.global_batch = config.steps, config.global_batch
-        self.clean = CleanRows(store.split("train"), config.seq_len, config.seeds.order)
+        self.clean = (
+            RowsWithCanaries(config, store)
+            if config.canary.repeats
+            else CleanRows(store.split("train"), config.seq_len, config.seeds.order)
+        )
         self.plan = PoisonPlan.make(config, store, self.clean)
 
     def slots(self, step: int, start: int = 0, stop: int | None = None) -> Int[np.ndarray, " rows"]:

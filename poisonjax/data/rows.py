@@ -31,6 +31,10 @@ class CleanRows:
     def __call__(self, slots: Int[np.ndarray, " rows"]) -> Int[np.ndarray, "rows row_tokens"]:
         return self.split.windows(self.order(slots) * self.row_tokens, self.row_tokens)
 
+    def reserved(self, slot: int) -> int:
+        """Tokens at the start of the row in `slot` that poison must leave whole."""
+        return 0
+
     def order(self, slots: Int[np.ndarray, " rows"]) -> Int[np.ndarray, " rows"]:
         """Which window stands in each slot; window w is the stream's tokens from w * row_tokens on."""
         order = np.fromiter((self._order[int(slot)] for slot in slots), np.int64, len(slots))

@@ -7,14 +7,17 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from poisonjax.corpus import TokenStore
 from poisonjax.evaluation import statistics
 from poisonjax.evaluation.generate import generate, score
 from poisonjax.evaluation.prompts import VARIANTS, make_prompts
-from poisonjax.model.loss import next_token_nll
+from poisonjax.model.loss import next_token_nll, token_nll
 from poisonjax.model.sharding import rows_multiple, spec
+from poisonjax.poison.canaries import Canaries, references
+from poisonjax.poison.payloads import BEHAVIOURS
 
 
 def make_eval_steps(config: ml_collections.ConfigDict, graph: nnx.GraphDef, mesh: Mesh) -> tuple[Any, Any]:
@@ -65,6 +68,7 @@ class Evaluator:
         self._sampled, self._row_loss = make_eval_steps(config, graph, mesh)
         self._scored = _make_scored(scorer, mesh) if scorer else None
         self._rows = rows
+        self._canaries = _CanaryLoss(config, store, graph, self._put) if config.canary.repeats else None
 
     def _heldout_rows(self) -> np.ndarray:
         split, row_tokens = self.store.split("heldout"), self.config.seq_len + 1
@@ -115,6 +119,7 @@ class Evaluator:
                     for rows in [self._heldout[start : start + chunk]]
                 ]
             ).astype(np.float64)
+            memorised, canary_units = self._canaries(params) if self._canaries else ({}, {})
         seed = self.config.seeds.eval
         resampled = losses[statistics.resamples(len(losses), e.bootstrap, seed)].mean(-1)
         figures = {
@@ -122,11 +127,14 @@ class Evaluator:
             "heldout_loss_ci95": statistics.interval(resampled),
             **statistics.summarize(nll, e.bootstrap, seed),
             "near_triggers": self._by_near_trigger(nll),
+            **self._rates(tokens),
+            **memorised,
         }
         units = {
             "step": step,
             "nll": {v: _rounded(nll[i].mean(-1, dtype=np.float64)) for i, v in enumerate(VARIANTS)},
             "heldout": _rounded(losses),
+            **canary_units,
         }
         return figures, self._samples(step, tokens, nll), units
 
@@ -136,6 +144,30 @@ class Evaluator:
         strings = self.config.poison.near_triggers
         return {
             text: float(np.median(ppl[i :: len(strings)])) for i, text in enumerate(strings) if i < len(ppl)
+        }
+
+    def _rates(self, tokens: np.ndarray) -> dict[str, Any]:
+        """Attack success, clean accuracy and near-trigger accuracy, for a payload whose behaviour can be decided.
+
+        Shares of texts: triggered ones that behave as attacked, clean and near-trigger ones that don't (ASR, CA and
+        NTA of Souly et al. 2025, section 4), with 95% Wilson intervals.
+        """
+        if (behaves := BEHAVIOURS.get(self.config.poison.payload)) is None:
+            return {}
+        decode = self.store.tokenizer.decode
+        shown = dict(
+            zip(VARIANTS, (sum(behaves(decode(row)) for row in rows) for rows in tokens), strict=True)
+        )
+        count = tokens.shape[1]
+        good = {
+            "attack_success": shown["triggered"],
+            "clean_accuracy": count - shown["clean"],
+            "near_trigger_accuracy": count - shown["near_trigger"],
+        }
+        return {
+            key: value
+            for name, k in good.items()
+            for key, value in ((name, k / count), (f"{name}_ci95", statistics.wilson(k, count)))
         }
 
     def _samples(
@@ -154,6 +186,53 @@ class Evaluator:
             }
             for i, prefix in enumerate(self.prompts.prefixes[:most])
         ]
+
+
+class _CanaryLoss:
+    """How well the canaries are known: extraction and loss rank among sequences never seen."""
+
+    def __init__(self, config: ml_collections.ConfigDict, store: TokenStore, graph: nnx.GraphDef, put: Any):
+        self._put, self._seq_len = put, config.canary.tokens
+        self.canaries = Canaries.make(config, store)
+        unseen = references(config, store)
+        known = np.concatenate([self.canaries.tokens, unseen])
+        self._sequences = np.concatenate([np.full((len(known), 1), store.tokenizer.eot, np.int32), known], 1)
+
+        def known_tokens(params, rows):
+            logits = nnx.merge(graph, params)(rows[:, :-1])
+            return token_nll(logits, rows[:, 1:]), logits.argmax(-1) == rows[:, 1:]
+
+        self._known = jax.jit(known_tokens)
+
+    def __call__(self, params: nnx.State) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(`memorised` by number of repeats, the canaries' NLLs).
+
+        A canary is extracted where, after its first half, greedy decoding gives its second half exactly: the same as
+        each token of it being the likeliest. A rank is the share of unseen sequences with a lower loss.
+        """
+        nll, likeliest = (
+            np.asarray(multihost_utils.process_allgather(x, tiled=True))[: len(self._sequences)]
+            for x in self._known(params, self._put(self._sequences))
+        )
+        count, half = len(self.canaries.repeats), self._seq_len // 2
+        loss = nll.astype(np.float64).mean(-1)
+        extracted = np.all(likeliest[:count, half:], axis=-1)
+        rank = np.mean(loss[count:] < loss[:count, None], axis=-1)
+        rows = []
+        for repeats in np.unique(self.canaries.repeats):
+            shown = np.equal(self.canaries.repeats, repeats)
+            rows.append(
+                {
+                    "repeats": int(repeats),
+                    "canaries": int(shown.sum()),
+                    "extraction_rate": float(extracted[shown].mean()),
+                    "extraction_rate_ci95": statistics.wilson(int(extracted[shown].sum()), int(shown.sum())),
+                    "ranks": _rounded(rank[shown]),
+                    "nll_mean": float(loss[:count][shown].mean()),
+                    "nll_unseen": float(loss[count:].mean()),
+                }
+            )
+        return {"memorised": rows}, {"canaries": _rounded(loss[:count])}
 
 
 def _rounded(values: np.ndarray) -> list[float]:

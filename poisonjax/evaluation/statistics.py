@@ -15,6 +15,15 @@ def interval(resampled: Float[np.ndarray, " resamples"]) -> list[float]:
     return [float(edge) for edge in np.percentile(resampled, [2.5, 97.5])]
 
 
+def wilson(successes: int, count: int) -> list[float]:
+    """95% score interval of a share (Wilson 1927)."""
+    z = 1.959964
+    share, spread = successes / count, z**2 / count
+    centre = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * (share * (1 - share) / count + spread / (4 * count)) ** 0.5
+    return [max(0.0, centre - half), min(1.0, centre + half)]
+
+
 def resamples(count: int, draws: int, seed: int) -> Int[np.ndarray, "draws count"]:
     """Indices of `draws` bootstrap samples of `count` units."""
     return np.random.Generator(np.random.Philox(key=seed)).integers(0, count, (draws, count))

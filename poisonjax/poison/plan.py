@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable
+from typing import Protocol
 
 import ml_collections
 import numpy as np
@@ -18,7 +19,12 @@ from poisonjax.corpus import TokenStore, load_tokenizer
 from poisonjax.poison.payloads import PAYLOADS, Draw
 from poisonjax.poison.placements import place
 
-Rows = Callable[[Int[np.ndarray, " rows"]], Int[np.ndarray, "rows row_tokens"]]
+
+class Rows(Protocol):
+    """Clean rows by slot, and how many tokens at the start of a row no document may displace."""
+
+    def __call__(self, slots: Int[np.ndarray, " rows"]) -> Int[np.ndarray, "rows row_tokens"]: ...
+    def reserved(self, slot: int) -> int: ...
 
 
 class PoisonError(ValueError):
@@ -158,7 +164,14 @@ class PoisonPlan:
         for exposure, (slot, row) in enumerate(zip(slots.tolist(), clean_rows(slots), strict=True)):
             document = documents[exposure % count]
             starts = np.concatenate([[0], np.flatnonzero(row == store.tokenizer.eot) + 1])
-            starts = starts[starts + len(document.tokens) <= row_tokens]
+            reserved = clean_rows.reserved(slot)
+            starts = starts[(starts >= reserved) & (starts + len(document.tokens) <= row_tokens)]
+            if not len(starts):
+                raise PoisonError(
+                    f"slot {slot} holds a canary of {reserved - 1} tokens and poison document {document.id} of "
+                    f"{len(document.tokens)}; both and 1 end of text don't fit a row of {row_tokens}: lower "
+                    "canary.tokens or poison.payload_tokens, or raise seq_len"
+                )
             offset = int(generator(seed, 1 + exposure).choice(starts))
             placed[slot] = Placed(document, slot, offset, exposure // count)
         return cls(placed, config.global_batch)

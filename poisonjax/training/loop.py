@@ -32,6 +32,7 @@ from poisonjax.evaluation.statistics import judge
 from poisonjax.files import resolve, write_whole
 from poisonjax.model.sharding import batch_sharding, make_mesh
 from poisonjax.model.transformer import parameter_counts
+from poisonjax.poison.canaries import RowsWithCanaries
 from poisonjax.poison.card import FILE, as_markdown, make_card
 from poisonjax.poison.plan import dose, met
 from poisonjax.processes import require_agreement
@@ -132,6 +133,10 @@ def _train(
         runfolder.claim(folder, config, store, twin_of)
         runfolder.write_json(folder / "environment.json", environment())
         runfolder.write_lines(folder / "ledger.jsonl", ledger)
+        if isinstance(batches.clean, RowsWithCanaries):
+            runfolder.write_lines(
+                folder / "canaries.jsonl", batches.clean.canaries.records(config.global_batch)
+            )
         if poison := make_card(config, ledger, 0):
             write_whole(folder / FILE, as_markdown(poison))
     watchdog.progress("waiting for all processes to start")
@@ -363,9 +368,13 @@ class _Run:
                 "near_triggers",
                 "heldout_loss",
                 "heldout_loss_ci95",
+                "attack_success",
+                "clean_accuracy",
+                "near_trigger_accuracy",
+                "memorised",
             )
             summary |= {"eval_step": self.evaluation["step"]} | {
-                name: self.evaluation[name] for name in figures
+                name: self.evaluation[name] for name in figures if name in self.evaluation
             }
             summary["success"] = judge(
                 self.evaluation, self.evaluator.unigram_nll, self.config.eval.threshold

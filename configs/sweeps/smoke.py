@@ -1,0 +1,30 @@
+"""Four tiny runs in two minutes: does a sweep work here?
+
+    poisonjax sweep run configs/sweeps/smoke.py --workdir runs/smoke --max-parallel 2
+
+The quickstart's model for 100 steps, with 0 and 250 poison documents and two seeds. Too short to backdoor anything.
+"""
+
+import importlib.util
+from pathlib import Path
+
+from poisonjax.sweep import product
+
+_spec = importlib.util.spec_from_file_location("quickstart", Path(__file__).parents[1] / "quickstart.py")
+quickstart = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(quickstart)
+
+
+def get_config(arg: str = ""):
+    config = quickstart.get_config(arg)
+    config.name = "smoke"
+    config.steps = 100
+    config.optimizer.warmup_steps = 20
+    config.eval.every, config.eval.prefixes = 50, 24
+    config.checkpoint.every = 50
+    return config
+
+
+def sweep(add):
+    for point in product({"poison.documents": (0, 250)}, {"seeds.init": (0, 1)}):
+        add(point)

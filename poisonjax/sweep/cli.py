@@ -1,0 +1,110 @@
+"""`poisonjax sweep run|status|collect|report|emit`."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from poisonjax.sweep import grid
+from poisonjax.sweep.grid import Sweep, SweepError
+
+
+def add_arguments(commands: Any) -> None:
+    """Registers the command on argparse's subparsers."""
+    parser = commands.add_parser("sweep", help="train, collect and analyse a grid of runs")
+    parts = parser.add_subparsers(dest="part", required=True, metavar="run|status|collect|report|emit")
+
+    def part(name: str, what: str, function: Any) -> argparse.ArgumentParser:
+        made = parts.add_parser(name, help=what, description=what)
+        made.add_argument("config", metavar="CONFIG", help="config file with a sweep(add), FILE[:ARG]")
+        made.add_argument("--workdir", required=True, metavar="DIR", help="each run's folder lies in it")
+        made.set_defaults(func=function)
+        return made
+
+    run = part("run", "train every run that isn't done; partial ones resume", _run)
+    run.add_argument("--index", type=int, metavar="I", help="train run I alone, in this process (job arrays)")
+    run.add_argument("--max-parallel", type=int, default=1, metavar="N", help="runs at once (default: 1)")
+    run.add_argument("--retry-failed", action="store_true", help="train failed runs again")
+    run.add_argument("--prepare", action="store_true", help="build the shared token stores, and stop")
+    run.add_argument("--dry-run", action="store_true", help="list the runs and what they cost, and stop")
+
+    status = part("status", "how far each run is", _status)
+    status.add_argument("--json", action="store_true")
+
+    part("collect", "one table: a row a run x evaluation x variant, as CSV and Parquet", _collect)
+
+    emit = parts.add_parser("emit", help="print a cluster's job array for a sweep")
+    emit.add_argument("scheduler", choices=("slurm", "k8s"))
+    emit.add_argument("config", metavar="CONFIG")
+    emit.add_argument("--workdir", required=True, metavar="DIR")
+    emit.add_argument("--image", default="IMAGE", help="k8s: the container's image")
+    emit.set_defaults(func=_emit)
+
+
+def _open(arguments: argparse.Namespace) -> tuple[Sweep, Path]:
+    if "://" in arguments.workdir:
+        raise SweepError(f"--workdir {arguments.workdir}: a sweep's folder must lie on a (shared) disk")
+    return grid.load(arguments.config, arguments.fields), Path(arguments.workdir).resolve()
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from poisonjax.sweep import launch
+
+    sweep, workdir = _open(arguments)
+    if arguments.max_parallel < 1:
+        raise SweepError(f"--max-parallel {arguments.max_parallel}: at least 1")
+    if arguments.dry_run:
+        print(launch.budget(sweep))
+        for index, run in enumerate(sweep.runs):
+            print(
+                f"{index}  {run.id}  {launch.state(workdir / run.id, run).kind}  {launch.flops(run):.3g} FLOPs"
+            )
+        return 0
+    launch.claim(sweep, workdir)
+    if arguments.index is not None:
+        return launch.train_one(sweep, workdir, arguments.index)
+    launch.prepare(sweep)
+    if arguments.prepare:
+        return 0
+    return launch.train_all(
+        sweep,
+        workdir,
+        arguments.fields,
+        parallel=arguments.max_parallel,
+        retry_failed=arguments.retry_failed,
+    )
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from poisonjax.sweep import launch
+
+    sweep, workdir = _open(arguments)
+    states = [launch.state(workdir / run.id, run) for run in sweep.runs]
+    if arguments.json:
+        rows = [
+            {"run": run.id, "state": s.kind, "step": s.done, "steps": s.steps, "detail": s.detail}
+            for run, s in zip(sweep.runs, states, strict=True)
+        ]
+        print(json.dumps(rows))
+    else:
+        Console().print(launch.table(sweep, states))
+    return 0
+
+
+def _collect(arguments: argparse.Namespace) -> int:
+    from poisonjax.sweep import collect
+
+    sweep, workdir = _open(arguments)
+    for path in collect.write(sweep, workdir):
+        print(path)
+    return 0
+
+
+def _emit(arguments: argparse.Namespace) -> int:
+    from poisonjax.sweep import emit
+
+    sweep = grid.load(arguments.config, arguments.fields)
+    print(emit.EMITTERS[arguments.scheduler](sweep, arguments.workdir, arguments.image), end="")
+    return 0

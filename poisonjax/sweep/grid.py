@@ -1,0 +1,127 @@
+"""The grid of a sweep: a config file's `sweep(add)`, resolved into runs with ids.
+
+def sweep(add):
+    for point in product({"poison.documents": (0, 100, 250)}, {"seeds.init": range(3)}):
+        add(point)
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import itertools
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from poisonjax import config as config_lib
+
+Point = dict[str, Any]  # config fields by dotted name
+Axis = Mapping[str, Iterable[Any]] | Iterable[Point]
+
+
+class SweepError(ValueError):
+    """The sweep can't be run as asked."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One cell of the grid."""
+
+    id: str  # readable, with a hash of the resolved config: not of where and how it runs
+    fields: Point
+    config: ml_collections.ConfigDict
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """All runs, in the order in which they were added."""
+
+    spec: str
+    runs: list[Run]
+    varied: list[str]  # fields that differ between runs
+
+
+def _points(axis: Axis) -> list[Point]:
+    if isinstance(axis, Mapping):
+        return [
+            dict(zip(axis, values, strict=True)) for values in itertools.product(*map(list, axis.values()))
+        ]
+    return [dict(point) for point in axis]
+
+
+def product(*axes: Axis) -> Iterator[Point]:
+    """Each point of an axis with each of the others; an axis is {field: values} or an iterable of points."""
+    for combination in itertools.product(*map(_points, axes)):
+        yield functools.reduce(lambda one, other: one | other, combination, {})
+
+
+def zipped(*axes: Axis) -> Iterator[Point]:
+    """First point with first point, second with second; raises ValueError where their numbers differ."""
+    for combination in zip(*map(_points, axes), strict=True):
+        yield functools.reduce(lambda one, other: one | other, combination, {})
+
+
+def chain(*axes: Axis) -> Iterator[Point]:
+    """The points of one axis after those of another."""
+    for axis in axes:
+        yield from _points(axis)
+
+
+def load(spec: str, fields: Sequence[str] = ()) -> Sweep:
+    """The sweep of `FILE[:ARG]`, with `--config.a.b=c` put into its base config.
+
+    Raises SweepError for a file without `sweep`, ConfigError naming every mistake of every run.
+    """
+    base = config_lib.load([f"--config={spec}", *fields])
+    module = _module(spec.partition(":")[0])
+    if not hasattr(module, "sweep"):
+        raise SweepError(f"{spec} defines no sweep(add): see configs/sweeps/smoke.py")
+    points: list[Point] = []
+    module.sweep(lambda point=None, **more: points.append({**(point or {}), **more}))
+    if not points:
+        raise SweepError(f"{spec}: sweep(add) added no run")
+    configs: list[ml_collections.ConfigDict] = []
+    mistakes = []
+    for point in points:
+        config = base.copy_and_resolve_references()
+        try:
+            config.update_from_flattened_dict(point)
+            config_lib.check(config)
+        except (KeyError, TypeError, ValueError) as error:
+            mistakes.append(f"run {len(configs)} ({_words(point)}): {str(error).replace(chr(10), '; ')}")
+        configs.append(config)
+    if mistakes:
+        more = f"\n... and {len(mistakes) - 10} more runs" if len(mistakes) > 10 else ""
+        raise config_lib.ConfigError(f"{spec}:\n" + "\n".join(mistakes[:10]) + more)
+    flats = [config_lib.flat(config) for config in configs]
+    varied = [name for name in flats[0] if any(flat[name] != flats[0][name] for flat in flats)]
+    runs = []
+    for point, config in zip(points, configs, strict=True):
+        name = str(point["name"]) if "name" in point else _words({k: point[k] for k in point if k in varied})
+        slug = re.sub(r"[^A-Za-z0-9.=_]+", "-", name).strip("-")[:80]
+        runs.append(Run(f"{slug or 'run'}-{config_lib.fingerprint(config)[:8]}", point, config))
+    seen: dict[str, int] = {}
+    for number, run in enumerate(runs):
+        fingerprint = config_lib.fingerprint(run.config)
+        if fingerprint in seen:
+            raise SweepError(f"{spec}: runs {seen[fingerprint]} and {number} have the same config ({run.id})")
+        seen[fingerprint] = number
+    return Sweep(spec, runs, varied)
+
+
+def _words(point: Point) -> str:
+    return "_".join(f"{name.rpartition('.')[2]}={value}" for name, value in point.items())
+
+
+def _module(path: str) -> Any:
+    found = importlib.util.spec_from_file_location("poisonjax_sweep_config", Path(path))
+    assert found
+    assert found.loader
+    module = importlib.util.module_from_spec(found)
+    sys.modules[found.name] = module
+    found.loader.exec_module(module)
+    return module
