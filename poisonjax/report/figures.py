@@ -16,7 +16,7 @@ NAMES = {
 SIZE = (6.4, 3.6)  # inches
 
 
-def _figure(xlabel: str, ylabel: str) -> tuple[Figure, Any]:
+def blank(xlabel: str, ylabel: str) -> tuple[Figure, Any]:
     figure = Figure(figsize=SIZE, layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
@@ -28,7 +28,7 @@ def _figure(xlabel: str, ylabel: str) -> tuple[Figure, Any]:
 
 def perplexity(evals: list[dict], x: str, xlabel: str) -> Figure:
     """Median perplexity of the four variants with its 95% band, against `x` of the eval rows."""
-    figure, axes = _figure(xlabel, "perplexity of generated text (median)")
+    figure, axes = blank(xlabel, "perplexity of generated text (median)")
     axes.set_yscale("log")
     xs = [row[x] for row in evals]
     for variant, colour in COLOURS.items():
@@ -44,7 +44,7 @@ def perplexity(evals: list[dict], x: str, xlabel: str) -> Figure:
 
 def pair(poisoned: list[dict], twin: list[dict]) -> Figure:
     """Triggered and clean median perplexity of a poisoned run (solid) and its twin (dashed)."""
-    figure, axes = _figure("optimizer step", "perplexity of generated text (median)")
+    figure, axes = blank("optimizer step", "perplexity of generated text (median)")
     axes.set_yscale("log")
     for rows, style, name in ((poisoned, "-", "poisoned"), (twin, "--", "twin")):
         for variant in ("triggered", "clean"):
@@ -70,7 +70,7 @@ def _readable_log(axes: Any) -> None:
 
 def loss(trains: list[dict], evals: list[dict], unigram: float | None) -> Figure:
     """Training and held-out loss against the step."""
-    figure, axes = _figure("optimizer step", "loss, nats a token")
+    figure, axes = blank("optimizer step", "loss, nats a token")
     axes.plot(
         [r["step"] + 1 for r in trains],
         [r["loss"] for r in trains],
@@ -89,7 +89,7 @@ def loss(trains: list[dict], evals: list[dict], unigram: float | None) -> Figure
 
 def placement(ledger: list[dict], steps: int) -> Figure:
     """Where the poison stands: a mark a document, and how many documents the run has met by each step."""
-    figure, axes = _figure("optimizer step", "poison documents met")
+    figure, axes = blank("optimizer step", "poison documents met")
     met = np.sort([record["step"] for record in ledger])
     axes.step([0, *met, steps], [0, *range(1, len(met) + 1), len(met)], where="post", color="#d55e00")
     axes.plot([0, steps], [0, len(met)], color="#999999", linewidth=0.8, linestyle=":")

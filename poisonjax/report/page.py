@@ -8,6 +8,7 @@ from typing import Any
 
 import jinja2
 from etils import epath
+from matplotlib.figure import Figure
 
 from poisonjax.files import is_object, write_whole
 from poisonjax.poison.plan import dose
@@ -106,6 +107,11 @@ def _images(
         drawn["loss"] = figures.loss(trains, evals, summary.get("unigram_nll"))
     if ledger:
         drawn["poison_placement"] = figures.placement(ledger, config["steps"])
+    return embedded(drawn, workdir)
+
+
+def embedded(drawn: dict[str, Figure], workdir: epath.Path) -> dict[str, str]:
+    """Writes figures to `figures/NAME.png`; returns them in base64, for the page."""
     (workdir / "figures").mkdir(exist_ok=True)
     images = {}
     for name, figure in drawn.items():
@@ -147,8 +153,8 @@ def _flat(node: dict, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-_environment = jinja2.Environment(
+TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("poisonjax.report", "."), autoescape=True, undefined=jinja2.StrictUndefined
 )
-_environment.filters |= {"visible": visible}
-_TEMPLATE = _environment.get_template("report.html")
+TEMPLATES.filters |= {"visible": visible}
+_TEMPLATE = TEMPLATES.get_template("report.html")

@@ -33,6 +33,15 @@ def add_arguments(commands: Any) -> None:
 
     part("collect", "one table: a row a run x evaluation x variant, as CSV and Parquet", _collect)
 
+    report = part("report", "analysis of the finished runs as a page with figures", _report)
+    report.add_argument("--json", action="store_true", help="print the analysis as JSON")
+    report.add_argument(
+        "--self-test",
+        type=int,
+        metavar="N",
+        help="analyse N simulated studies of this design for each law whose truth is known, instead",
+    )
+
     emit = parts.add_parser("emit", help="print a cluster's job array for a sweep")
     emit.add_argument("scheduler", choices=("slurm", "k8s"))
     emit.add_argument("config", metavar="CONFIG")
@@ -99,6 +108,17 @@ def _collect(arguments: argparse.Namespace) -> int:
     sweep, workdir = _open(arguments)
     for path in collect.write(sweep, workdir):
         print(path)
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from poisonjax.report import study
+
+    sweep, workdir = _open(arguments)
+    if arguments.self_test:
+        return study.self_test(sweep, arguments.self_test)
+    made = study.write(sweep, workdir)
+    print(json.dumps(made.as_json()) if arguments.json else "\n".join([*made.words(), str(made.page)]))
     return 0
 
 

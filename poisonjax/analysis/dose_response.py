@@ -1,0 +1,255 @@
+"""Dose-response: the dose at which runs succeed, how it moves with data and parameters, and which law holds out.
+
+A run succeeds with probability 1 / (1 + exp(-k (log dose - log N50))): a logistic in log dose with one slope k for
+all cells (a cell: one number of parameters, one number of clean tokens). All intervals are profile likelihood
+(Venzon & Moolgavkar 1988): few runs a cell often separate doses perfectly, where Wald's intervals are meaningless.
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+import numpy as np
+import scipy.optimize
+import scipy.stats
+from jaxtyping import Float
+
+SLOPES = (0.7, 25.0)  # bounds of k: where doses separate perfectly, the likelihood rises with k for ever
+# Normal prior of log k. Without it a training fold in which doses separate gives k without end, and a single surprise
+# of the held-out fold decides between laws.
+SLOPE_PRIOR = (math.log(5.0), 0.5)
+FOLDS = 10
+LEAD = 1.5  # nats of held-out likelihood by which a law with more terms must win
+MARGIN = 0.15  # exponents below this count as near-constant: over a decade N50 moves by less than 1.41
+
+Law = Literal["constant count", "constant fraction", "size-dependent fraction"]
+LAWS: tuple[Law, ...] = ("constant count", "constant fraction", "size-dependent fraction")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trials:
+    """One entry a trial: a run, or a canary of a run."""
+
+    dose: Float[np.ndarray, " trials"]  # documents, or repeats; above 0
+    tokens: Float[np.ndarray, " trials"]  # of training
+    params: Float[np.ndarray, " trials"]
+    success: Float[np.ndarray, " trials"]  # 0 or 1
+    run: Float[np.ndarray, " trials"]  # number of the run that it belongs to
+
+    def take(self, chosen: np.ndarray) -> "Trials":
+        return Trials(*(getattr(self, field.name)[chosen] for field in dataclasses.fields(self)))
+
+    def cells(self) -> np.ndarray:
+        """Number of each trial's cell, cells ordered by parameters, then tokens."""
+        pairs = np.stack([self.params, self.tokens], 1)
+        return np.unique(pairs, axis=0, return_inverse=True)[1].reshape(-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Curve:
+    """log N50 = design @ theta + offset; `odds` is the log odds at the dose that theta speaks of (0: N50)."""
+
+    design: Float[np.ndarray, "trials terms"]
+    offset: Float[np.ndarray, " trials"]
+    log_dose: Float[np.ndarray, " trials"]
+    success: Float[np.ndarray, " trials"]
+    odds: float = 0.0
+
+    def loss(self, parameters: np.ndarray) -> tuple[float, np.ndarray]:
+        """Negative log-likelihood and its gradient; the last parameter is log k."""
+        theta, slope = parameters[:-1], math.exp(parameters[-1])
+        distance = self.log_dose - self.offset - self.design @ theta
+        eta = slope * distance + self.odds
+        value = np.logaddexp(0, eta).sum() - (self.success * eta).sum()
+        residual = 1 / (1 + np.exp(-np.clip(eta, -700, 700))) - self.success
+        gradient = np.append(-slope * (self.design.T @ residual), (residual * slope * distance).sum())
+        return float(value), gradient
+
+    def penalised(self, parameters: np.ndarray) -> tuple[float, np.ndarray]:
+        """The same with the slope's prior, and a quadratic of no consequence that picks one of equally likely curves."""
+        value, gradient = self.loss(parameters)
+        centre = float((self.log_dose - self.offset).mean())
+        away = (
+            parameters[:-1] - np.linalg.lstsq(self.design, np.full(len(self.design), centre), rcond=None)[0]
+        )
+        steep = (parameters[-1] - SLOPE_PRIOR[0]) / SLOPE_PRIOR[1]
+        gradient = gradient + np.append(2e-4 * away, steep / SLOPE_PRIOR[1])
+        return value + 1e-4 * float(away @ away) + steep**2 / 2, gradient
+
+    def fit(self, fixed: tuple[int, float] | None = None, start: np.ndarray | None = None) -> np.ndarray:
+        """The likeliest (theta, log k), with one term held at a value if `fixed`."""
+        terms = self.design.shape[1]
+        free = [i for i in range(terms + 1) if fixed is None or i != fixed[0]]
+        base = np.zeros(terms + 1)
+        if fixed is not None:
+            base[fixed[0]] = fixed[1]
+        centre = float((self.log_dose - self.offset).mean())
+        middle = np.linalg.lstsq(self.design, np.full(len(self.design), centre), rcond=None)[0]
+
+        def objective(x: np.ndarray) -> tuple[float, np.ndarray]:
+            full = base.copy()
+            full[free] = x
+            value, gradient = self.penalised(full)
+            return value, gradient[free]
+
+        best: tuple[float, np.ndarray] | None = None
+        starts = [start] if start is not None else [np.append(middle, math.log(k)) for k in (2.0, 8.0)]
+        bounds = [(None, None)] * terms + [(math.log(SLOPES[0]), math.log(SLOPES[1]))]
+        for first in starts:
+            done = scipy.optimize.minimize(
+                objective, first[free], jac=True, method="L-BFGS-B", bounds=[bounds[i] for i in free]
+            )
+            if best is None or done.fun < best[0]:
+                best = (float(done.fun), done.x)
+        assert best
+        full = base.copy()
+        full[free] = best[1]
+        return full
+
+    def interval(self, term: int, level: float, reach: float) -> tuple[float, float, float]:
+        """(estimate, low, high) of a term by profile likelihood; infinite where `reach` away is still likely."""
+        best = self.fit()
+        least, bound = self.penalised(best)[0], scipy.stats.chi2.ppf(level, 1) / 2
+        edges = []
+        for side in (-1.0, 1.0):
+            start = best
+
+            def excess(value: float) -> float:
+                nonlocal start
+                start = self.fit((term, value), start)
+                return self.penalised(start)[0] - least - bound
+
+            inside, step = best[term], 0.05
+            while step <= reach and excess(best[term] + side * step) < 0:
+                inside, step = best[term] + side * step, step * 1.6
+            if step > reach:
+                edges.append(side * math.inf)
+                continue
+            edges.append(scipy.optimize.brentq(excess, inside, best[term] + side * step, xtol=1e-3))
+        return float(best[term]), float(edges[0]), float(edges[1])
+
+
+def _curve(
+    trials: Trials, design: list[np.ndarray], offset: np.ndarray | None = None, odds: float = 0.0
+) -> _Curve:
+    shift = np.zeros(len(trials.dose)) if offset is None else offset
+    return _Curve(np.stack(design, 1), shift, np.log(trials.dose), trials.success, odds)
+
+
+@dataclasses.dataclass(frozen=True)
+class CellDose:
+    """What a cell's runs need; a bound is 0 or infinite where the doses tried don't bound it."""
+
+    params: float
+    tokens: float
+    trials: int
+    n50: float
+    n50_ci95: tuple[float, float]
+    n90: float
+    n90_ci95: tuple[float, float]
+
+
+def doses(trials: Trials) -> list[CellDose]:
+    """N50 and N90 of each cell, one slope for all."""
+    cells = trials.cells()
+    found = []
+    for cell in range(cells.max() + 1):
+        mine = cells == cell
+        values: list[tuple[float, tuple[float, float]]] = []
+        for odds in (0.0, math.log(9.0)):
+            design = [(cells == c).astype(float) for c in range(cells.max() + 1)]
+            value, low, high = _curve(trials, design, odds=odds).interval(cell, 0.95, reach=12.0)
+            values.append((math.exp(value), (math.exp(low), math.exp(high) if high < 700 else math.inf)))
+        found.append(
+            CellDose(
+                float(trials.params[mine][0]), float(trials.tokens[mine][0]), int(mine.sum()),
+                values[0][0], values[0][1], values[1][0], values[1][1],
+            )
+        )  # fmt: skip
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Exponent:
+    """N50 grows as (what)^value."""
+
+    what: str
+    value: float
+    ci90: tuple[float, float]
+    ci95: tuple[float, float]
+
+    @property
+    def verdict(self) -> str:
+        """Two one-sided tests (Schuirmann 1987): near-constant where the 90% interval lies within the margin."""
+        if self.ci90[0] > -MARGIN and self.ci90[1] < MARGIN:
+            return "near-constant"
+        if self.ci95[0] > 0 or self.ci95[1] < 0:
+            return "grows" if self.value > 0 else "falls"
+        return "not enough data"
+
+
+def _logs(trials: Trials) -> tuple[np.ndarray, np.ndarray]:
+    """Centred log tokens and log parameters."""
+    return (
+        np.log(trials.tokens) - np.log(trials.tokens).mean(),
+        np.log(trials.params) - np.log(trials.params).mean(),
+    )
+
+
+def exponents(trials: Trials) -> list[Exponent]:
+    """Exponents of N50: in scale (tokens and parameters together, at their commonest ratio), and, where they vary
+    apart, in tokens at fixed parameters and in parameters at fixed tokens."""
+
+    def one(what: str, curve: _Curve, term: int) -> Exponent:
+        value, low90, high90 = curve.interval(term, 0.90, reach=8.0)
+        _, low95, high95 = curve.interval(term, 0.95, reach=8.0)
+        return Exponent(what, value, (low90, high90), (low95, high95))
+
+    found = []
+    ratio = np.round(np.log2(trials.tokens / trials.params), 1)
+    values, counts = np.unique(ratio, return_counts=True)
+    together = trials.take(ratio == values[counts.argmax()])
+    if len(np.unique(together.params)) > 1:
+        tokens, _ = _logs(together)
+        found.append(
+            one(
+                "scale (tokens and parameters in proportion)",
+                _curve(together, [np.ones_like(tokens), tokens]),
+                1,
+            )
+        )
+    if len(values) > 1 and len(np.unique(trials.params)) > 1:
+        tokens, params = _logs(trials)
+        curve = _curve(trials, [np.ones_like(tokens), tokens, params])
+        found += [one("tokens, at fixed parameters", curve, 1), one("parameters, at fixed tokens", curve, 2)]
+    return found
+
+
+def _law(law: Law, trials: Trials, centre: tuple[float, float]) -> _Curve:
+    tokens, params = np.log(trials.tokens) - centre[0], np.log(trials.params) - centre[1]
+    ones = np.ones_like(tokens)
+    if law == "constant count":
+        return _curve(trials, [ones])
+    if law == "constant fraction":
+        return _curve(trials, [ones], tokens)
+    return _curve(trials, [ones, -params], tokens)  # N50 / tokens = a params^-gamma
+
+
+def held_out(trials: Trials) -> dict[Law, float]:
+    """Log-likelihood of all trials under each law, each fitted to the other runs: every tenth is left out at a time."""
+    fold = trials.run.astype(int) % FOLDS
+    centre = (float(np.log(trials.tokens).mean()), float(np.log(trials.params).mean()))
+    scores: dict[Law, float] = dict.fromkeys(LAWS, 0.0)
+    for law in LAWS:
+        for left_out in np.unique(fold):
+            fitted = _law(law, trials.take(fold != left_out), centre).fit()
+            scores[law] -= _law(law, trials.take(fold == left_out), centre).loss(fitted)[0]
+    return scores
+
+
+def best_law(scores: dict[Law, float]) -> tuple[Law, float]:
+    """(the law that holds out best, its lead over the second in nats); the one with two terms has to win by `LEAD`."""
+    simple = max(LAWS[:2], key=lambda law: scores[law])
+    rich = LAWS[2]
+    best = rich if scores[rich] > scores[simple] + LEAD else simple
+    return best, scores[best] - max(scores[law] for law in LAWS if law != best)

@@ -1,0 +1,147 @@
+"""A sweep's report: what its finished runs say of dose, data and size, on one page."""
+
+import ast
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from poisonjax.analysis import simulate
+from poisonjax.analysis.dose_response import LEAD, MARGIN
+from poisonjax.analysis.estimators import ESTIMATORS
+from poisonjax.analysis.study import KNOWN, Analysis, analyse, memorisation, outcomes, poisoning, seeds_table
+from poisonjax.files import write_whole
+from poisonjax.report import study_figures
+from poisonjax.report.page import TEMPLATES, embedded
+from poisonjax.report.study_figures import short
+from poisonjax.sweep.grid import Sweep, SweepError
+from poisonjax.sweep.states import State, state
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """The analyses of a sweep, and the page that shows them."""
+
+    page: Path
+    runs: int
+    finished: int
+    analyses: list[Analysis]
+
+    def words(self) -> list[str]:
+        """The findings, a line each."""
+        found = [f"{self.finished} of {self.runs} runs finished."]
+        return found + [f"{a.what}: {word}" for a in self.analyses for word in a.words]
+
+    def as_json(self) -> dict[str, Any]:
+        """The findings for a program."""
+        return {
+            "runs": self.runs,
+            "finished": self.finished,
+            "page": str(self.page),
+            "analyses": [
+                {
+                    "what": a.what,
+                    "law": a.law,
+                    "lead": a.lead,
+                    "held_out": a.scores,
+                    "exponents": [dataclasses.asdict(e) | {"verdict": e.verdict} for e in a.exponents],
+                    "cells": [dataclasses.asdict(cell) for cell in a.cells],
+                    "words": a.words,
+                }
+                for a in self.analyses
+            ],
+        }
+
+
+def write(sweep: Sweep, workdir: Path) -> Study:
+    """Writes `report.html` and `figures/*.png` into the sweep's folder, of as many runs as are finished.
+
+    Raises SweepError where none is.
+    """
+    runs = outcomes(sweep, workdir)
+    if not runs:
+        raise SweepError(f"{workdir}: no finished run yet; `poisonjax sweep status` tells how far they are")
+    analyses = [analyse("poisoned runs above the threshold", "poison documents", poisoning(runs))]
+    analyses.append(
+        analyse("poisoned runs that meet the whole rule", "poison documents", poisoning(runs, rule=True))
+    )
+    canaries = memorisation(runs)
+    if len(canaries.dose):
+        analyses.append(analyse("canaries memorised", "times shown", canaries))
+    drawn = {}
+    if any(o.config["poison.documents"] for o in runs):
+        drawn["dose_response"] = study_figures.dose_response(analyses[0])
+        drawn["gaps"] = study_figures.gaps(runs)
+        drawn["trajectories"] = study_figures.trajectories(runs)
+    if analyses[0].cells:
+        drawn["half_doses"] = study_figures.half_doses(analyses[0].cells, "poison documents")
+    if len(canaries.dose):
+        drawn["memorisation"] = study_figures.dose_response(analyses[2])
+    states = [state(workdir / run.id, run) for run in sweep.runs]
+    study = Study(workdir / "report.html", len(sweep.runs), len(runs), analyses)
+    page = TEMPLATES.get_template("study.html").render(
+        title=runs[0].config["name"] if len(sweep.runs) == 1 else sweep.spec,
+        study=study,
+        images=embedded(drawn, epath.Path(workdir)),
+        rows=seeds_table(runs),
+        estimators=list(ESTIMATORS),
+        ledger=[(run.id, s, _figures(s)) for run, s in zip(sweep.runs, states, strict=True)],
+        about=ast.get_docstring(ast.parse(Path(sweep.spec.partition(":")[0]).read_text())) or "",
+        scorer=runs[0].config["eval.scorer"] or "the model itself",
+        threshold=runs[0].config["eval.threshold"],
+        margin=MARGIN,
+        lead=LEAD,
+        known=KNOWN,
+        short=short,
+    )
+    write_whole(epath.Path(study.page), page)
+    write_whole(epath.Path(workdir / "analysis.json"), json.dumps(study.as_json(), indent=2) + "\n")
+    return study
+
+
+def _figures(s: State) -> dict[str, Any]:
+    if s.kind != "done":
+        return {}
+    return {
+        "documents": s.summary["dose_seen"]["documents"],
+        "tokens": s.summary["dose_seen"]["tokens"],
+        "gap": s.summary["delta_ppl"],
+        "success": s.summary["success"]["value"],
+        "failed": ", ".join(c["name"] for c in s.summary["success"]["checks"] if not c["passed"]),
+        "loss": s.summary["heldout_loss"],
+        "chain": s.summary["digest_chain"][:12],
+    }
+
+
+def self_test(sweep: Sweep, studies: int) -> int:
+    """Analyses simulated studies with this sweep's cells, doses and seeds, and prints how often they are read rightly.
+
+    The vocabulary isn't asked for: parameters are counted from the config's shapes, without the token store.
+    """
+    import numpy as np
+
+    from poisonjax.analysis.dose_response import Trials
+    from poisonjax.model.flops import block_weights
+
+    rows = []
+    for number, run in enumerate(sweep.runs):
+        c, size = run.config, run.config.corpus.tokenizer.rpartition(":")[2]
+        vocabulary = int(size) if size.isdecimal() else 0
+        params = c.model.layers * block_weights(c) + 2 * vocabulary * c.model.width
+        if c.poison.documents:
+            tokens = c.steps * c.global_batch * c.seq_len
+            rows.append((c.poison.documents, tokens, params, 0, number))
+    if len(rows) < 2:
+        raise SweepError("--self-test needs a sweep over poison.documents")
+    began = time.monotonic()
+    design = Trials(*np.array(rows, float).T)
+    found = simulate.recovery(design, studies, say=print)
+    good = all(r.chosen >= 0.9 * r.studies for r in found)
+    print(
+        f"{len(rows)} runs a study; the right law in at least 90% of studies of each kind: {'yes' if good else 'NO'}; "
+        f"{time.monotonic() - began:.0f} s"
+    )
+    return 0 if good else 1

@@ -1,0 +1,107 @@
+"""Dose-response analysis against brute force, known truths and degenerate studies."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from poisonjax.analysis import simulate
+from poisonjax.analysis.dose_response import Trials, _curve, best_law, doses, exponents, held_out
+from poisonjax.analysis.estimators import ESTIMATORS, hierarchical, onset
+from poisonjax.analysis.study import analyse
+
+
+def design(doses=(60, 120, 250, 500, 1000), seeds=3):
+    cells = [(20, 30_480), (20, 92_444), (20, 314_800), (40, 30_480), (40, 92_444)]
+    rows = [
+        (dose, ratio * params, params, 0) for ratio, params in cells for dose in doses for _ in range(seeds)
+    ]
+    return Trials(*np.array(rows, float).T, run=np.arange(len(rows), dtype=float))
+
+
+def studied(law, seed=0, **size):
+    return simulate.study(design(**size), law, np.random.default_rng(seed))
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_gradient_is_that_of_finite_differences(seed):
+    random = np.random.default_rng(seed)
+    trials = studied("constant fraction", seed)
+    curve = _curve(trials, [np.ones_like(trials.dose), np.log(trials.params)], odds=1.0)
+    at = np.array([*random.normal(0, 0.5, 2), random.normal(1.5, 0.3)])
+    _, gradient = curve.penalised(at)
+    steps = np.eye(3) * 1e-6
+    numeric = [(curve.penalised(at + s)[0] - curve.penalised(at - s)[0]) / 2e-6 for s in steps]
+    np.testing.assert_allclose(gradient, numeric, rtol=1e-4, atol=1e-4)
+
+
+def test_interval_is_the_profile_of_a_brute_force_grid():
+    trials = studied("constant count", 3)
+    one = trials.take(trials.cells() == 0)
+    curve = _curve(one, [np.ones_like(one.dose)])
+    value, low, high = curve.interval(0, 0.95, reach=10)
+    thetas, slopes = np.linspace(2, 9, 1401), np.log(np.geomspace(0.7, 25, 300))
+    profile = np.array([min(curve.penalised(np.array([t, k]))[0] for k in slopes) for t in thetas[::7]])
+    inside = thetas[::7][profile - profile.min() < 3.841459 / 2]
+    assert abs(value - thetas[::7][profile.argmin()]) < 0.04
+    np.testing.assert_allclose((low, high), (inside[0], inside[-1]), atol=0.05)
+
+
+def test_perfectly_separated_doses_give_an_interval_and_unreached_ones_none():
+    n = np.repeat([10.0, 20, 40, 80], 3)
+    ones = np.ones(12)
+    cell = doses(Trials(n, ones, ones, (n > 30).astype(float), np.arange(12.0)))[0]
+    assert 20 < cell.n50 < 40
+    assert 10 < cell.n50_ci95[0] < 25
+    assert 32 < cell.n50_ci95[1] < 80
+    assert cell.n90 > cell.n50
+    never = doses(Trials(n, ones, ones, np.zeros(12), np.arange(12.0)))[0]
+    assert never.n50_ci95[1] == math.inf
+    assert never.n50_ci95[0] > 40
+
+
+@pytest.mark.parametrize("law", ["constant count", "constant fraction", "size-dependent fraction"])
+def test_large_studies_find_the_law_and_its_exponents(law):
+    trials = studied(law, 4, seeds=15)
+    assert best_law(held_out(trials))[0] == law
+    for exponent in exponents(trials):
+        assert abs(exponent.value - simulate.true_exponent(law, exponent.what)) < 0.3
+    scale = exponents(trials)[0]
+    assert scale.verdict == ("near-constant" if law == "constant count" else "grows")
+
+
+def test_words_claim_nothing_that_too_few_trials_support():
+    few = studied("constant count", 0, seeds=1).take(np.arange(5))
+    assert analyse("x", "documents", few).words[0].startswith("Not enough data: 5 trials")
+    alike = design()
+    assert "all alike" in analyse("x", "documents", alike).words[0]
+    noisy = studied("constant count", 2, doses=(60, 1000), seeds=1)
+    assert any("not enough data" in word for word in analyse("x", "documents", noisy).words)
+
+
+def test_hierarchical_interval_holds_what_seeds_add():
+    random = np.random.default_rng(0)
+    clean = np.full((3, 50), 1.0)
+    alike = np.full((3, 50), 2.0) + random.normal(0, 0.1, (3, 50))
+    apart = alike + np.array([[-1.0], [0], [1]])
+    estimator = ESTIMATORS["gap of mean NLL"]
+    value, (low, high) = hierarchical(estimator, alike, clean)
+    assert abs(value - 1) < 0.05
+    assert high - low < 0.1
+    value, (low, high) = hierarchical(estimator, apart, clean)
+    assert abs(value - 1) < 0.05
+    assert high - low > 1
+    assert ESTIMATORS["gap of median perplexities"](alike[0], clean[0]) == pytest.approx(
+        np.median(np.exp(alike[0])) - np.e
+    )
+
+
+def test_onset_is_the_start_of_the_last_stretch_above():
+    evals = [
+        {"step": 10 * i, "poison_documents": i, "delta_ppl_ci95": [low, 99]}
+        for i, low in enumerate((0, 60, 10, 55, 70))
+    ]
+    assert onset(evals, 50).documents == 3
+    assert onset(evals[:3], 50) is None

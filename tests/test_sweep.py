@@ -1,0 +1,223 @@
+"""Sweeps: grids, states from files, launches that are killed, tables, job arrays and the report."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import kubernetes_validate
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from conftest import tiny_config
+
+from poisonjax.cli import main
+from poisonjax.config import ConfigError
+from poisonjax.sweep import SweepError, chain, collect, load, product, zipped
+from poisonjax.sweep.states import FAILURE, HEARTBEAT, state
+
+ROOT = Path(__file__).parent.parent
+SMOKE = str(ROOT / "configs/sweeps/smoke.py")
+
+
+def test_products_zips_and_chains():
+    a, b = {"x": (1, 2)}, {"y": (3, 4)}
+    assert list(product(a, b)) == [{"x": 1, "y": 3}, {"x": 1, "y": 4}, {"x": 2, "y": 3}, {"x": 2, "y": 4}]
+    assert list(zipped(a, b)) == [{"x": 1, "y": 3}, {"x": 2, "y": 4}]
+    assert list(chain(a, b)) == [{"x": 1}, {"x": 2}, {"y": 3}, {"y": 4}]
+    assert len(list(product(chain(a, b), {"z": range(5)}))) == 20
+    with pytest.raises(ValueError, match="shorter"):
+        list(zipped(a, {"y": (1,)}))
+
+
+def test_ids_are_of_what_is_trained_not_of_where():
+    ids = [run.id for run in load(SMOKE).runs]
+    assert ids[0].startswith("documents=0_init=0-")
+    assert len(set(ids)) == 4
+    assert [
+        run.id for run in load(SMOKE, ["--config.corpus.store=/elsewhere", "--config.log_every=3"]).runs
+    ] == ids
+    assert not set(ids) & {run.id for run in load(SMOKE, ["--config.steps=99"]).runs}
+
+
+def sweep_file(folder, base, body):
+    path = folder / "grid.py"
+    path.write_text(
+        "import json\nfrom poisonjax.config import from_record\nfrom poisonjax.sweep import product\n"
+        f"def get_config(arg=''):\n    return from_record(json.loads({base.to_json()!r}))\n{body}"
+    )
+    return str(path)
+
+
+def test_mistakes_of_all_runs_are_told_at_once(config, tmp_path):
+    body = "def sweep(add):\n    add({'steps': 0})\n    add({'poison.dokuments': 3})\n    add({'seeds.init': -1})\n"
+    with pytest.raises(ConfigError) as error:
+        load(sweep_file(tmp_path, config, body))
+    for part in ("run 0 (steps=0): steps = 0", "run 1 (dokuments=3)", "run 2 (init=-1): seeds.init"):
+        assert part in str(error.value)
+    with pytest.raises(SweepError, match="runs 0 and 1 have the same config"):
+        load(sweep_file(tmp_path, config, "def sweep(add):\n    add({'steps': 9})\n    add(steps=9)\n"))
+    with pytest.raises(SweepError, match="defines no sweep"):
+        load(str(ROOT / "configs/quickstart.py"))
+
+
+GRID = """
+def sweep(add):
+    for point in product({"poison.documents": (0, 20)}, {"seeds.init": (0, 1)}):
+        add(point)
+"""
+
+
+@pytest.fixture(scope="module")
+def grid(store, tmp_path_factory):
+    config = tiny_config(store)
+    config.steps, config.checkpoint.every, config.eval.every = 60, 10, 30
+    config.poison.payload_tokens = (5, 10)
+    return sweep_file(tmp_path_factory.mktemp("grid"), config, GRID)
+
+
+def start(grid, workdir, *options):
+    command = [sys.executable, "-m", "poisonjax", "sweep", "run", grid, "--workdir", str(workdir), *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.fixture(scope="module")
+def whole(grid, tmp_path_factory):
+    """The sweep, uninterrupted."""
+    workdir = tmp_path_factory.mktemp("whole")
+    launched = start(grid, workdir, "--max-parallel", "2")
+    output, _ = launched.communicate(timeout=300)
+    assert launched.returncode == 0, output
+    assert "4 runs, 92,160 tokens" in output
+    assert "4/4 done" in output
+    return workdir
+
+
+def test_killed_ten_times_the_table_is_that_of_an_uninterrupted_sweep(grid, whole, tmp_path):
+    chance, kills = random.Random(1), 0
+    while kills < 10:
+        launched = start(grid, tmp_path, "--max-parallel", "2")
+        try:
+            launched.wait(chance.uniform(1, 9))
+        except subprocess.TimeoutExpired:
+            launched.kill()
+            launched.wait()
+            kills += 1
+            if kills % 2:  # the runs too: else they see that the launcher is gone, and save
+                for beat in tmp_path.glob(f"*/{HEARTBEAT}"):
+                    with contextlib.suppress(ProcessLookupError, FileNotFoundError, ValueError):
+                        os.kill(json.loads(beat.read_text())["pid"], signal.SIGKILL)
+        else:
+            pytest.fail(f"done after {kills} kills: give it longer runs")
+    launched = start(grid, tmp_path, "--max-parallel", "2")
+    output, _ = launched.communicate(timeout=300)
+    assert launched.returncode == 0, output
+    for folder in (whole, tmp_path):
+        assert main(["sweep", "collect", grid, "--workdir", str(folder)]) == 0
+    assert (tmp_path / "table.csv").read_text() == (whole / "table.csv").read_text()
+
+
+def test_table_and_report(grid, whole, capsys):
+    assert main(["sweep", "collect", grid, "--workdir", str(whole)]) == 0
+    table = pq.read_table(whole / "table.parquet").to_pylist()
+    assert len(table) == 4 * 2 * 4  # runs x evaluations x variants
+    assert {row["poison.documents"] for row in table} == {0, 20}
+    run = load(grid).runs[-1]
+    last = json.loads((whole / run.id / "summary.json").read_text())
+    row = next(r for r in table if r["run"] == run.id and r["step"] == 60 and r["variant"] == "triggered")
+    assert row["ppl_median"] == last["eval"]["triggered"]["ppl_median"]
+    assert row["delta_ppl"] == last["delta_ppl"]
+    capsys.readouterr()
+    assert main(["sweep", "report", grid, "--workdir", str(whole), "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["finished"] == 4
+    assert "Not enough data" in made["analyses"][0]["words"][0]
+    page = (whole / "report.html").read_text()
+    assert 'src="http' not in page
+    assert run.id in page
+
+
+def test_a_finished_sweep_does_nothing_and_another_is_refused(grid, whole, config, tmp_path, capsys):
+    before = {path: path.stat().st_mtime_ns for path in whole.glob("*/summary.json")}
+    assert main(["sweep", "run", grid, "--workdir", str(whole)]) == 0
+    assert main(["sweep", "run", grid, "--workdir", str(whole), "--index", "2"]) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in whole.glob("*/summary.json")}
+    other = sweep_file(tmp_path, config, GRID.replace("20", "21"))
+    assert main(["sweep", "run", other, "--workdir", str(whole)]) == 2
+    assert "holds another sweep" in capsys.readouterr().err
+    assert main(["sweep", "status", grid, "--workdir", str(whole), "--json"]) == 0
+    assert [row["state"] for row in json.loads(capsys.readouterr().out)] == ["done"] * 4
+
+
+def test_states_come_from_files(grid, tmp_path):
+    run = load(grid).runs[0]
+    folder = tmp_path / run.id
+    assert state(folder, run).kind == "pending"
+    folder.mkdir()
+    (folder / "digests.jsonl").write_text('{"step": 0, "digest": ""}\n' * 7)
+    assert (state(folder, run).kind, state(folder, run).done) == ("partial", 7)
+    beat = {"host": os.uname().nodename, "pid": os.getpid()}
+    (folder / HEARTBEAT).write_text(json.dumps(beat))
+    assert state(folder, run).kind == "running"
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (folder / HEARTBEAT).write_text(json.dumps(beat | {"pid": dead.pid}))
+    assert state(folder, run).kind == "partial"
+    (folder / HEARTBEAT).write_text(json.dumps(beat | {"host": "elsewhere"}))
+    assert state(folder, run).kind == "running"
+    os.utime(folder / HEARTBEAT, (time.time() - 1000,) * 2)
+    assert state(folder, run).kind == "partial"
+    (folder / FAILURE).write_text('{"exit_code": 1, "error": "no"}')
+    assert (state(folder, run).kind, state(folder, run).detail) == ("failed", "no")
+    (folder / "summary.json").write_text('{"status": "finished"}')
+    assert state(folder, run).kind == "done"
+
+
+def test_a_failed_run_leaves_the_others_and_is_retried_when_told(config, tmp_path):
+    config.steps, config.eval.every = 4, 4
+    config.poison.documents = 2
+    body = "def sweep(add):\n    add({'seeds.init': 5})\n    add({'poison.payload_tokens': (400, 400)})\n"
+    grid = sweep_file(tmp_path, config, body)
+    launched = start(grid, tmp_path / "out")
+    output, _ = launched.communicate(timeout=120)
+    assert launched.returncode == 1, output
+    states = [state(tmp_path / "out" / run.id, run) for run in load(grid).runs]
+    assert [s.kind for s in states] == ["done", "failed"]
+    assert "poison documents don't fit a row" in states[1].detail
+    again = start(grid, tmp_path / "out")
+    output, _ = again.communicate(timeout=120)
+    assert again.returncode == 1
+    assert "running" not in output  # failed runs wait to be asked for
+    retried = start(grid, tmp_path / "out", "--retry-failed")
+    output, _ = retried.communicate(timeout=120)
+    assert "running" in output
+
+
+def test_job_arrays(grid, tmp_path, capsys):
+    assert main(["sweep", "emit", "slurm", grid, "--workdir", "/shared/out"]) == 0
+    script = tmp_path / "array.sbatch"
+    script.write_text(capsys.readouterr().out)
+    assert "--array=0-3" in script.read_text()
+    subprocess.run([str(Path(sys.executable).parent / "shellcheck"), str(script)], check=True)
+    assert main(["sweep", "emit", "k8s", grid, "--workdir", "/shared/out", "--image", "me/poisonjax:1"]) == 0
+    manifest = yaml.safe_load(capsys.readouterr().out)
+    kubernetes_validate.validate(manifest, "1.31", strict=True)
+    assert manifest["spec"]["completions"] == 4
+    command = manifest["spec"]["template"]["spec"]["containers"][0]["command"]
+    assert command[:2] == ["sh", "-c"]
+    assert command[2].endswith('--index "$JOB_COMPLETION_INDEX"')
+
+
+def test_the_dry_run_trains_nothing(grid, tmp_path, capsys):
+    assert main(["sweep", "run", grid, "--workdir", str(tmp_path / "none"), "--dry-run"]) == 0
+    assert "FLOPs of training" in capsys.readouterr().out
+    assert not (tmp_path / "none").exists()
+
+
+def test_rows_of_an_unfinished_run_have_no_verdict(grid, tmp_path):
+    assert list(collect.rows(load(grid), tmp_path)) == []
