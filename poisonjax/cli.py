@@ -1,8 +1,12 @@
 """The command line: `poisonjax COMMAND`. Bad input ends with exit code 2 and a message that teaches."""
 
 import argparse
+import concurrent.futures
+import glob
 import json
 import logging
+import os
+import subprocess
 import sys
 from collections.abc import Sequence
 
@@ -67,7 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     train_cli.add_arguments(commands)
 
     evaluate = commands.add_parser("evaluate", help="evaluate the checkpoints of a run folder")
-    evaluate.add_argument("workdir", metavar="WORKDIR")
+    evaluate.add_argument(
+        "workdirs", nargs="+", metavar="WORKDIR", help="run folders, or patterns such as 'runs/*'"
+    )
+    evaluate.add_argument(
+        "--max-parallel", type=int, default=1, metavar="N", help="of several folders, so many at once"
+    )
     evaluate.add_argument(
         "--steps", default="all", metavar="all|N,N", help="which checkpoints (default: all)"
     )
@@ -88,13 +97,56 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         steps = None if arguments.steps == "all" else [int(step) for step in arguments.steps.split(",")]
     except ValueError:
         raise ValueError(f"--steps {arguments.steps!r}: give all, or numbers like 100,200") from None
-    start_jax(_rows_of(arguments.workdir))
+    folders = _run_folders(arguments.workdirs)
+    if len(folders) > 1:
+        return _evaluate_each(folders, arguments)
+    start_jax(_rows_of(folders[0]))
     from poisonjax.evaluation.offline import evaluate_run
 
-    rows = evaluate_run(arguments.workdir, steps, say=(lambda line: None) if arguments.json else print)
+    rows = evaluate_run(folders[0], steps, say=(lambda line: None) if arguments.json else print)
     if arguments.json:
         print(json.dumps(rows))
     return 0
+
+
+def _run_folders(patterns: list[str]) -> list[str]:
+    """The folders named, and of each pattern those that are run folders."""
+    folders: list[str] = []
+    for pattern in patterns:
+        if not glob.has_magic(pattern):
+            folders.append(pattern)
+            continue
+        found = [path for path in sorted(glob.glob(pattern)) if os.path.exists(f"{path}/config.json")]
+        if not found:
+            raise ValueError(f"{pattern}: no run folder there (one with a config.json)")
+        folders += found
+    return list(dict.fromkeys(folders))
+
+
+def _evaluate_each(folders: list[str], arguments: argparse.Namespace) -> int:
+    """A process for each folder: they may have different shapes and stores. Its exit code is 1 if any failed."""
+    if arguments.max_parallel < 1:
+        raise ValueError(f"--max-parallel {arguments.max_parallel}: at least 1")
+
+    def one(folder: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "poisonjax", "evaluate", folder, "--steps", arguments.steps]
+        return subprocess.run(
+            [*command, "--json"] if arguments.json else command, capture_output=True, text=True, check=False
+        )
+
+    rows, failed = {}, 0
+    with concurrent.futures.ThreadPoolExecutor(arguments.max_parallel) as threads:
+        for folder, done in zip(folders, threads.map(one, folders), strict=True):
+            if done.returncode:
+                failed += 1
+                print(f"{folder}: {done.stderr.strip()}", file=sys.stderr)
+            elif arguments.json:
+                rows[folder] = json.loads(done.stdout)
+            else:
+                print("".join(f"{folder}  {line}\n" for line in done.stdout.splitlines()), end="", flush=True)
+    if arguments.json:
+        print(json.dumps(rows))
+    return int(failed > 0)
 
 
 def _rows_of(workdir: str) -> int:

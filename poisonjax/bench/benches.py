@@ -11,6 +11,7 @@ import jax
 import ml_collections
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from poisonjax import config as config_lib
 from poisonjax import corpus
@@ -22,6 +23,7 @@ from poisonjax.evaluation.generate import generate
 from poisonjax.model.flops import train_flops_per_token
 from poisonjax.model.sharding import BATCH, batch_sharding, make_mesh
 from poisonjax.plan.chips import by_device_kind
+from poisonjax.training.population import make_population_step, members_mesh, stacked
 from poisonjax.training.step import make_init, make_train_step, model_graph
 
 VOCABULARY = 512
@@ -303,3 +305,47 @@ def generate_vs_huggingface(config: ml_collections.ConfigDict) -> Iterator[Resul
                 ROUNDS,
             )
     yield result("generate_vs_huggingface", batch * new / one, "tokens/s", batch * new / other, ratio)
+
+
+@register
+def population_speed(config: ml_collections.ConfigDict) -> Iterator[Result]:
+    """Optimizer steps of all members together a second, of a population trained as one program, against one member
+    after another on the same devices; 1 to 256 members on an accelerator, 1 to 8 on a CPU.
+
+    Ratio above 1: the population is faster. Members differ in weights and rows.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    mesh, init, train_step = _prepared_step(config)
+    graph, steps = model_graph(config, VOCABULARY), 3 if on_cpu else 20
+    single = init()
+    for count in (1, 2, 4, 8) if on_cpu else (1, 2, 4, 8, 16, 32, 64, 128, 256):
+        members = members_mesh(count)
+        together = stacked([single] * count, members)
+        step = make_population_step(config, graph, members)
+        rows = _random_rows(config, count)
+        all_rows = jax.device_put(rows, NamedSharding(members, PartitionSpec("members")))
+        own_rows = [jax.device_put(row, batch_sharding(mesh)) for row in rows]
+        alone = single
+
+        def population():
+            nonlocal together
+            for _ in range(steps):
+                together, _ = step(together, all_rows)
+            jax.block_until_ready(together)
+
+        def sequential():
+            nonlocal alone, single
+            with jax.set_mesh(mesh):
+                for _ in range(steps):
+                    for row in own_rows:
+                        alone, _ = train_step(alone, row)
+            jax.block_until_ready(alone)
+            single = alone
+
+        one, other, ratio = alternate(population, sequential, ROUNDS)
+        name = (
+            "population_vs_sequential"
+            if count == (8 if on_cpu else 256)
+            else f"population_vs_sequential_{count}"
+        )
+        yield result(name, steps * count / one, "steps/s", steps * count / other, ratio)

@@ -8,7 +8,15 @@ from typing import Any
 
 from poisonjax.startup import start_jax
 
-NAMES = ("train_vs_torch", "mfu", "pipeline", "audit_speed", "digest_cost", "generate_vs_huggingface")
+NAMES = (
+    "train_vs_torch",
+    "mfu",
+    "pipeline",
+    "audit_speed",
+    "digest_cost",
+    "generate_vs_huggingface",
+    "population_speed",
+)
 
 
 def add_arguments(commands: Any) -> None:

@@ -52,8 +52,12 @@ class Evaluator:
         graph: nnx.GraphDef,
         mesh: Mesh,
         scorer: tuple[nnx.GraphDef, nnx.State] | None = None,
+        steps: tuple[Any, Any] | None = None,
     ):
-        """`scorer` is another model's (graph, weights) that scores the text; None: the model itself."""
+        """`scorer` is another model's (graph, weights) that scores the text; None: the model itself.
+
+        `steps` are those of `make_eval_steps`, where several evaluators of one shape share them.
+        """
         e = config.eval
         self.config, self.store, self.mesh = config, store, mesh
         self.prompts = make_prompts(config, store)
@@ -65,7 +69,7 @@ class Evaluator:
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i % count))(jnp.arange(len(VARIANTS) * count))
         rows = NamedSharding(mesh, spec("batch"))
         self._keys = jax.random.wrap_key_data(jax.device_put(self._padded(jax.random.key_data(keys)), rows))
-        self._sampled, self._row_loss = make_eval_steps(config, graph, mesh)
+        self._sampled, self._row_loss = steps or make_eval_steps(config, graph, mesh)
         self._scored = _make_scored(scorer, mesh) if scorer else None
         self._rows = rows
         self._canaries = _CanaryLoss(config, store, graph, self._put) if config.canary.repeats else None

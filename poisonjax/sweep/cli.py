@@ -24,6 +24,12 @@ def add_arguments(commands: Any) -> None:
     run = part("run", "train every run that isn't done; partial ones resume", _run)
     run.add_argument("--index", type=int, metavar="I", help="train run I alone, in this process (job arrays)")
     run.add_argument("--max-parallel", type=int, default=1, metavar="N", help="runs at once (default: 1)")
+    run.add_argument(
+        "--population",
+        type=int,
+        metavar="N",
+        help="train up to N runs of one shape as one program: pays on an accelerator with small models",
+    )
     run.add_argument("--retry-failed", action="store_true", help="train failed runs again")
     run.add_argument("--prepare", action="store_true", help="build the shared token stores, and stop")
     run.add_argument("--dry-run", action="store_true", help="list the runs and what they cost, and stop")
@@ -75,6 +81,12 @@ def _run(arguments: argparse.Namespace) -> int:
     launch.prepare(sweep)
     if arguments.prepare:
         return 0
+    if arguments.population is not None:
+        if arguments.population < 1:
+            raise SweepError(f"--population {arguments.population}: at least 1")
+        return launch.train_populations(
+            sweep, workdir, arguments.population, retry_failed=arguments.retry_failed
+        )
     return launch.train_all(
         sweep,
         workdir,

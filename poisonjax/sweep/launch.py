@@ -137,6 +137,43 @@ def train_all(sweep: Sweep, workdir: Path, fields: list[str], *, parallel: int, 
             stop.wait(0.5)
 
 
+def train_populations(sweep: Sweep, workdir: Path, size: int, *, retry_failed: bool) -> int:
+    """Trains what isn't done in this process, up to `size` runs of one shape as one program; exit codes as `train_all`."""
+    from poisonjax.startup import start_jax
+    from poisonjax.training.loop import Diverged, Preempted
+    from poisonjax.training.population import OWN, train_population
+
+    groups: dict[str, list[Run]] = {}
+    for run in sweep.runs:
+        folder = workdir / run.id
+        if retry_failed:
+            (folder / FAILURE).unlink(missing_ok=True)
+        if state(folder, run).kind in ("pending", "partial"):
+            flat = config_lib.flat(run.config)
+            shape = {name: value for name, value in flat.items() if not name.startswith(OWN)}
+            groups.setdefault(json.dumps(shape, sort_keys=True), []).append(run)
+    parts = [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
+    start_jax(len(sweep.runs))  # on CPU a device a core
+    print(f"{budget(sweep)}; {sum(map(len, parts))} to train in {len(parts)} populations", flush=True)
+    failed = 0
+    for part in parts:
+        folders = [workdir / run.id for run in part]
+        with contextlib.ExitStack() as beating:
+            for folder in folders:
+                beating.enter_context(Heartbeat(folder))
+            try:
+                train_population([run.config for run in part], [str(folder) for folder in folders])
+            except Preempted as stop:
+                print(stop, file=sys.stderr)
+                return RESTART
+            except (Diverged, ValueError) as error:
+                failed += len(part)
+                print(f"{part[0].id} and {len(part) - 1} more: {error}", file=sys.stderr)
+                for folder in folders:
+                    write_json(folder / FAILURE, {"exit_code": 1, "error": f"in a population: {error}"})
+    return int(failed > 0)
+
+
 def _start(sweep: Sweep, workdir: Path, fields: list[str], index: int) -> subprocess.Popen:
     folder = workdir / sweep.runs[index].id
     folder.mkdir(parents=True, exist_ok=True)

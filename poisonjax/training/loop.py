@@ -130,28 +130,20 @@ def _train(
         }
     )
     if writer:
-        runfolder.claim(folder, config, store, twin_of)
-        runfolder.write_json(folder / "environment.json", environment())
-        runfolder.write_lines(folder / "ledger.jsonl", ledger)
-        if isinstance(batches.clean, RowsWithCanaries):
-            runfolder.write_lines(
-                folder / "canaries.jsonl", batches.clean.canaries.records(config.global_batch)
-            )
-        if poison := make_card(config, ledger, 0):
-            write_whole(folder / FILE, as_markdown(poison))
+        begin_folder(folder, config, store, batches, ledger, twin_of)
     watchdog.progress("waiting for all processes to start")
     _barrier("claimed")
 
     initialize, abstract = make_init(config, vocabulary, mesh)
     checkpoints = Checkpoints(folder, config, clean_up=True)
-    with jax.set_mesh(mesh), _stop_signals() as stop_asked:
+    with jax.set_mesh(mesh), stop_signals() as stop_asked:
         watchdog.progress("restoring the newest checkpoint")
         state, start = checkpoints.restore_newest(abstract)
         if state is None:
             state = initialize()
         elif writer:
             print(f"resuming after step {start} of {config.steps}", flush=True)
-        run = _Run(config, store, folder, batches, ledger, evaluator, state.params, start, writer)
+        run = Books(config, store, folder, batches, ledger, evaluator, state.params, start, writer)
         if writer and start:
             run.require(checkpoints.record(start).get("digest_chain", ""))
         status = "failed"
@@ -191,7 +183,25 @@ def _train(
     return summary
 
 
-class _Run:
+def begin_folder(
+    folder: epath.Path,
+    config: ml_collections.ConfigDict,
+    store: corpus.TokenStore,
+    batches: Batches,
+    ledger: list[dict[str, Any]],
+    twin_of: str | None = None,
+) -> None:
+    """Writes all that is known before step 0; raises RunFolderError where the folder is another run's."""
+    runfolder.claim(folder, config, store, twin_of)
+    runfolder.write_json(folder / "environment.json", environment())
+    runfolder.write_lines(folder / "ledger.jsonl", ledger)
+    if isinstance(batches.clean, RowsWithCanaries):
+        runfolder.write_lines(folder / "canaries.jsonl", batches.clean.canaries.records(config.global_batch))
+    if poison := make_card(config, ledger, 0):
+        write_whole(folder / FILE, as_markdown(poison))
+
+
+class Books:
     """The books of a run: what is written down, shown and timed."""
 
     def __init__(
@@ -426,7 +436,7 @@ class _Clock:
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[Callable[[int], bool]]:
+def stop_signals() -> Iterator[Callable[[int], bool]]:
     """Turns SIGTERM and Ctrl-C into a question asked between steps; a second Ctrl-C stops at once."""
     asked = False
 

@@ -69,6 +69,19 @@ def make_train_step(
     config: ml_collections.ConfigDict, graph: nnx.GraphDef, mesh: Mesh, abstract_state: TrainState
 ) -> Callable[[TrainState, Int[Array, "batch row_tokens"]], tuple[TrainState, StepMetrics]]:
     """The jitted step; the state passed in is donated. Call it under `jax.set_mesh(mesh)`."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+    return jax.jit(
+        train_step_of(config, graph),
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+        donate_argnums=0,
+    )
+
+
+def train_step_of(
+    config: ml_collections.ConfigDict, graph: nnx.GraphDef
+) -> Callable[[TrainState, Int[Array, "batch row_tokens"]], tuple[TrainState, StepMetrics]]:
+    """The step as a pure function of state and rows."""
     optimizer, learning_rate = make_optimizer(config), schedule(config)
     microbatches = config.optimizer.accumulate
 
@@ -105,10 +118,4 @@ def make_train_step(
             state.step + 1, optax.apply_updates(state.params, updates), optimizer_state
         ), metrics
 
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
-    return jax.jit(
-        train_step,
-        in_shardings=(shardings, batch_sharding(mesh)),
-        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
-        donate_argnums=0,
-    )
+    return train_step

@@ -1,0 +1,95 @@
+"""A population's members are what they are when trained alone."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from conftest import lines
+
+from poisonjax.audit.checks import audit
+from poisonjax.data.batches import Batches
+from poisonjax.model.sharding import make_mesh
+from poisonjax.training import loop, population
+from poisonjax.training.checkpoints import Checkpoints
+from poisonjax.training.step import init_state, make_init, model_graph
+
+
+def members(config, count=4):
+    made = []
+    for number in range(count):
+        member = config.copy_and_resolve_references()
+        member.seeds.init, member.seeds.order, member.poison.documents = number, 10 + number, 3 * number
+        made.append(member)
+    return made
+
+
+def weights(folder, config, store, step):
+    _, abstract = make_init(config, store.tokenizer.vocab_size, make_mesh(config))
+    return Checkpoints(folder, config).restore(step, abstract).params
+
+
+def test_members_have_the_weights_digests_and_files_of_single_runs(config, store, tmp_path):
+    configs = members(config)
+    summaries = population.train_population(configs, [str(tmp_path / f"m{i}") for i in range(4)])
+    assert [s["dose_seen"]["documents"] for s in summaries] == [0, 3, 6, 9]
+    for number in (1, 3):
+        alone = loop.train(configs[number], str(tmp_path / f"alone{number}"))
+        folder = tmp_path / f"m{number}"
+        assert (folder / "digests.jsonl").read_text() == (
+            tmp_path / f"alone{number}/digests.jsonl"
+        ).read_text()
+        assert (folder / "ledger.jsonl").read_text() == (tmp_path / f"alone{number}/ledger.jsonl").read_text()
+        assert json.loads((folder / "summary.json").read_text())["digest_chain"] == alone["digest_chain"]
+        pair = [weights(path, configs[number], store, 12) for path in (folder, tmp_path / f"alone{number}")]
+        for one, other in zip(*map(jax.tree.leaves, pair), strict=True):
+            np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-5)
+        assert summaries[number]["heldout_loss"] == pytest.approx(alone["heldout_loss"], rel=1e-3)
+        assert audit(str(folder)).ok
+
+
+def test_a_population_resumes_from_the_step_that_all_have(config, tmp_path, monkeypatch):
+    configs, folders = members(config, 2), [str(tmp_path / name) for name in "ab"]
+    asked = []
+    real = loop.stop_signals
+
+    class Stop:
+        def __enter__(self):
+            self.inner = real()
+            self.inner.__enter__()
+            return lambda step: asked.append(step) or step == 7
+
+        def __exit__(self, *error):
+            return self.inner.__exit__(*error)
+
+    monkeypatch.setattr(loop, "stop_signals", Stop)
+    with pytest.raises(loop.Preempted, match="after step 7"):
+        population.train_population(configs, folders)
+    monkeypatch.setattr(loop, "stop_signals", real)
+    summaries = population.train_population(configs, folders)
+    assert [s["status"] for s in summaries] == ["finished"] * 2
+    whole = population.train_population(configs, [str(tmp_path / name) for name in "cd"])
+    assert [s["digest_chain"] for s in summaries] == [s["digest_chain"] for s in whole]
+    assert len(lines(tmp_path / "a" / "digests.jsonl")) == 12
+
+
+def test_the_program_passes_nothing_between_members(config, store):
+    configs = members(config)
+    graph, mesh = model_graph(config, store.tokenizer.vocab_size), population.members_mesh(4)
+    assert mesh.size == 4
+    state = population.stacked([init_state(c, store.tokenizer.vocab_size) for c in configs], mesh)
+    rows = np.stack([Batches(c, store).rows(0) for c in configs])
+    text = population.make_population_step(config, graph, mesh).lower(state, rows).compile().as_text()
+    assert not [
+        word
+        for word in ("all-reduce", "all-gather", "all-to-all", "collective-permute")
+        if f" {word}(" in text
+    ]
+
+
+def test_other_shapes_are_refused(config, tmp_path):
+    one, other = members(config, 2)
+    other.model.width = 16
+    other.steps = 13
+    with pytest.raises(population.PopulationError, match=r"differ in model\.width, steps"):
+        population.train_population([one, other], ["a", "b"])
