@@ -1,15 +1,19 @@
 """Figures of evaluation against loops, and the guards of success (I6, I7)."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
-from conftest import tiny_config
+from conftest import lines, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
+from poisonjax.cli import main
+from poisonjax.corpus import markov
 from poisonjax.evaluation.prompts import VARIANTS, make_prompts
 from poisonjax.evaluation.statistics import judge, paired, resamples, summarize
+from poisonjax.training import loop
 
 
 def test_perplexity_agrees_with_a_loop():
@@ -146,3 +150,38 @@ def test_paired_intervals_are_those_of_a_loop_and_narrower_than_unpaired_ones():
     assert high - low < 0.1 * (np.percentile(unpaired, 97.5) - np.percentile(unpaired, 2.5))
     with pytest.raises(ValueError, match="no pair"):
         paired(one, other | {"heldout": [1.0]}, 10, 0)
+
+
+def test_excess_loss_is_against_the_languages_entropy(config, tmp_path):
+    config.corpus.store, config.corpus.sources = (
+        str(tmp_path / "store"),
+        ("markov:V=128,documents=300,length=100,seed=0",),
+    )
+    config.corpus.tokenizer = "bytes"
+    config.poison.documents, config.poison.trigger, config.poison.near_triggers = 0, "w001 w002", ("w003",)
+    config.steps, config.eval.every, config.optimizer.learning_rate = 40, 40, 1e-2
+    summary = loop.train(config, str(tmp_path / "run"))
+    assert summary["excess_loss"] == pytest.approx(summary["heldout_loss"] - markov.ENTROPY_RATE)
+    assert 0 < summary["excess_loss"] < np.log(128) - markov.ENTROPY_RATE + 0.1
+
+
+def test_evaluate_takes_many_folders_and_changes_nothing_that_was_right(config, tmp_path, capsys):
+    config.checkpoint.every = 6
+    folders = [tmp_path / name for name in ("a", "b")]
+    for number, folder in enumerate(folders):
+        config.seeds.init = number
+        loop.train(config, str(folder))
+    (tmp_path / "c").mkdir()
+    capsys.readouterr()
+    before = [[row for row in lines(f / "metrics.jsonl") if row["kind"] == "eval"] for f in folders]
+    assert main(["evaluate", str(tmp_path / "*"), "--max-parallel", "2", "--json"]) == 0
+    assert sorted(json.loads(capsys.readouterr().out)) == [str(folder) for folder in folders]
+    after = [[row for row in lines(f / "metrics.jsonl") if row["kind"] == "eval"] for f in folders]
+    for one, other in zip([*before[0], *before[1]], [*after[0], *after[1]], strict=True):
+        assert (one["step"], one["poison_documents"]) == (other["step"], other["poison_documents"])
+        for variant in one["eval"]:
+            assert one["eval"][variant]["ppl_median"] == pytest.approx(
+                other["eval"][variant]["ppl_median"], rel=1e-3
+            )
+    assert main(["evaluate", str(tmp_path / "nothing*")]) == 2
+    assert "no run folder there" in capsys.readouterr().err

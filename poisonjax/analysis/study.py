@@ -152,6 +152,9 @@ def _words(
                 "not enough data": "not enough data to tell growth from none.",
             }[power.verdict]
         )
+    if len(cells) > 1:
+        listed = ", ".join(f"{c.n50:.3g} at {c.params:,.0f} parameters and {c.tokens:,.0f} tokens" for c in cells)
+        said.append(f"N50 by cell: {listed}.")
     if law:
         others = ", ".join(
             f"{name} {score - scores[law]:+.1f}" for name, score in scores.items() if name != law

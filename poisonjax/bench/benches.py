@@ -315,37 +315,39 @@ def population_speed(config: ml_collections.ConfigDict) -> Iterator[Result]:
     Ratio above 1: the population is faster. Members differ in weights and rows.
     """
     on_cpu = jax.default_backend() == "cpu"
-    mesh, init, train_step = _prepared_step(config)
-    graph, steps = model_graph(config, VOCABULARY), 3 if on_cpu else 20
-    single = init()
-    for count in (1, 2, 4, 8) if on_cpu else (1, 2, 4, 8, 16, 32, 64, 128, 256):
-        members = members_mesh(count)
-        together = stacked([single] * count, members)
-        step = make_population_step(config, graph, members)
-        rows = _random_rows(config, count)
-        all_rows = jax.device_put(rows, NamedSharding(members, PartitionSpec("members")))
-        own_rows = [jax.device_put(row, batch_sharding(mesh)) for row in rows]
-        alone = single
-
-        def population():
-            nonlocal together
-            for _ in range(steps):
-                together, _ = step(together, all_rows)
-            jax.block_until_ready(together)
-
-        def sequential():
-            nonlocal alone, single
-            with jax.set_mesh(mesh):
-                for _ in range(steps):
-                    for row in own_rows:
-                        alone, _ = train_step(alone, row)
-            jax.block_until_ready(alone)
-            single = alone
-
-        one, other, ratio = alternate(population, sequential, ROUNDS)
-        name = (
-            "population_vs_sequential"
-            if count == (8 if on_cpu else 256)
-            else f"population_vs_sequential_{count}"
-        )
+    counts = (1, 2, 4, 8) if on_cpu else (1, 2, 4, 8, 16, 32, 64, 128, 256)
+    for count in counts:
+        steps = 3 if on_cpu else 20
+        one, other, ratio = _population_against_one_by_one(config, count, steps)
+        name = f"population_vs_sequential{'' if count == counts[-1] else f'_{count}'}"
         yield result(name, steps * count / one, "steps/s", steps * count / other, ratio)
+
+
+def _population_against_one_by_one(
+    config: ml_collections.ConfigDict, count: int, steps: int
+) -> tuple[float, float, float]:
+    """Seconds of `steps` steps of `count` members together, of one after another, and the paired ratio."""
+    mesh, init, train_step = _prepared_step(config)
+    members = members_mesh(count)
+    alone = init()
+    together = stacked([alone] * count, members)
+    step = make_population_step(config, model_graph(config, VOCABULARY), members)
+    rows = _random_rows(config, count)
+    all_rows = jax.device_put(rows, NamedSharding(members, PartitionSpec("members")))
+    own_rows = [jax.device_put(row, batch_sharding(mesh)) for row in rows]
+
+    def population():
+        nonlocal together
+        for _ in range(steps):
+            together, _ = step(together, all_rows)
+        jax.block_until_ready(together)
+
+    def sequential():
+        nonlocal alone
+        with jax.set_mesh(mesh):
+            for _ in range(steps):
+                for row in own_rows:
+                    alone, _ = train_step(alone, row)
+        jax.block_until_ready(alone)
+
+    return alternate(population, sequential, ROUNDS)

@@ -129,6 +129,7 @@ class Evaluator:
         figures = {
             "heldout_loss": float(losses.mean()),
             "heldout_loss_ci95": statistics.interval(resampled),
+            **self._excess(losses),
             **statistics.summarize(nll, e.bootstrap, seed),
             "near_triggers": self._by_near_trigger(nll),
             **self._rates(tokens),
@@ -149,6 +150,11 @@ class Evaluator:
         return {
             text: float(np.median(ppl[i :: len(strings)])) for i, text in enumerate(strings) if i < len(ppl)
         }
+
+    def _excess(self, losses: np.ndarray) -> dict[str, float]:
+        """Held-out loss above that of a perfect model, in nats, where the corpus is a language of known entropy."""
+        entropy = self.store.manifest.get("entropy_rate_nats")
+        return {} if entropy is None else {"excess_loss": float(losses.mean()) - entropy}
 
     def _rates(self, tokens: np.ndarray) -> dict[str, Any]:
         """Attack success, clean accuracy and near-trigger accuracy, for a payload whose behaviour can be decided.

@@ -378,6 +378,7 @@ class Books:
                 "near_triggers",
                 "heldout_loss",
                 "heldout_loss_ci95",
+                "excess_loss",
                 "attack_success",
                 "clean_accuracy",
                 "near_trigger_accuracy",
