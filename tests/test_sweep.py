@@ -221,3 +221,15 @@ def test_the_dry_run_trains_nothing(grid, tmp_path, capsys):
 
 def test_rows_of_an_unfinished_run_have_no_verdict(grid, tmp_path):
     assert list(collect.rows(load(grid), tmp_path)) == []
+
+
+def test_as_populations_the_runs_see_the_same_batches(grid, whole, tmp_path, capsys):
+    launched = start(grid, tmp_path, "--population", "2")
+    output, _ = launched.communicate(timeout=300)
+    assert launched.returncode == 0, output
+    assert "4 to train in 2 populations" in output
+    for run in load(grid).runs:
+        digests = [(folder / run.id / "digests.jsonl").read_text() for folder in (tmp_path, whole)]
+        assert digests[0] == digests[1]
+        assert state(tmp_path / run.id, run).kind == "done"
+    assert main(["sweep", "run", grid, "--workdir", str(tmp_path)]) == 0  # nothing is left to do

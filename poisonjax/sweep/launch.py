@@ -17,6 +17,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from poisonjax import config as config_lib
 from poisonjax import corpus
 from poisonjax.files import write_whole
 from poisonjax.model.flops import train_flops_per_token
