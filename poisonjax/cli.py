@@ -98,7 +98,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     except ValueError:
         raise ValueError(f"--steps {arguments.steps!r}: give all, or numbers like 100,200") from None
     folders = _run_folders(arguments.workdirs)
-    if len(folders) > 1:
+    if len(folders) > 1 or any(map(glob.has_magic, arguments.workdirs)):
         return _evaluate_each(folders, arguments)
     start_jax(_rows_of(folders[0]))
     from poisonjax.evaluation.offline import evaluate_run

@@ -215,6 +215,12 @@ def check(config: ml_collections.ConfigDict) -> None:
     )
     c.at_least(2, "eval.prefixes", "canary.tokens", "canary.alphabet")
     c.at_least(1, "canary.each")
+    if f["canary.alphabet"] >= 2 and f["canary.tokens"] >= 2:
+        c.require(
+            f["canary.tokens"] * np.log2(f["canary.alphabet"]) >= 24,
+            "canary.tokens",
+            "alphabet ** tokens must be at least 2 ** 24, else canaries repeat by chance",
+        )
     c.require(
         all(isinstance(n, int) and n >= 1 for n in f["canary.repeats"]),
         "canary.repeats",

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from conftest import lines
 
+from poisonjax.audit import trace
 from poisonjax.audit.checks import audit
 from poisonjax.config import ConfigError, check
 from poisonjax.data.batches import Batches
@@ -72,9 +73,9 @@ def test_what_does_not_fit_is_refused(config, store):
         check(config)
 
 
-def test_a_run_reports_and_audits_its_canaries(config, tmp_path):
+def test_a_run_reports_and_audits_its_canaries(config, store, tmp_path):
     config.canary.repeats, config.steps = (2, 80), 12
-    config.canary.each, config.canary.alphabet = 1, 4
+    config.canary.each, config.canary.tokens, config.canary.alphabet = 1, 12, 4
     config.poison.documents, config.poison.payload = 9, "sentinel"
     config.optimizer.learning_rate = 3e-2
     summary = loop.train(config, str(tmp_path / "run"))
@@ -86,6 +87,19 @@ def test_a_run_reports_and_audits_its_canaries(config, tmp_path):
     assert 0 <= summary["attack_success"] <= 1
     assert summary["clean_accuracy"] == 1.0
     assert audit(str(tmp_path / "run")).ok
+    for number in range(config.steps):  # every token of a row has a document, and it is that document's
+        trained_on = Batches(config, store).rows(number)
+        for row in trace.step(str(tmp_path / "run"), number):
+            covered = sorted(i for part in row["parts"] for i in range(*part["in_row"]))
+            assert len(covered) == len(set(covered))
+            for part in row["parts"]:
+                kind, _, n = part["document"].partition(":")
+                if kind == "train":
+                    start, stop = part["in_document"]
+                    split = store.split("train")
+                    offset = int(split.document_offsets[int(n)])
+                    tokens = split.windows(np.array([offset + start]), stop - start)[0]
+                    np.testing.assert_array_equal(tokens, trained_on[row["row"]][slice(*part["in_row"])])
     row = [row for row in lines(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "eval"][-1]
     assert row["memorised"] == json.loads(json.dumps(summary["memorised"]))
     assert len(row["attack_success_ci95"]) == 2

@@ -19,7 +19,7 @@ from conftest import tiny_config
 from poisonjax.cli import main
 from poisonjax.config import ConfigError
 from poisonjax.sweep import SweepError, chain, collect, load, product, zipped
-from poisonjax.sweep.states import FAILURE, HEARTBEAT, state
+from poisonjax.sweep.states import FAILURE, HEARTBEAT, Heartbeat, Taken, state
 
 ROOT = Path(__file__).parent.parent
 SMOKE = str(ROOT / "configs/sweeps/smoke.py")
@@ -66,6 +66,8 @@ def test_mistakes_of_all_runs_are_told_at_once(config, tmp_path):
         load(str(ROOT / "configs/quickstart.py"))
 
 
+STEPS = 120
+
 GRID = """
 def sweep(add):
     for point in product({"poison.documents": (0, 20)}, {"seeds.init": (0, 1)}):
@@ -76,7 +78,7 @@ def sweep(add):
 @pytest.fixture(scope="module")
 def grid(store, tmp_path_factory):
     config = tiny_config(store)
-    config.steps, config.checkpoint.every, config.eval.every = 60, 10, 30
+    config.steps, config.checkpoint.every, config.eval.every = STEPS, 10, STEPS // 2
     config.poison.payload_tokens = (5, 10)
     return sweep_file(tmp_path_factory.mktemp("grid"), config, GRID)
 
@@ -93,27 +95,30 @@ def whole(grid, tmp_path_factory):
     launched = start(grid, workdir, "--max-parallel", "2")
     output, _ = launched.communicate(timeout=300)
     assert launched.returncode == 0, output
-    assert "4 runs, 92,160 tokens" in output
+    assert "4 runs, 184,320 tokens" in output
     assert "4/4 done" in output
     return workdir
 
 
+def seen_steps(workdir):
+    return sum(path.read_bytes().count(b"\n") for path in workdir.glob("*/digests.jsonl"))
+
+
 def test_killed_ten_times_the_table_is_that_of_an_uninterrupted_sweep(grid, whole, tmp_path):
-    chance, kills = random.Random(1), 0
-    while kills < 10:
+    chance = random.Random(1)
+    for number, share in enumerate(sorted(chance.uniform(0.0, 0.9) for _ in range(10))):
         launched = start(grid, tmp_path, "--max-parallel", "2")
-        try:
-            launched.wait(chance.uniform(1, 9))
-        except subprocess.TimeoutExpired:
-            launched.kill()
-            launched.wait()
-            kills += 1
-            if kills % 2:  # the runs too: else they see that the launcher is gone, and save
-                for beat in tmp_path.glob(f"*/{HEARTBEAT}"):
-                    with contextlib.suppress(ProcessLookupError, FileNotFoundError, ValueError):
-                        os.kill(json.loads(beat.read_text())["pid"], signal.SIGKILL)
-        else:
-            pytest.fail(f"done after {kills} kills: give it longer runs")
+        deadline = time.monotonic() + 120
+        while seen_steps(tmp_path) < share * 4 * STEPS:
+            assert launched.poll() is None, launched.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        launched.kill()
+        launched.wait()
+        if number % 2:  # the runs too: else they see that the launcher is gone, and save
+            for beat in tmp_path.glob(f"*/{HEARTBEAT}"):
+                with contextlib.suppress(ProcessLookupError, FileNotFoundError, ValueError):
+                    os.kill(json.loads(beat.read_text())["pid"], signal.SIGKILL)
     launched = start(grid, tmp_path, "--max-parallel", "2")
     output, _ = launched.communicate(timeout=300)
     assert launched.returncode == 0, output
@@ -129,7 +134,7 @@ def test_table_and_report(grid, whole, capsys):
     assert {row["poison.documents"] for row in table} == {0, 20}
     run = load(grid).runs[-1]
     last = json.loads((whole / run.id / "summary.json").read_text())
-    row = next(r for r in table if r["run"] == run.id and r["step"] == 60 and r["variant"] == "triggered")
+    row = next(r for r in table if r["run"] == run.id and r["step"] == STEPS and r["variant"] == "triggered")
     assert row["ppl_median"] == last["eval"]["triggered"]["ppl_median"]
     assert row["delta_ppl"] == last["delta_ppl"]
     capsys.readouterr()
@@ -161,9 +166,15 @@ def test_states_come_from_files(grid, tmp_path):
     folder.mkdir()
     (folder / "digests.jsonl").write_text('{"step": 0, "digest": ""}\n' * 7)
     assert (state(folder, run).kind, state(folder, run).done) == ("partial", 7)
-    beat = {"host": os.uname().nodename, "pid": os.getpid()}
-    (folder / HEARTBEAT).write_text(json.dumps(beat))
-    assert state(folder, run).kind == "running"
+    with Heartbeat(folder):
+        assert state(folder, run).kind == "running"
+        beat = json.loads((folder / HEARTBEAT).read_text())
+        with pytest.raises(Taken, match="another process"), Heartbeat(folder):
+            pass
+    assert state(folder, run).kind == "partial"
+    recycled = beat | {"started": "1"}  # another process has the number of one that is gone
+    (folder / HEARTBEAT).write_text(json.dumps(recycled))
+    assert state(folder, run).kind == "partial"
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     (folder / HEARTBEAT).write_text(json.dumps(beat | {"pid": dead.pid}))
@@ -208,6 +219,10 @@ def test_job_arrays(grid, tmp_path, capsys):
     manifest = yaml.safe_load(capsys.readouterr().out)
     kubernetes_validate.validate(manifest, "1.31", strict=True)
     assert manifest["spec"]["completions"] == 4
+    assert main(["sweep", "emit", "k8s", grid, "--workdir", "out"]) == 2
+    assert "absolute path" in capsys.readouterr().err
+    assert main(["sweep", "emit", "slurm", grid, "--workdir", "/o", "--config.log_every=7"]) == 0
+    assert capsys.readouterr().out.count("--config.log_every=7") == 2
     command = manifest["spec"]["template"]["spec"]["containers"][0]["command"]
     assert command[:2] == ["sh", "-c"]
     assert command[2].endswith('--index "$JOB_COMPLETION_INDEX"')
@@ -227,7 +242,7 @@ def test_as_populations_the_runs_see_the_same_batches(grid, whole, tmp_path, cap
     launched = start(grid, tmp_path, "--population", "2")
     output, _ = launched.communicate(timeout=300)
     assert launched.returncode == 0, output
-    assert "4 to train in 2 populations" in output
+    assert "in 2 populations" in output
     for run in load(grid).runs:
         digests = [(folder / run.id / "digests.jsonl").read_text() for folder in (tmp_path, whole)]
         assert digests[0] == digests[1]

@@ -54,6 +54,7 @@ class _Curve:
     log_dose: Float[np.ndarray, " trials"]
     success: Float[np.ndarray, " trials"]
     odds: float = 0.0
+    dispersion: float = 1.0  # by which the likelihood counts less: trials of one run aren't independent
 
     def loss(self, parameters: np.ndarray) -> tuple[float, np.ndarray]:
         """Negative log-likelihood and its gradient; the last parameter is log k."""
@@ -109,7 +110,7 @@ class _Curve:
     def interval(self, term: int, level: float, reach: float) -> tuple[float, float, float]:
         """(estimate, low, high) of a term by profile likelihood; infinite where `reach` away is still likely."""
         best = self.fit()
-        least, bound = self.penalised(best)[0], scipy.stats.chi2.ppf(level, 1) / 2
+        least, bound = self.penalised(best)[0], self.dispersion * scipy.stats.chi2.ppf(level, 1) / 2
         edges = []
         for side in (-1.0, 1.0):
             start = best
@@ -133,7 +134,22 @@ def _curve(
     trials: Trials, design: list[np.ndarray], offset: np.ndarray | None = None, odds: float = 0.0
 ) -> _Curve:
     shift = np.zeros(len(trials.dose)) if offset is None else offset
-    return _Curve(np.stack(design, 1), shift, np.log(trials.dose), trials.success, odds)
+    return _Curve(np.stack(design, 1), shift, np.log(trials.dose), trials.success, odds, _dispersion(trials))
+
+
+def _dispersion(trials: Trials) -> float:
+    """Variance of runs' residuals against that of independent trials (quasi-likelihood; McCullagh & Nelder 1989, 4.5)."""
+    runs, members = np.unique(trials.run, return_inverse=True)
+    if len(runs) == len(trials.run):
+        return 1.0
+    cells = trials.cells()
+    design = np.stack([(cells == c).astype(float) for c in range(cells.max() + 1)], 1)
+    curve = _Curve(design, np.zeros(len(cells)), np.log(trials.dose), trials.success)
+    fitted = curve.fit()
+    chance = 1 / (1 + np.exp(-math.exp(fitted[-1]) * (curve.log_dose - design @ fitted[:-1])))
+    residuals = np.bincount(members, trials.success - chance)
+    expected = np.bincount(members, chance * (1 - chance))
+    return max(1.0, float((residuals**2).sum() / expected.sum()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +199,7 @@ class Exponent:
         """Two one-sided tests (Schuirmann 1987): near-constant where the 90% interval lies within the margin."""
         if self.ci90[0] > -MARGIN and self.ci90[1] < MARGIN:
             return "near-constant"
-        if self.ci95[0] > 0 or self.ci95[1] < 0:
+        if self.ci95[0] > MARGIN or self.ci95[1] < -MARGIN:
             return "grows" if self.value > 0 else "falls"
         return "not enough data"
 
@@ -218,7 +234,10 @@ def exponents(trials: Trials) -> list[Exponent]:
                 1,
             )
         )
-    if len(values) > 1 and len(np.unique(trials.params)) > 1:
+    if len(np.unique(trials.params)) == 1 and len(values) > 1:
+        tokens, _ = _logs(trials)
+        found.append(one("tokens, at fixed parameters", _curve(trials, [np.ones_like(tokens), tokens]), 1))
+    elif len(values) > 1:
         tokens, params = _logs(trials)
         curve = _curve(trials, [np.ones_like(tokens), tokens, params])
         found += [one("tokens, at fixed parameters", curve, 1), one("parameters, at fixed tokens", curve, 2)]
@@ -237,7 +256,9 @@ def _law(law: Law, trials: Trials, centre: tuple[float, float]) -> _Curve:
 
 def held_out(trials: Trials) -> dict[Law, float]:
     """Log-likelihood of all trials under each law, each fitted to the other runs: every tenth is left out at a time."""
-    fold = trials.run.astype(int) % FOLDS
+    runs, members = np.unique(trials.run, return_inverse=True)
+    dealt = np.random.Generator(np.random.Philox(key=0)).permutation(len(runs)) % FOLDS  # not along the grid
+    fold = dealt[members]
     centre = (float(np.log(trials.tokens).mean()), float(np.log(trials.params).mean()))
     scores: dict[Law, float] = dict.fromkeys(LAWS, 0.0)
     for law in LAWS:
@@ -248,7 +269,10 @@ def held_out(trials: Trials) -> dict[Law, float]:
 
 
 def best_law(scores: dict[Law, float]) -> tuple[Law, float]:
-    """(the law that holds out best, its lead over the second in nats); the one with two terms has to win by `LEAD`."""
+    """(the law that holds out best, its lead over the second in nats); the one with two terms has to win by `LEAD`.
+
+    The lead is negative where the law with two terms leads by less than that.
+    """
     simple = max(LAWS[:2], key=lambda law: scores[law])
     rich = LAWS[2]
     best = rich if scores[rich] > scores[simple] + LEAD else simple

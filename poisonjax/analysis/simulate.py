@@ -68,6 +68,6 @@ def recovery(
         found.append(Recovery(law, studies, chosen, covered, intervals))
         say(
             f"{law}: chosen in {chosen} of {studies} studies; 95% intervals of exponents cover in "
-            f"{covered} of {intervals} ({covered / intervals:.1%})"
+            f"{covered} of {intervals} ({covered / max(intervals, 1):.1%})"
         )
     return found

@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 
 from poisonjax.analysis.dose_response import (
+    LEAD,
     CellDose,
     Exponent,
     Law,
@@ -129,12 +130,17 @@ def analyse(what: str, unit: str, trials: Trials) -> Analysis:
     scores = held_out(trials) if several else {}
     law, lead = best_law(scores) if several else (None, 0.0)
     return Analysis(
-        what, unit, trials, cells, powers, scores, law, lead, _words(unit, cells, powers, scores, law)
+        what, unit, trials, cells, powers, scores, law, lead, _words(unit, cells, powers, scores, law, lead)
     )
 
 
 def _words(
-    unit: str, cells: list[CellDose], powers: list[Exponent], scores: dict[Law, float], law: Law | None
+    unit: str,
+    cells: list[CellDose],
+    powers: list[Exponent],
+    scores: dict[Law, float],
+    law: Law | None,
+    lead: float,
 ) -> list[str]:
     said = []
     for power in powers:
@@ -149,17 +155,24 @@ def _words(
                 "near-constant": "near-constant within the stated margin.",
                 "grows": "it grows; near-constant is refuted.",
                 "falls": "it falls; near-constant is refuted.",
-                "not enough data": "not enough data to tell growth from none.",
+                "not enough data": "not enough data to tell whether it is near-constant.",
             }[power.verdict]
         )
     if len(cells) > 1:
-        listed = ", ".join(f"{c.n50:.3g} at {c.params:,.0f} parameters and {c.tokens:,.0f} tokens" for c in cells)
+        listed = ", ".join(
+            f"{c.n50:.3g} at {c.params:,.0f} parameters and {c.tokens:,.0f} tokens" for c in cells
+        )
         said.append(f"N50 by cell: {listed}.")
     if law:
         others = ", ".join(
             f"{name} {score - scores[law]:+.1f}" for name, score in scores.items() if name != law
         )
-        said.append(f"Of the three laws, {law} predicts runs left out best (nats against it: {others}).")
+        if lead >= LEAD:
+            said.append(f"Of the three laws, {law} predicts runs left out best (nats against it: {others}).")
+        else:
+            clear = [name for name, score in scores.items() if score < max(scores.values()) - LEAD]
+            refuted = f"; {' and '.join(clear)} predicts worse" if clear else ""
+            said.append(f"Not enough data to choose between laws{refuted} (nats against {law}: {others}).")
     unbounded = [c for c in cells if not np.isfinite(c.n50_ci95[1]) or c.n50_ci95[0] < 1e-3]
     if unbounded:
         said.append(

@@ -58,14 +58,21 @@ def _clean(run: Run, number: int) -> list[tuple[int, dict[str, Any]]]:
     for slot in slots[(first <= order) & (order <= last)].tolist():
         origin = int(order[slot]) * clean.row_tokens
         inside = (max(start, origin) - origin, min(stop, origin + clean.row_tokens) - origin)
-        for row_span, window_span in _kept(run.batches.plan.placed.get(slot), *inside, clean.row_tokens):
+        placed = run.batches.plan.placed.get(slot)
+        for row_span, window_span in _kept(placed, *inside, clean.row_tokens, clean.reserved(slot)):
             span = [origin + edge - start for edge in window_span]
             places.append((slot, {"in_row": row_span, "in_document": span}))
     return places
 
 
-def _kept(placed: Placed | None, start: int, stop: int, row_tokens: int) -> list[tuple[list[int], list[int]]]:
-    """Where tokens [start, stop) of a clean row stand once poison is spliced in: (span now, span before) pairs."""
+def _kept(
+    placed: Placed | None, start: int, stop: int, row_tokens: int, lead: int
+) -> list[tuple[list[int], list[int]]]:
+    """Where tokens [start, stop) of a window stand once `lead` tokens of a canary and poison are put in: (span now,
+    span before) pairs."""
+    if lead:
+        shifted = _kept(placed, start + lead, min(stop + lead, row_tokens), row_tokens, 0)
+        return [(now, [edge - lead for edge in before]) for now, before in shifted if before[0] < before[1]]
     if placed is None:
         return [([start, stop], [start, stop])]
     edge, shift = placed.offset, len(placed.document.tokens)
@@ -117,6 +124,9 @@ def _parts(run: Run, tokens: np.ndarray, slot: int, window: int) -> list[dict[st
                     "in_document": [start, stop],
                 }
             )
+    if lead := clean.reserved(slot):
+        canary = f"canary:{run.batches.clean.canaries.slots[slot]}"  # type: ignore[attr-defined]
+        parts.append({"document": canary, "in_row": [0, lead], "in_document": [0, lead]})
     origin = window * clean.row_tokens
     offsets = run.store.split("train").document_offsets
     first = int(np.searchsorted(offsets, origin, "right")) - 1
@@ -124,7 +134,7 @@ def _parts(run: Run, tokens: np.ndarray, slot: int, window: int) -> list[dict[st
     for number in range(first, last):
         start, stop = offsets[number : number + 2].tolist()
         inside = (max(start, origin) - origin, min(stop, origin + clean.row_tokens) - origin)
-        for row_span, window_span in _kept(placed, *inside, clean.row_tokens):
+        for row_span, window_span in _kept(placed, *inside, clean.row_tokens, lead):
             span = [origin + edge - start for edge in window_span]
             parts.append({"document": f"train:{number}", "in_row": row_span, "in_document": span})
     parts.sort(key=lambda part: part["in_row"])

@@ -66,7 +66,8 @@ class Canaries:
 
 
 def references(config: ml_collections.ConfigDict, store: TokenStore) -> Int[np.ndarray, "references tokens"]:
-    """Sequences like the canaries that no row holds; a pure function of config.canary and seeds.eval."""
+    """Sequences like the canaries that no row holds; a pure function of config.canary, seeds.eval and
+    seeds.poison (the alphabet)."""
     return _sequences(config, store, config.seeds.eval, 2 * FIRST, REFERENCES)
 
 
@@ -76,6 +77,10 @@ def _sequences(
     """Sequences over `canary.alphabet` ids: few, so that canaries don't teach the gibberish that poison teaches."""
     tokenizer, c = store.tokenizer, config.canary
     ordinary = np.setdiff1d(np.arange(tokenizer.vocab_size), sorted(tokenizer.special_ids))
+    if c.alphabet > len(ordinary):
+        raise PoisonError(
+            f"canary.alphabet = {c.alphabet}, but the vocabulary has {len(ordinary)} ordinary tokens"
+        )
     alphabet = generator(config.seeds.poison, FIRST).choice(ordinary, c.alphabet, replace=False)
     drawn = [generator(seed, first + i).choice(alphabet, c.tokens) for i in range(count)]
     return np.array(drawn, np.int32)

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -98,8 +99,17 @@ def write(sweep: Sweep, workdir: Path) -> Study:
         short=short,
     )
     write_whole(epath.Path(study.page), page)
-    write_whole(epath.Path(workdir / "analysis.json"), json.dumps(study.as_json(), indent=2) + "\n")
+    write_whole(epath.Path(workdir / "analysis.json"), json.dumps(finite(study.as_json()), indent=2) + "\n")
     return study
+
+
+def finite(value: Any) -> Any:
+    """The value with null for infinities, which JSON doesn't know."""
+    if isinstance(value, dict):
+        return {name: finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _figures(s: State) -> dict[str, Any]:

@@ -22,17 +22,18 @@ def add_arguments(commands: Any) -> None:
         return made
 
     run = part("run", "train every run that isn't done; partial ones resume", _run)
-    run.add_argument("--index", type=int, metavar="I", help="train run I alone, in this process (job arrays)")
+    how = run.add_mutually_exclusive_group()
+    how.add_argument("--index", type=int, metavar="I", help="train run I alone, in this process (job arrays)")
     run.add_argument("--max-parallel", type=int, default=1, metavar="N", help="runs at once (default: 1)")
-    run.add_argument(
+    how.add_argument(
         "--population",
         type=int,
         metavar="N",
         help="train up to N runs of one shape as one program: pays on an accelerator with small models",
     )
     run.add_argument("--retry-failed", action="store_true", help="train failed runs again")
-    run.add_argument("--prepare", action="store_true", help="build the shared token stores, and stop")
-    run.add_argument("--dry-run", action="store_true", help="list the runs and what they cost, and stop")
+    how.add_argument("--prepare", action="store_true", help="build the shared token stores, and stop")
+    how.add_argument("--dry-run", action="store_true", help="list the runs and what they cost, and stop")
 
     status = part("status", "how far each run is", _status)
     status.add_argument("--json", action="store_true")
@@ -118,6 +119,8 @@ def _collect(arguments: argparse.Namespace) -> int:
     from poisonjax.sweep import collect
 
     sweep, workdir = _open(arguments)
+    if not workdir.exists():
+        raise SweepError(f"{workdir}: no such folder; `poisonjax sweep run` makes it")
     for path in collect.write(sweep, workdir):
         print(path)
     return 0
@@ -127,10 +130,16 @@ def _report(arguments: argparse.Namespace) -> int:
     from poisonjax.report import study
 
     sweep, workdir = _open(arguments)
-    if arguments.self_test:
+    if arguments.self_test is not None:
+        if arguments.self_test < 1:
+            raise SweepError(f"--self-test {arguments.self_test}: at least 1 study")
         return study.self_test(sweep, arguments.self_test)
     made = study.write(sweep, workdir)
-    print(json.dumps(made.as_json()) if arguments.json else "\n".join([*made.words(), str(made.page)]))
+    print(
+        json.dumps(study.finite(made.as_json()))
+        if arguments.json
+        else "\n".join([*made.words(), str(made.page)])
+    )
     return 0
 
 
@@ -138,5 +147,8 @@ def _emit(arguments: argparse.Namespace) -> int:
     from poisonjax.sweep import emit
 
     sweep = grid.load(arguments.config, arguments.fields)
-    print(emit.EMITTERS[arguments.scheduler](sweep, arguments.workdir, arguments.image), end="")
+    print(
+        emit.EMITTERS[arguments.scheduler](sweep, arguments.workdir, arguments.fields, arguments.image),
+        end="",
+    )
     return 0

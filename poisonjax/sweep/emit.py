@@ -1,16 +1,18 @@
 """Job arrays of a sweep for clusters: one task a run, each `poisonjax sweep run ... --index I`."""
 
+import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from poisonjax.sweep.grid import Sweep
-
-
-def _command(sweep: Sweep, workdir: str, index: str) -> str:
-    return f"poisonjax sweep run {shlex.quote(sweep.spec)} --workdir {shlex.quote(workdir)} --index {index}"
+from poisonjax.sweep.grid import Sweep, SweepError
 
 
-def slurm(sweep: Sweep, workdir: str, image: str) -> str:
+def _command(sweep: Sweep, workdir: str, fields: Sequence[str], *options: str) -> str:
+    quoted = shlex.join([sweep.spec, "--workdir", workdir, *fields])
+    return " ".join(["poisonjax sweep run", quoted, *options])
+
+
+def slurm(sweep: Sweep, workdir: str, fields: Sequence[str], image: str) -> str:
     """An array job; a task that is preempted, or runs out of time, saves, requeues and resumes."""
     del image
     return f"""\
@@ -20,9 +22,9 @@ def slurm(sweep: Sweep, workdir: str, image: str) -> str:
 #SBATCH --nodes=1 --ntasks=1
 #SBATCH --requeue --open-mode=append
 #SBATCH --signal=TERM@120
-# First, once: poisonjax sweep run {shlex.quote(sweep.spec)} --workdir {shlex.quote(workdir)} --prepare
+# First, once: {_command(sweep, workdir, fields, "--prepare")}
 set -uo pipefail
-srun {_command(sweep, workdir, '"$SLURM_ARRAY_TASK_ID"')}
+srun {_command(sweep, workdir, fields, '--index "$SLURM_ARRAY_TASK_ID"')}
 code=$?
 # 42: stopped, and saved.
 if [ "$code" -eq 42 ]; then scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"; exit 0; fi
@@ -30,10 +32,15 @@ exit "$code"
 """
 
 
-def k8s(sweep: Sweep, workdir: str, image: str) -> str:
-    """An Indexed Job; a pod that stops with 42 is started again and resumes."""
+def k8s(sweep: Sweep, workdir: str, fields: Sequence[str], image: str) -> str:
+    """An Indexed Job; a pod that stops with 42 is started again and resumes.
+
+    The volume holds the runs; put `corpus.store` on it too. Raises SweepError for a workdir that isn't absolute.
+    """
+    if not workdir.startswith("/"):
+        raise SweepError(f"--workdir {workdir}: pods mount the volume there, so give an absolute path")
     return f"""\
-# First, once: poisonjax sweep run {shlex.quote(sweep.spec)} --workdir {shlex.quote(workdir)} --prepare
+# First, once: {_command(sweep, workdir, fields, "--prepare")}
 apiVersion: batch/v1
 kind: Job
 metadata:
@@ -51,19 +58,16 @@ spec:
   template:
     spec:
       restartPolicy: Never
+      terminationGracePeriodSeconds: 300
       containers:
         - name: run
           image: {image}
-          command: ["sh", "-c", {_quoted("exec " + _command(sweep, workdir, '"$JOB_COMPLETION_INDEX"'))}]
-          volumeMounts: [{{name: shared, mountPath: {workdir}}}]
+          command: ["sh", "-c", {json.dumps("exec " + _command(sweep, workdir, fields, '--index "$JOB_COMPLETION_INDEX"'))}]
+          volumeMounts: [{{name: shared, mountPath: {json.dumps(workdir)}}}]
       volumes:
         - name: shared
           persistentVolumeClaim: {{claimName: poisonjax}}
 """
 
 
-def _quoted(text: str) -> str:
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
-EMITTERS: dict[str, Callable[[Sweep, str, str], str]] = {"slurm": slurm, "k8s": k8s}
+EMITTERS: dict[str, Callable[[Sweep, str, Sequence[str], str], str]] = {"slurm": slurm, "k8s": k8s}

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import ml_collections
+import numpy as np
 
 from poisonjax import config as config_lib
 
@@ -81,7 +82,11 @@ def load(spec: str, fields: Sequence[str] = ()) -> Sweep:
     if not hasattr(module, "sweep"):
         raise SweepError(f"{spec} defines no sweep(add): see configs/sweeps/smoke.py")
     points: list[Point] = []
-    module.sweep(lambda point=None, **more: points.append({**(point or {}), **more}))
+    try:
+        module.sweep(lambda point=None, **more: points.append({**(point or {}), **more}))
+    except Exception as error:  # the user's code
+        raise SweepError(f"{spec}: sweep(add) raised {type(error).__name__}: {error}") from error
+    points = [{name: v.item() if isinstance(v, np.generic) else v for name, v in p.items()} for p in points]
     if not points:
         raise SweepError(f"{spec}: sweep(add) added no run")
     configs: list[ml_collections.ConfigDict] = []
@@ -101,7 +106,7 @@ def load(spec: str, fields: Sequence[str] = ()) -> Sweep:
     varied = [name for name in flats[0] if any(flat[name] != flats[0][name] for flat in flats)]
     runs = []
     for point, config in zip(points, configs, strict=True):
-        name = str(point["name"]) if "name" in point else _words({k: point[k] for k in point if k in varied})
+        name = str(point["name"]) if "name" in point else _words(point)
         slug = re.sub(r"[^A-Za-z0-9.=_]+", "-", name).strip("-")[:80]
         runs.append(Run(f"{slug or 'run'}-{config_lib.fingerprint(config)[:8]}", point, config))
     seen: dict[str, int] = {}

@@ -18,12 +18,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from poisonjax import config as config_lib
-from poisonjax import corpus
+from poisonjax import corpus, processes
 from poisonjax.files import write_whole
 from poisonjax.model.flops import train_flops_per_token
 from poisonjax.runfolder import write_json
 from poisonjax.sweep.grid import Run, Sweep, SweepError
-from poisonjax.sweep.states import FAILURE, LOG, Heartbeat, State, beats, state
+from poisonjax.sweep.states import FAILURE, LOG, Heartbeat, State, Taken, state
 from poisonjax.training.cli import RESTART
 from poisonjax.training.cli import run as train_run
 
@@ -74,24 +74,33 @@ def train_one(sweep: Sweep, workdir: Path, index: int) -> int:
         raise SweepError(f"--index {index}: {sweep.spec} has runs 0 to {len(sweep.runs) - 1}")
     run = sweep.runs[index]
     folder = workdir / run.id
-    first = os.environ.get("JAX_PROCESS_ID", "0") == "0"
-    if first and state(folder, run).kind == "done":
+    place = processes.resolve(os.environ)
+    first = place is None or place.index == 0
+    if state(folder, run).kind == "done":
         print(f"{run.id}: done already")
         return 0
-    if first and beats(folder):
-        print(f"{run.id}: another process is at it", file=sys.stderr)
-        return 0
-    (folder / FAILURE).unlink(missing_ok=True)
     parent = os.environ.get(PARENT)
-    with Heartbeat(folder, int(parent) if parent else None) if first else contextlib.nullcontext():
-        try:
-            code = train_run(run.config, str(folder))
-        except Exception as error:
-            write_json(folder / FAILURE, {"exit_code": 1, "error": f"{type(error).__name__}: {error}"})
-            raise
-        if code not in (0, RESTART):
-            write_json(folder / FAILURE, {"exit_code": code, "error": f"exit code {code}: see {LOG}"})
-        return code
+    claimed = Heartbeat(folder, int(parent) if parent else None) if first else contextlib.nullcontext()
+
+    def failed(code: int, error: str) -> None:
+        if first:
+            write_json(folder / FAILURE, {"exit_code": code, "error": error})
+
+    try:
+        with claimed:
+            if first:
+                (folder / FAILURE).unlink(missing_ok=True)
+            try:
+                code = train_run(run.config, str(folder))
+            except Exception as error:
+                failed(1, f"{type(error).__name__}: {error}")
+                raise
+            if code not in (0, RESTART):
+                failed(code, f"exit code {code}: see {LOG}")
+            return code
+    except Taken as taken:
+        print(taken, file=sys.stderr)
+        return RESTART  # not done: the scheduler should look again
 
 
 def train_all(sweep: Sweep, workdir: Path, fields: list[str], *, parallel: int, retry_failed: bool) -> int:
@@ -131,8 +140,10 @@ def train_all(sweep: Sweep, workdir: Path, fields: list[str], *, parallel: int, 
                 place = free.pop(0)
                 places[index] = place
                 children[index] = _start(sweep, workdir, fields, index)
-                if parallel > 1 and len(cores) >= parallel:  # a core belongs to one run
-                    os.sched_setaffinity(children[index].pid, cores[place::parallel])
+                share = len(cores) // parallel  # the same for all: on CPU a core is a device
+                if parallel > 1 and share:
+                    with contextlib.suppress(ProcessLookupError):  # it may have ended already
+                        os.sched_setaffinity(children[index].pid, cores[place * share : (place + 1) * share])
             if not children and all(s.kind in ("done", "failed") for s in states):
                 return int(any(s.kind == "failed" for s in states))
             stop.wait(0.5)
@@ -141,37 +152,50 @@ def train_all(sweep: Sweep, workdir: Path, fields: list[str], *, parallel: int, 
 def train_populations(sweep: Sweep, workdir: Path, size: int, *, retry_failed: bool) -> int:
     """Trains what isn't done in this process, up to `size` runs of one shape as one program; exit codes as `train_all`."""
     from poisonjax.startup import start_jax
-    from poisonjax.training.loop import Diverged, Preempted
+    from poisonjax.training.loop import Preempted
     from poisonjax.training.population import OWN, train_population
 
     groups: dict[str, list[Run]] = {}
     for run in sweep.runs:
-        folder = workdir / run.id
         if retry_failed:
-            (folder / FAILURE).unlink(missing_ok=True)
-        if state(folder, run).kind in ("pending", "partial"):
-            flat = config_lib.flat(run.config)
-            shape = {name: value for name, value in flat.items() if not name.startswith(OWN)}
-            groups.setdefault(json.dumps(shape, sort_keys=True), []).append(run)
+            (workdir / run.id / FAILURE).unlink(missing_ok=True)
+        flat = config_lib.flat(run.config)
+        shape = {name: value for name, value in flat.items() if not name.startswith(OWN)}
+        groups.setdefault(json.dumps(shape, sort_keys=True), []).append(run)
+    # Parts are of all runs, done or not, so that a sweep that goes on doesn't mix them anew.
     parts = [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
-    start_jax(len(sweep.runs))  # on CPU a device a core
-    print(f"{budget(sweep)}; {sum(map(len, parts))} to train in {len(parts)} populations", flush=True)
+    start_jax(size)  # on CPU a device a core
+    print(f"{budget(sweep)}, in {len(parts)} populations", flush=True)
     failed = 0
     for part in parts:
-        folders = [workdir / run.id for run in part]
-        with contextlib.ExitStack() as beating:
-            for folder in folders:
-                beating.enter_context(Heartbeat(folder))
+        with contextlib.ExitStack() as claims:
+            claimed = []
+            for run in part:
+                if state(workdir / run.id, run).kind in ("pending", "partial"):
+                    with contextlib.suppress(Taken):
+                        claims.enter_context(Heartbeat(workdir / run.id))
+                        claimed.append(run)
+            if not claimed:
+                continue
             try:
-                train_population([run.config for run in part], [str(folder) for folder in folders])
+                train_population([run.config for run in claimed], [str(workdir / run.id) for run in claimed])
             except Preempted as stop:
                 print(stop, file=sys.stderr)
                 return RESTART
-            except (Diverged, ValueError) as error:
-                failed += len(part)
-                print(f"{part[0].id} and {len(part) - 1} more: {error}", file=sys.stderr)
-                for folder in folders:
-                    write_json(folder / FAILURE, {"exit_code": 1, "error": f"in a population: {error}"})
+            except Exception as error:  # the other parts go on
+                failed += len(claimed)
+                print(
+                    f"{claimed[0].id} and {len(claimed) - 1} more: {type(error).__name__}: {error}",
+                    file=sys.stderr,
+                )
+                for run in claimed:
+                    write_json(
+                        workdir / run.id / FAILURE,
+                        {
+                            "exit_code": 1,
+                            "error": f"in a population of {len(claimed)}: {error}; train it alone",
+                        },
+                    )
     return int(failed > 0)
 
 

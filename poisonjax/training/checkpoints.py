@@ -137,6 +137,12 @@ class Checkpoints:
             )
         return None, 0
 
+    def drop_after(self, step: int) -> None:
+        """Removes checkpoints of more than `step` steps."""
+        for later in [s for s in self.steps() if s > step]:
+            (self.workdir / "checkpoints" / str(later)).rmtree()
+        self._checkpointer.reload()
+
     def close(self) -> None:
         """Waits until all is written."""
         self._checkpointer.wait()

@@ -97,7 +97,11 @@ def train_population(
         c.corpus.store = str(resolve(c.corpus.store))
     store = loop.open_store(config)
     vocabulary, folders = store.tokenizer.vocab_size, [resolve(workdir) for workdir in workdirs]
-    graph, mesh, single = model_graph(config, vocabulary), members_mesh(count), make_mesh(config)
+    graph, mesh, single = (
+        model_graph(config, vocabulary),
+        members_mesh(count),
+        make_mesh(config, jax.local_devices()[:1]),
+    )
     _, abstract = make_init(config, vocabulary, single)
     batches = [Batches(c, store) for c in configs]
     ledgers = [b.plan.ledger() for b in batches]
@@ -107,6 +111,8 @@ def train_population(
         loop.begin_folder(folder, c, store, b, ledger)
     checkpoints = [Checkpoints(folder, c, clean_up=True) for folder, c in zip(folders, configs, strict=True)]
     start = max(set.intersection(*(set(c.steps()) for c in checkpoints)), default=0)
+    for c in checkpoints:  # saved by some members alone, before a kill
+        c.drop_after(start)
     if start:
         states = [c.restore(start, abstract) for c in checkpoints]
     else:
