@@ -148,8 +148,8 @@ def _dispersion(trials: Trials) -> float:
     fitted = curve.fit()
     chance = 1 / (1 + np.exp(-math.exp(fitted[-1]) * (curve.log_dose - design @ fitted[:-1])))
     residuals = np.bincount(members, trials.success - chance)
-    expected = np.bincount(members, chance * (1 - chance))
-    return max(1.0, float((residuals**2).sum() / expected.sum()))
+    expected = float((chance * (1 - chance)).sum())
+    return max(1.0, float((residuals**2).sum()) / expected)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,7 +224,7 @@ def exponents(trials: Trials) -> list[Exponent]:
     found = []
     ratio = np.round(np.log2(trials.tokens / trials.params), 1)
     values, counts = np.unique(ratio, return_counts=True)
-    together = trials.take(ratio == values[counts.argmax()])
+    together = trials.take(ratio == values[int(np.argmax(counts))])
     if len(np.unique(together.params)) > 1:
         tokens, _ = _logs(together)
         found.append(
