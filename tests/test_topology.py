@@ -184,7 +184,7 @@ def test_all_processes_leave_a_damaged_checkpoint_alone(base, tmp_path):
     codes, outputs = Launch(config, tmp_path / "run", processes=2).end()
     assert codes == [0, 0], outputs
     assert "resuming after step 20 of 30" in outputs[0]
-    assert sum(map(len, outputs)) < 20_000  # not an error for each array
+    assert not any("exception was never retrieved" in output for output in outputs)  # an error for each array
     assert (tmp_path / "run" / "damaged" / "30").exists()
     assert (tmp_path / "run" / "digests.jsonl").read_text() == digests
     assert audit(str(tmp_path / "run")).ok
