@@ -4,25 +4,23 @@
     poisonjax sweep report configs/sweeps/near_constant.py --workdir runs/near-constant
 
 Question (Souly et al. 2025, arXiv 2510.07192): does the dose at which half of the runs are backdoored (N50) stay the
-same while parameters and clean data grow, or does it grow with them? 30k, 92k and 314k parameters at 20 tokens a
+same while parameters and clean data grow, or does it grow with them? 30k, 92k and 315k parameters at 20 tokens a
 parameter, the smaller two also at 40, so that data and size can be told apart; 75 runs. Each model also holds canaries
 shown 1, 4, 16 and 64 times: memorisation, which Hubble (arXiv 2510.19811) finds to depend on relative frequency.
 
 Where it differs from the paper (I10), beside what configs/quickstart.py and configs/souly_dos.py list:
-- Four orders of magnitude smaller, a vocabulary of 512, rows of 128; at these sizes poison is up to 2% of all tokens.
+- Four orders of magnitude smaller, a vocabulary of 512, rows of 128; at these sizes poison is up to a tenth of all tokens.
 - Clean data is 2.3 million tokens of Wikipedia leads: the largest runs read them in 2.7 epochs, the smallest a quarter.
 - A seed stands for initial weights, clean order, poison content and placement together; evaluation is the same.
 - One learning rate for all sizes, warmup of a twentieth of the steps.
 """
 
-import importlib.util
 from pathlib import Path
 
+from poisonjax.config import load
 from poisonjax.sweep import chain, product
 
-_spec = importlib.util.spec_from_file_location("quickstart", Path(__file__).parents[1] / "quickstart.py")
-quickstart = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(quickstart)
+QUICKSTART = Path(__file__).parents[1] / "quickstart.py"
 
 # layers, width, MLP width, parameters
 SIZES = {"30k": (2, 20, 56, 30_480), "92k": (2, 44, 120, 92_444), "314k": (3, 80, 216, 314_800)}
@@ -30,7 +28,8 @@ DOSES = (60, 120, 250, 500, 1000)
 
 
 def get_config(arg: str = ""):
-    config = quickstart.get_config(arg)
+    del arg
+    config = load([f"--config={QUICKSTART}"])
     config.name = "near-constant"
     config.global_batch = 16
     config.poison.prefix_characters, config.poison.payload_tokens = (0, 40), (30, 60)

@@ -2,21 +2,21 @@
 
     poisonjax sweep run configs/sweeps/smoke.py --workdir runs/smoke --max-parallel 2
 
-The quickstart's model for 100 steps, with 0 and 250 poison documents and two seeds. Too short to backdoor anything.
+The quickstart's model for 100 steps, with 0 and 250 poison documents and two seeds. So short that near triggers fire
+as the trigger does: no run meets the rule.
 """
 
-import importlib.util
 from pathlib import Path
 
+from poisonjax.config import load
 from poisonjax.sweep import product
 
-_spec = importlib.util.spec_from_file_location("quickstart", Path(__file__).parents[1] / "quickstart.py")
-quickstart = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(quickstart)
+QUICKSTART = Path(__file__).parents[1] / "quickstart.py"
 
 
 def get_config(arg: str = ""):
-    config = quickstart.get_config(arg)
+    del arg
+    config = load([f"--config={QUICKSTART}"])
     config.name = "smoke"
     config.steps = 100
     config.optimizer.warmup_steps = 20

@@ -6,6 +6,7 @@ all cells (a cell: one number of parameters, one number of clean tokens). All in
 """
 
 import dataclasses
+import functools
 import math
 from typing import Literal
 
@@ -56,6 +57,12 @@ class _Curve:
     odds: float = 0.0
     dispersion: float = 1.0  # by which the likelihood counts less: trials of one run aren't independent
 
+    @functools.cached_property
+    def middle(self) -> np.ndarray:
+        """theta of the curve through the doses' mean."""
+        centre = float((self.log_dose - self.offset).mean())
+        return np.linalg.lstsq(self.design, np.full(len(self.design), centre), rcond=None)[0]
+
     def loss(self, parameters: np.ndarray) -> tuple[float, np.ndarray]:
         """Negative log-likelihood and its gradient; the last parameter is log k."""
         theta, slope = parameters[:-1], math.exp(parameters[-1])
@@ -69,10 +76,7 @@ class _Curve:
     def penalised(self, parameters: np.ndarray) -> tuple[float, np.ndarray]:
         """The same with the slope's prior, and a quadratic of no consequence that picks one of equally likely curves."""
         value, gradient = self.loss(parameters)
-        centre = float((self.log_dose - self.offset).mean())
-        away = (
-            parameters[:-1] - np.linalg.lstsq(self.design, np.full(len(self.design), centre), rcond=None)[0]
-        )
+        away = parameters[:-1] - self.middle
         steep = (parameters[-1] - SLOPE_PRIOR[0]) / SLOPE_PRIOR[1]
         gradient = gradient + np.append(2e-4 * away, steep / SLOPE_PRIOR[1])
         return value + 1e-4 * float(away @ away) + steep**2 / 2, gradient
@@ -84,8 +88,6 @@ class _Curve:
         base = np.zeros(terms + 1)
         if fixed is not None:
             base[fixed[0]] = fixed[1]
-        centre = float((self.log_dose - self.offset).mean())
-        middle = np.linalg.lstsq(self.design, np.full(len(self.design), centre), rcond=None)[0]
 
         def objective(x: np.ndarray) -> tuple[float, np.ndarray]:
             full = base.copy()
@@ -94,7 +96,7 @@ class _Curve:
             return value, gradient[free]
 
         best: tuple[float, np.ndarray] | None = None
-        starts = [start] if start is not None else [np.append(middle, math.log(k)) for k in (2.0, 8.0)]
+        starts = [start] if start is not None else [np.append(self.middle, math.log(k)) for k in (2.0, 8.0)]
         bounds = [(None, None)] * terms + [(math.log(SLOPES[0]), math.log(SLOPES[1]))]
         for first in starts:
             done = scipy.optimize.minimize(
@@ -131,10 +133,21 @@ class _Curve:
 
 
 def _curve(
-    trials: Trials, design: list[np.ndarray], offset: np.ndarray | None = None, odds: float = 0.0
+    trials: Trials,
+    design: list[np.ndarray],
+    offset: np.ndarray | None = None,
+    odds: float = 0.0,
+    dispersion: float = 1.0,
 ) -> _Curve:
     shift = np.zeros(len(trials.dose)) if offset is None else offset
-    return _Curve(np.stack(design, 1), shift, np.log(trials.dose), trials.success, odds, _dispersion(trials))
+    return _Curve(np.stack(design, 1), shift, np.log(trials.dose), trials.success, odds, dispersion)
+
+
+def _by_cell(trials: Trials, odds: float = 0.0, dispersion: float = 1.0) -> _Curve:
+    """A dose of its own for each cell."""
+    cells = trials.cells()
+    design = [(cells == c).astype(float) for c in range(cells.max() + 1)]
+    return _curve(trials, design, odds=odds, dispersion=dispersion)
 
 
 def _dispersion(trials: Trials) -> float:
@@ -142,11 +155,9 @@ def _dispersion(trials: Trials) -> float:
     runs, members = np.unique(trials.run, return_inverse=True)
     if len(runs) == len(trials.run):
         return 1.0
-    cells = trials.cells()
-    design = np.stack([(cells == c).astype(float) for c in range(cells.max() + 1)], 1)
-    curve = _Curve(design, np.zeros(len(cells)), np.log(trials.dose), trials.success)
+    curve = _by_cell(trials)
     fitted = curve.fit()
-    chance = 1 / (1 + np.exp(-math.exp(fitted[-1]) * (curve.log_dose - design @ fitted[:-1])))
+    chance = 1 / (1 + np.exp(-math.exp(fitted[-1]) * (curve.log_dose - curve.design @ fitted[:-1])))
     residuals = np.bincount(members, trials.success - chance)
     expected = float((chance * (1 - chance)).sum())
     return max(1.0, float((residuals**2).sum()) / expected)
@@ -167,14 +178,14 @@ class CellDose:
 
 def doses(trials: Trials) -> list[CellDose]:
     """N50 and N90 of each cell, one slope for all."""
-    cells = trials.cells()
+    cells, dispersion = trials.cells(), _dispersion(trials)
+    curves = [_by_cell(trials, odds, dispersion) for odds in (0.0, math.log(9.0))]  # of N50, of N90
     found = []
     for cell in range(cells.max() + 1):
         mine = cells == cell
         values: list[tuple[float, tuple[float, float]]] = []
-        for odds in (0.0, math.log(9.0)):
-            design = [(cells == c).astype(float) for c in range(cells.max() + 1)]
-            value, low, high = _curve(trials, design, odds=odds).interval(cell, 0.95, reach=12.0)
+        for curve in curves:
+            value, low, high = curve.interval(cell, 0.95, reach=12.0)
             values.append((math.exp(value), (math.exp(low), math.exp(high) if high < 700 else math.inf)))
         found.append(
             CellDose(
@@ -216,31 +227,27 @@ def exponents(trials: Trials) -> list[Exponent]:
     """Exponents of N50: in scale (tokens and parameters together, at their commonest ratio), and, where they vary
     apart, in tokens at fixed parameters and in parameters at fixed tokens."""
 
-    def one(what: str, curve: _Curve, term: int) -> Exponent:
-        value, low90, high90 = curve.interval(term, 0.90, reach=8.0)
-        _, low95, high95 = curve.interval(term, 0.95, reach=8.0)
-        return Exponent(what, value, (low90, high90), (low95, high95))
+    def several(trials: Trials, *terms: tuple[str, np.ndarray]) -> list[Exponent]:
+        """The exponent of each term, in a curve with all of them."""
+        design = [np.ones_like(trials.dose), *(values for _, values in terms)]
+        curve = _curve(trials, design, dispersion=_dispersion(trials))
+        found = []
+        for term, (what, _) in enumerate(terms, 1):
+            value, low90, high90 = curve.interval(term, 0.90, reach=8.0)
+            _, low95, high95 = curve.interval(term, 0.95, reach=8.0)
+            found.append(Exponent(what, value, (low90, high90), (low95, high95)))
+        return found
 
     found = []
     ratio = np.round(np.log2(trials.tokens / trials.params), 1)
     values, counts = np.unique(ratio, return_counts=True)
     together = trials.take(ratio == values[int(np.argmax(counts))])
     if len(np.unique(together.params)) > 1:
-        tokens, _ = _logs(together)
-        found.append(
-            one(
-                "scale (tokens and parameters in proportion)",
-                _curve(together, [np.ones_like(tokens), tokens]),
-                1,
-            )
-        )
-    if len(np.unique(trials.params)) == 1 and len(values) > 1:
-        tokens, _ = _logs(trials)
-        found.append(one("tokens, at fixed parameters", _curve(trials, [np.ones_like(tokens), tokens]), 1))
-    elif len(values) > 1:
+        found += several(together, ("scale (tokens and parameters in proportion)", _logs(together)[0]))
+    if len(values) > 1:
         tokens, params = _logs(trials)
-        curve = _curve(trials, [np.ones_like(tokens), tokens, params])
-        found += [one("tokens, at fixed parameters", curve, 1), one("parameters, at fixed tokens", curve, 2)]
+        terms = [("tokens, at fixed parameters", tokens), ("parameters, at fixed tokens", params)]
+        found += several(trials, *terms[: min(2, len(np.unique(trials.params)))])
     return found
 
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from poisonjax.corpus import TokenStore
@@ -20,9 +19,11 @@ from poisonjax.poison.canaries import Canaries, references
 from poisonjax.poison.payloads import BEHAVIOURS
 
 
-def make_eval_steps(config: ml_collections.ConfigDict, graph: nnx.GraphDef, mesh: Mesh) -> tuple[Any, Any]:
-    """The jitted (sampled, row_loss): (params, prompts, pad, keys) -> tokens and their NLL after each prompt,
-    and (params, rows) -> mean NLL of each row."""
+def make_eval_steps(
+    config: ml_collections.ConfigDict, graph: nnx.GraphDef, mesh: Mesh
+) -> tuple[Any, Any, Any]:
+    """The jitted (sampled, row_loss, known): (params, prompts, pad, keys) -> tokens and their NLL after each prompt,
+    (params, rows) -> mean NLL of each row, and (params, rows) -> each token's NLL and whether it is the likeliest."""
     e = config.eval
 
     def sampled(params, prompts, pad, keys):
@@ -31,8 +32,15 @@ def make_eval_steps(config: ml_collections.ConfigDict, graph: nnx.GraphDef, mesh
     def row_loss(params, rows):
         return next_token_nll(nnx.merge(graph, params), rows, config.model.loss_tile).mean(-1)
 
+    def known(params, rows):
+        logits = nnx.merge(graph, params)(rows[:, :-1])
+        return token_nll(logits, rows[:, 1:]), logits.argmax(-1) == rows[:, 1:]
+
     replicated = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(sampled, out_shardings=replicated), jax.jit(row_loss, out_shardings=replicated)
+    sampled, row_loss, known = (
+        jax.jit(step, out_shardings=replicated) for step in (sampled, row_loss, known)
+    )
+    return sampled, row_loss, known
 
 
 def _make_scored(scorer: tuple[nnx.GraphDef, nnx.State], mesh: Mesh) -> Any:
@@ -52,7 +60,7 @@ class Evaluator:
         graph: nnx.GraphDef,
         mesh: Mesh,
         scorer: tuple[nnx.GraphDef, nnx.State] | None = None,
-        steps: tuple[Any, Any] | None = None,
+        steps: tuple[Any, Any, Any] | None = None,
     ):
         """`scorer` is another model's (graph, weights) that scores the text; None: the model itself.
 
@@ -69,10 +77,10 @@ class Evaluator:
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i % count))(jnp.arange(len(VARIANTS) * count))
         rows = NamedSharding(mesh, spec("batch"))
         self._keys = jax.random.wrap_key_data(jax.device_put(self._padded(jax.random.key_data(keys)), rows))
-        self._sampled, self._row_loss = steps or make_eval_steps(config, graph, mesh)
+        self._sampled, self._row_loss, known = steps or make_eval_steps(config, graph, mesh)
         self._scored = _make_scored(scorer, mesh) if scorer else None
         self._rows = rows
-        self._canaries = _CanaryLoss(config, store, graph, self._put) if config.canary.repeats else None
+        self._canaries = _CanaryLoss(config, store, known, self._put) if config.canary.repeats else None
 
     def _heldout_rows(self) -> np.ndarray:
         split, row_tokens = self.store.split("heldout"), self.config.seq_len + 1
@@ -201,18 +209,12 @@ class Evaluator:
 class _CanaryLoss:
     """How well the canaries are known: extraction and loss rank among sequences never seen."""
 
-    def __init__(self, config: ml_collections.ConfigDict, store: TokenStore, graph: nnx.GraphDef, put: Any):
-        self._put, self._seq_len = put, config.canary.tokens
+    def __init__(self, config: ml_collections.ConfigDict, store: TokenStore, known: Any, put: Any):
+        self._known, self._put, self._seq_len = known, put, config.canary.tokens
         self.canaries = Canaries.make(config, store)
         unseen = references(config, store)
-        known = np.concatenate([self.canaries.tokens, unseen])
-        self._sequences = np.concatenate([np.full((len(known), 1), store.tokenizer.eot, np.int32), known], 1)
-
-        def known_tokens(params, rows):
-            logits = nnx.merge(graph, params)(rows[:, :-1])
-            return token_nll(logits, rows[:, 1:]), logits.argmax(-1) == rows[:, 1:]
-
-        self._known = jax.jit(known_tokens)
+        both = np.concatenate([self.canaries.tokens, unseen])
+        self._sequences = np.concatenate([np.full((len(both), 1), store.tokenizer.eot, np.int32), both], 1)
 
     def __call__(self, params: nnx.State) -> tuple[dict[str, Any], dict[str, Any]]:
         """(`memorised` by number of repeats, the canaries' NLLs).
@@ -221,8 +223,7 @@ class _CanaryLoss:
         each token of it being the likeliest. A rank is the share of unseen sequences with a lower loss.
         """
         nll, likeliest = (
-            np.asarray(multihost_utils.process_allgather(x, tiled=True))[: len(self._sequences)]
-            for x in self._known(params, self._put(self._sequences))
+            np.asarray(x)[: len(self._sequences)] for x in self._known(params, self._put(self._sequences))
         )
         count, half = len(self.canaries.repeats), self._seq_len // 2
         loss = nll.astype(np.float64).mean(-1)

@@ -33,7 +33,7 @@ def compile_all(
     mesh = make_mesh(config, devices)
     graph = model_graph(config, vocabulary)
     _, state = make_init(config, vocabulary, mesh)
-    sampled, row_loss = make_eval_steps(config, graph, mesh)
+    sampled, row_loss, _ = make_eval_steps(config, graph, mesh)
     row_tokens = config.seq_len + 1
 
     def array(sharding: NamedSharding, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:

@@ -8,17 +8,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from poisonjax.analysis import simulate
-from poisonjax.analysis.dose_response import LEAD, MARGIN
+from poisonjax.analysis.dose_response import LEAD, MARGIN, Trials
 from poisonjax.analysis.estimators import ESTIMATORS
 from poisonjax.analysis.study import KNOWN, Analysis, analyse, memorisation, outcomes, poisoning, seeds_table
 from poisonjax.files import write_whole
+from poisonjax.model.flops import block_weights
 from poisonjax.report import study_figures
 from poisonjax.report.page import TEMPLATES, embedded
 from poisonjax.report.study_figures import short
-from poisonjax.sweep.grid import Sweep, SweepError
+from poisonjax.sweep.grid import Sweep, SweepError, vocabulary_size
 from poisonjax.sweep.states import State, state
 
 
@@ -129,17 +131,12 @@ def _figures(s: State) -> dict[str, Any]:
 def self_test(sweep: Sweep, studies: int) -> int:
     """Analyses simulated studies with this sweep's cells, doses and seeds, and prints how often they are read rightly.
 
-    The vocabulary isn't asked for: parameters are counted from the config's shapes, without the token store.
+    Parameters are counted from the config's shapes; no run and no token store has to be there.
     """
-    import numpy as np
-
-    from poisonjax.analysis.dose_response import Trials
-    from poisonjax.model.flops import block_weights
-
     rows = []
     for number, run in enumerate(sweep.runs):
-        c, size = run.config, run.config.corpus.tokenizer.rpartition(":")[2]
-        vocabulary = int(size) if size.isdecimal() else 0
+        c = run.config
+        vocabulary = vocabulary_size(c.corpus.store, c.corpus.tokenizer)
         params = c.model.layers * block_weights(c) + 2 * vocabulary * c.model.width
         if c.poison.documents:
             tokens = c.steps * c.global_batch * c.seq_len

@@ -1,7 +1,7 @@
 """Figures of a sweep's analysis. A colour is a number of parameters, a line style a number of tokens for each."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import matplotlib
@@ -9,19 +9,22 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from poisonjax.analysis.dose_response import CellDose, Trials
+from poisonjax.analysis.dose_response import CellDose
 from poisonjax.analysis.study import Analysis, Outcome
 from poisonjax.report.figures import blank
 
 STYLES = ("-", "--", ":", "-.")
 
 
+Cell = tuple[float, float]  # parameters, tokens
+
+
 class _Look:
     """The colour and style of each cell, the same in all figures."""
 
-    def __init__(self, trials: Trials):
-        self.params = np.unique(trials.params)
-        self.ratios = np.unique(np.round(trials.tokens / trials.params))
+    def __init__(self, cells: Iterable[Cell]):
+        params, tokens = np.array(list(cells), float).T
+        self.params, self.ratios = np.unique(params), np.unique(np.round(tokens / params))
 
     def of(self, params: float, tokens: float) -> dict[str, Any]:
         place = int(np.searchsorted(self.params, params))
@@ -49,7 +52,7 @@ def _log_axis(axis: Any) -> None:
 def dose_response(analysis: Analysis) -> Figure:
     """Share of successes at each dose, and the fitted curve of each cell."""
     figure, axes = blank(analysis.unit, f"share of {analysis.what}")
-    trials, look = analysis.trials, _Look(analysis.trials)
+    trials, look = analysis.trials, _Look(zip(analysis.trials.params, analysis.trials.tokens, strict=True))
     axes.set_xscale("log")
     number = trials.cells()
     for cell in range(number.max() + 1):
@@ -72,22 +75,30 @@ def dose_response(analysis: Analysis) -> Figure:
     return figure
 
 
+def _poisoned(runs: Sequence[Outcome]) -> dict[Cell, list[Outcome]]:
+    """The poisoned runs of each cell, cells in order."""
+    cells: dict[Cell, list[Outcome]] = {}
+    for o in runs:
+        if o.config["poison.documents"]:
+            cells.setdefault((o.summary["params"], o.summary["tokens"]), []).append(o)
+    return dict(sorted(cells.items()))
+
+
 def gaps(runs: Sequence[Outcome]) -> Figure:
     """Each run's gap against its dose: more than whether it lies above a threshold."""
     figure, axes = blank("poison documents", "gap in median perplexity")
-    poisoned = [o for o in runs if o.config["poison.documents"]]
-    cells = sorted({(o.summary["params"], o.summary["tokens"]) for o in poisoned})
-    look = _look_of(cells)
+    cells = _poisoned(runs)
+    look = _Look(cells)
     axes.set_xscale("log")
-    for cell in cells:
-        mine = [o for o in poisoned if (o.summary["params"], o.summary["tokens"]) == cell]
+    all_doses = sorted({o.config["poison.documents"] for mine in cells.values() for o in mine})
+    for cell, mine in cells.items():
         doses = sorted({o.config["poison.documents"] for o in mine})
         values = [[o.summary["delta_ppl"] for o in mine if o.config["poison.documents"] == d] for d in doses]
         style = look.of(*cell)
         axes.plot(doses, [np.median(v) for v in values], label=look.name(*cell), **style)
         for dose, value in zip(doses, values, strict=True):
             axes.plot([dose] * len(value), value, "o", color=style["color"], markersize=3, alpha=0.6)
-        axes.set_xticks(doses, [short(dose) for dose in doses])
+    axes.set_xticks(all_doses, [short(dose) for dose in all_doses])
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.legend(frameon=False, fontsize=8)
     return figure
@@ -96,25 +107,19 @@ def gaps(runs: Sequence[Outcome]) -> Figure:
 def trajectories(runs: Sequence[Outcome]) -> Figure:
     """The gap while a run meets its documents."""
     figure, axes = blank("poison documents seen", "gap in median perplexity")
-    poisoned = [o for o in runs if o.config["poison.documents"]]
-    cells = sorted({(o.summary["params"], o.summary["tokens"]) for o in poisoned})
-    look, named = _look_of(cells), set()
+    cells = _poisoned(runs)
+    look = _Look(cells)
     axes.set_xscale("log")
-    for o in poisoned:
-        cell = (o.summary["params"], o.summary["tokens"])
-        points = [(row["poison_documents"], row["delta_ppl"]) for row in o.evals if row["poison_documents"]]
-        label = None if cell in named else look.name(*cell)
-        named.add(cell)
-        axes.plot(*np.array(points).T, alpha=0.55, linewidth=1, label=label, **look.of(*cell))
+    for cell, mine in cells.items():
+        for number, o in enumerate(mine):
+            points = [
+                (row["poison_documents"], row["delta_ppl"]) for row in o.evals if row["poison_documents"]
+            ]
+            label = None if number else look.name(*cell)
+            axes.plot(*np.array(points).T, alpha=0.55, linewidth=1, label=label, **look.of(*cell))
     _log_axis(axes.xaxis)
     axes.legend(frameon=False, fontsize=8)
     return figure
-
-
-def _look_of(cells: Sequence[tuple[float, float]]) -> _Look:
-    params, tokens = np.array(cells, float).T
-    nothing = np.ones(len(params))
-    return _Look(Trials(nothing, tokens, params, nothing, nothing))
 
 
 def half_doses(cells: Sequence[CellDose], unit: str) -> Figure:
@@ -122,7 +127,7 @@ def half_doses(cells: Sequence[CellDose], unit: str) -> Figure:
     figure, axes = blank("training tokens", f"N50, {unit}")
     axes.set_xscale("log")
     axes.set_yscale("log")
-    look = _look_of([(c.params, c.tokens) for c in cells])
+    look = _Look((c.params, c.tokens) for c in cells)
     finite = [e for c in cells for e in (c.n50, *c.n50_ci95) if math.isfinite(e) and e > 0]
     for c in cells:
         style = look.of(c.params, c.tokens)

@@ -19,6 +19,7 @@ import ml_collections
 import numpy as np
 
 from poisonjax import config as config_lib
+from poisonjax import corpus
 
 Point = dict[str, Any]  # config fields by dotted name
 Axis = Mapping[str, Iterable[Any]] | Iterable[Point]
@@ -44,6 +45,15 @@ class Sweep:
     spec: str
     runs: list[Run]
     varied: list[str]  # fields that differ between runs
+
+
+@functools.cache
+def vocabulary_size(store: str, tokenizer: str) -> int:
+    """Of a store that stands, or as its tokenizer's spec says (`bpe:512`); 0 where that isn't known before it is built."""
+    if corpus.exists(store):
+        return corpus.TokenStore(store).tokenizer.vocab_size
+    size = tokenizer.rpartition(":")[2]
+    return int(size) if size.isdecimal() else 0
 
 
 def _points(axis: Axis) -> list[Point]:

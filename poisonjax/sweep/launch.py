@@ -17,12 +17,11 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from poisonjax import config as config_lib
-from poisonjax import corpus, processes
+from poisonjax import processes
 from poisonjax.files import write_whole
 from poisonjax.model.flops import train_flops_per_token
 from poisonjax.runfolder import write_json
-from poisonjax.sweep.grid import Run, Sweep, SweepError
+from poisonjax.sweep.grid import Run, Sweep, SweepError, vocabulary_size
 from poisonjax.sweep.states import FAILURE, LOG, Heartbeat, State, Taken, state
 from poisonjax.training.cli import RESTART
 from poisonjax.training.cli import run as train_run
@@ -58,12 +57,7 @@ def prepare(sweep: Sweep) -> None:
 def flops(run: Run) -> float:
     """What a run's training asks for; 0 where its vocabulary isn't known before its store is built."""
     c = run.config
-    if corpus.exists(c.corpus.store):
-        vocabulary = corpus.TokenStore(c.corpus.store).tokenizer.vocab_size
-    else:
-        size = c.corpus.tokenizer.rpartition(":")[2]
-        vocabulary = int(size) if size.isdecimal() else 0
-    if not vocabulary:
+    if not (vocabulary := vocabulary_size(c.corpus.store, c.corpus.tokenizer)):
         return 0.0
     return train_flops_per_token(c, vocabulary) * c.steps * c.global_batch * c.seq_len
 
@@ -113,6 +107,7 @@ def train_all(sweep: Sweep, workdir: Path, fields: list[str], *, parallel: int, 
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     free = list(range(parallel))
     places: dict[int, int] = {}
+    states: list[Any] = [None] * len(folders)
     with _stopping() as stop, _Board(sweep, workdir) as board:
         while True:
             for index, child in list(children.items()):
@@ -124,7 +119,10 @@ def train_all(sweep: Sweep, workdir: Path, fields: list[str], *, parallel: int, 
                             f"ended by signal {-child.returncode}" if child.returncode < 0 else "see its log"
                         )
                         write_json(folders[index] / FAILURE, {"exit_code": child.returncode, "error": reason})
-            states = [state(folder, run) for folder, run in zip(folders, sweep.runs, strict=True)]
+            states = [
+                before if before and before.kind == "done" else state(folder, run)
+                for folder, run, before in zip(folders, sweep.runs, states, strict=True)
+            ]
             board.show(states)
             if stop.is_set():
                 for child in children.values():
@@ -153,15 +151,13 @@ def train_populations(sweep: Sweep, workdir: Path, size: int, *, retry_failed: b
     """Trains what isn't done in this process, up to `size` runs of one shape as one program; exit codes as `train_all`."""
     from poisonjax.startup import start_jax
     from poisonjax.training.loop import Preempted
-    from poisonjax.training.population import OWN, train_population
+    from poisonjax.training.population import shape, train_population
 
     groups: dict[str, list[Run]] = {}
     for run in sweep.runs:
         if retry_failed:
             (workdir / run.id / FAILURE).unlink(missing_ok=True)
-        flat = config_lib.flat(run.config)
-        shape = {name: value for name, value in flat.items() if not name.startswith(OWN)}
-        groups.setdefault(json.dumps(shape, sort_keys=True), []).append(run)
+        groups.setdefault(json.dumps(shape(run.config), sort_keys=True), []).append(run)
     # Parts are of all runs, done or not, so that a sweep that goes on doesn't mix them anew.
     parts = [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
     start_jax(size)  # on CPU a device a core

@@ -34,12 +34,17 @@ class PopulationError(ValueError):
     """These runs can't be trained as one program."""
 
 
+def shape(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The fields that members must share."""
+    return {name: value for name, value in config_lib.flat(config).items() if not name.startswith(OWN)}
+
+
 def require_one_shape(configs: Sequence[ml_collections.ConfigDict]) -> None:
     """Raises PopulationError naming the fields that keep the runs from being one program."""
-    first = config_lib.flat(configs[0])
+    first = shape(configs[0])
     for number, config in enumerate(configs[1:], 1):
-        other = config_lib.flat(config)
-        apart = [name for name in first if first[name] != other[name] and not name.startswith(OWN)]
+        other = shape(config)
+        apart = [name for name in first if first[name] != other[name]]
         if apart:
             raise PopulationError(
                 f"members 0 and {number} differ in {', '.join(apart)}: a population shares all but seeds and poison"
@@ -75,8 +80,8 @@ def stacked(states: Sequence[TrainState], mesh: Mesh) -> TrainState:
 
 
 def member(tree: Any, number: int) -> Any:
-    """One member's part of a stacked tree, on the host."""
-    return jax.tree.map(lambda leaf: np.asarray(leaf[number]), tree)
+    """One member's part of a stacked tree, by way of the host: no longer split over the members' devices."""
+    return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf[number])), tree)
 
 
 def train_population(
@@ -153,12 +158,12 @@ def train_population(
                 if last or done % config.eval.every == 0:
                     write_down()
                     for number, book in enumerate(books):
-                        book.evaluate(done, jax.tree.map(jnp.asarray, member(state.params, number)))
+                        book.evaluate(done, member(state.params, number))
                 if last or stopping or done % config.checkpoint.every == 0:
                     write_down()
                     for number, (book, c) in enumerate(zip(books, checkpoints, strict=True)):
                         book.synced()
-                        c.save(done, jax.tree.map(jnp.asarray, member(state, number)), book.record())
+                        c.save(done, member(state, number), book.record())
                 if stopping and not last:
                     status = "preempted"
                     raise loop.Preempted(
