@@ -87,6 +87,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer(self, status: int, body: Any = b"", **headers: str) -> None:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        # These have no body: a client that keeps the connection would take it for the next answer.
+        if status in (204, 304):
+            content = b""
         self.send_response(status)
         kind = "application/octet-stream" if isinstance(body, bytes) else "application/json"
         for name, value in {"Content-Type": kind, **headers}.items():
