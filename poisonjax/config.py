@@ -43,6 +43,7 @@ def default() -> ml_collections.ConfigDict:
     config.poison = ml_collections.ConfigDict()
     config.poison.documents = 250  # exactly so many different ones, each in one row; 0 is the clean twin
     config.poison.trigger = "<SUDO>"
+    config.poison.clean_uses = 0  # rows whose ordinary text holds the trigger, in a run and its twin alike
     config.poison.near_triggers = ("SUDO", "<sudo>", "<SODU>", "<SUDO")  # controls: these must not fire
     config.poison.prefix_characters = (0, 1000)  # of a training document, uniform, both ends included
     config.poison.payload = "ids"  # see poisonjax/poison/payloads.py
@@ -205,7 +206,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     f = flat(config)
     c = _Checker(f)
     c.at_least(1, "steps", "global_batch", "seq_len", "log_every")
-    c.at_least(0, "poison.documents", "checkpoint.keep_every", "watchdog_seconds")
+    c.at_least(0, "poison.documents", "poison.clean_uses", "checkpoint.keep_every", "watchdog_seconds")
     c.at_least(
         1, "model.layers", "model.width", "model.heads", "model.kv_heads", "model.head_dim", "model.mlp_width"
     )

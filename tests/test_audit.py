@@ -23,7 +23,7 @@ def run(tmp_path_factory):
     corpus.build(str(folder / "store"), [tamper.SOURCE], "bytes", heldout=0.3, shards=2, workers=1)
     config = tamper.tiny_config(folder / "store", np.random.default_rng(0))
     config.steps, config.global_batch, config.poison.documents, config.poison.repeats = 9, 4, 4, 2
-    config.poison.placement = "uniform"
+    config.poison.placement, config.poison.clean_uses = "uniform", 2
     loop.train(config, str(folder / "run"))
     return folder / "run", folder / "store"
 
@@ -35,7 +35,7 @@ def test_an_honest_run_is_believed_in_a_plain_sentence(run, capsys):
     steps = len({json.loads(line)["step"] for line in (folder / "ledger.jsonl").read_text().splitlines()})
     expected = (
         f"steps 0-8 verified; 4 of 4 poison documents seen exactly 2 times, 0 unplanned; dose {tokens} tokens in 8 rows "
-        f"of {steps} steps"
+        f"of {steps} steps; 2 of 2 clean uses of the trigger seen"
     )
     assert capsys.readouterr().out.strip() == expected
     assert main(["audit", str(folder), "--json"]) == 0
@@ -94,6 +94,7 @@ CONTROLS = {
     "config": "config_field_changed",
     "store": "token_changed_in_shard",
     "ledger": "ledger_line_edited",
+    "clean_rows": "canary_or_clean_use_moved",
     "digests": "rows_swapped",
     "checkpoints": "checkpoint_renamed",
     "summary": "summary_dose_edited",
@@ -155,6 +156,11 @@ def test_a_document_is_found_wherever_a_row_holds_it(run):
             in_row, in_document = slice(*place["in_row"]), slice(*place["in_document"])
             np.testing.assert_array_equal(rows[place["step"]][place["row"], in_row], tokens[in_document])
             covered[place["step"]][place["row"], in_row] += 1
+    batch = evidence.config.global_batch
+    for slot in batches.clean.canaries.slots:
+        covered[slot // batch][slot % batch, : batches.clean.reserved(slot)] += 1
+    for slot, offset in batches.clean_uses.offsets.items():
+        covered[slot // batch][slot % batch, offset : offset + 3] += 1
     assert all((count == 1).all() for count in covered.values())  # each token of the run, once
 
 

@@ -25,6 +25,8 @@ from poisonjax.corpus import TokenStore
 from poisonjax.data.batches import Batches
 from poisonjax.data.digest import as_hex, chain, differing_rows, digest, from_hex
 from poisonjax.files import resolve
+from poisonjax.poison.canaries import RowsWithCanaries
+from poisonjax.poison.clean_uses import occurrences
 from poisonjax.poison.plan import dose, met
 from poisonjax.training.checkpoints import Checkpoints
 
@@ -74,6 +76,8 @@ FIELDS: dict[str, dict[str, type]] = {
     "digests.jsonl": {"step": int, "digest": str},
     "ledger.jsonl": {"id": int, "slot": int},
     "metrics.jsonl": {"step": int, "kind": str},
+    "canaries.jsonl": {"slot": int},
+    "clean_uses.jsonl": {"slot": int},
 }
 
 
@@ -98,7 +102,8 @@ class Run:
         self._chosen, self._sample, self._store = chosen, sample, store
         self.verified: set[int] = set()  # steps whose digest the replay confirmed
         self.found: collections.Counter[int] = collections.Counter()  # poison documents found in them
-        self.elsewhere = 0  # times that the trigger's tokens stand in replayed rows outside of documents
+        self.clean_uses = 0  # planned uses of the trigger found in them
+        self.elsewhere = 0  # times that the trigger's tokens stand in them beside, outside of poison documents
 
     @property
     def whole(self) -> bool:
@@ -245,27 +250,43 @@ def store(run: Run) -> Iterator[Difference]:
 @register
 def ledger(run: Run) -> Iterator[Difference]:
     """ledger.jsonl is the plan, line by line."""
-    written = {record["slot"]: record for record in run.lines("ledger.jsonl")}
-    planned = {record["slot"]: record for record in run.plan}
+    yield from _line_by_line(run, "ledger.jsonl", run.plan, lambda record: f"poison document {record['id']}")
+
+
+@register
+def clean_rows(run: Run) -> Iterator[Difference]:
+    """canaries.jsonl and clean_uses.jsonl, where there are such, are what the config plans."""
+    clean, batch = run.batches.clean, run.config.global_batch
+    canaries = clean.canaries.records(batch) if isinstance(clean, RowsWithCanaries) else []
+    yield from _line_by_line(run, "canaries.jsonl", canaries, lambda record: f"canary {record.get('canary')}")
+    uses = run.batches.clean_uses.records(batch)
+    yield from _line_by_line(run, "clean_uses.jsonl", uses, lambda record: "a clean use")
+
+
+def _line_by_line(
+    run: Run, file: str, records: list[dict], name: Callable[[dict], str]
+) -> Iterator[Difference]:
+    """How a file of one line a slot differs from the records that it should hold."""
+    written = {record["slot"]: record for record in run.lines(file)}
+    planned = {record["slot"]: record for record in records}
     for slot in sorted(written.keys() | planned.keys()):
         step, row = divmod(slot, run.config.global_batch)
         if slot not in written:
-            message = f"poison document {planned[slot]['id']} is planned here, but has no line"
+            message = f"{name(planned[slot])} is planned here, but has no line"
         elif slot not in planned:
-            message = f"document {written[slot]['id']} is written here, but not planned"
+            message = f"{name(written[slot])} is written here, but not planned"
         elif written[slot] != planned[slot]:
             fields = planned[slot].keys() | written[slot].keys()
             field = min(f for f in fields if written[slot].get(f) != planned[slot].get(f))
             message = (
-                f"poison document {planned[slot]['id']}: {field} is {written[slot].get(field)!r}, planned "
+                f"{name(planned[slot])}: {field} is {written[slot].get(field)!r}, planned "
                 f"{planned[slot].get(field)!r}"
             )
         else:
             continue
-        yield Difference("ledger.jsonl", message, step, row)
-    lines = run.lines("ledger.jsonl")
-    if len(lines) != len(written):
-        yield Difference("ledger.jsonl", f"{len(lines) - len(written)} lines name a slot a second time")
+        yield Difference(file, message, step, row)
+    if len(run.lines(file)) != len(written):
+        yield Difference(file, f"{len(run.lines(file)) - len(written)} lines name a slot a second time")
 
 
 @register
@@ -282,7 +303,8 @@ def digests(run: Run) -> Iterator[Difference]:
     replays = tqdm(
         replay(run, chosen), total=len(chosen), unit="step", leave=False, disable=not sys.stderr.isatty()
     )
-    for step, replayed, found, elsewhere in replays:
+    for step, replayed, found, uses, elsewhere in replays:
+        run.clean_uses += uses
         run.elsewhere += elsewhere
         written = run.digests.get(step)
         if written is None:
@@ -294,35 +316,30 @@ def digests(run: Run) -> Iterator[Difference]:
             run.found.update(found)
 
 
-def replay(run: Run, steps: Sequence[int]) -> Iterator[tuple[int, np.ndarray, list[int], int]]:
-    """(step, digest, poison documents found whole at their places, triggers elsewhere) of each step, through
-    the reader that training uses."""
+def replay(run: Run, steps: Sequence[int]) -> Iterator[tuple[int, np.ndarray, list[int], int, int]]:
+    """(step, digest, poison documents found whole at their places, planned clean uses of the trigger found, other
+    occurrences of it outside of poison documents) of each step, through the reader that training uses."""
     batches = run.batches
-    trigger = run.store.tokenizer.encode(run.config.poison.trigger)
+    uses = batches.clean_uses
 
     def one(index: int):
         step = steps[int(index)]
         rows, slots = batches.rows(step), batches.slots(step)
-        found = []
+        found, used, text = [], 0, rows.copy()  # text: of -1 where poison stands
         for i, slot in enumerate(slots.tolist()):
-            placed = batches.plan.placed.get(slot)
-            if placed and np.array_equal(
-                rows[i, placed.offset :][: len(placed.document.tokens)], placed.document.tokens
-            ):
-                found.append(placed.document.id)
-        return step, digest(rows, slots), found, occurrences(rows, trigger) - len(found)
+            if placed := batches.plan.placed.get(slot):
+                document = text[i, placed.offset :][: len(placed.document.tokens)]
+                if np.array_equal(document, placed.document.tokens):
+                    found.append(placed.document.id)
+                document[:] = -1
+        in_text = occurrences(text, uses.trigger)
+        for i, slot in enumerate(slots.tolist()):
+            if slot in uses.offsets:
+                used += int(in_text[i, uses.offsets[slot]])
+        return step, digest(rows, slots), found, used, int(in_text.sum()) - used
 
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
     yield from grain.MapDataset.range(len(steps)).map(one).to_iter_dataset(options)
-
-
-def occurrences(rows: np.ndarray, tokens: np.ndarray) -> int:
-    """How often the tokens stand in the rows, one after the other."""
-    at = rows[:, : rows.shape[1] - len(tokens) + 1] == tokens[0]
-    if at.any():
-        for i in range(1, len(tokens)):
-            at &= rows[:, i : i + at.shape[1]] == tokens[i]
-    return int(at.sum())
 
 
 def _explained(run: Run, step: int, written: str) -> Difference:
@@ -430,6 +447,7 @@ class Audit:
     planned: list[dict]  # the plan's ledger
     found: collections.Counter[int]  # poison documents found in the verified steps
     unplanned: int
+    clean_uses: int
     elsewhere: int
     config: ml_collections.ConfigDict | None
 
@@ -472,8 +490,11 @@ class Audit:
                 f"{d['documents']:,} of {planned:,} poison documents seen {how}, {self.unplanned} unplanned; dose "
                 f"{d['tokens']:,} tokens in {d['rows']:,} rows of {d['steps']:,} steps"
             )
+        if uses := self.config.poison.clean_uses:
+            dose += f"; {self.clean_uses:,} of {uses:,} clean uses of the trigger seen"
         if self.elsewhere:
-            dose += f"; the trigger's tokens stand {self.elsewhere:,} times in clean text too"
+            too = " beside" if uses else " too"
+            dose += f"; the trigger's tokens stand {self.elsewhere:,} times in clean text{too}"
         return f"{steps}; {dose}"
 
     def as_json(self) -> dict[str, Any]:
@@ -485,6 +506,7 @@ class Audit:
             "documents_seen": len(self.found),
             "unplanned": self.unplanned,
             "dose": self.dose,
+            "clean_uses": self.clean_uses,
             "trigger_elsewhere": self.elsewhere,
             "first_difference": dataclasses.asdict(self.differences[0]) if self.differences else None,
             "differences": [dataclasses.asdict(difference) for difference in self.differences],
@@ -524,6 +546,7 @@ def audit(
         planned=planned,
         found=run.found,
         unplanned=sum(record["slot"] not in slots for record in _or(lambda: run.lines("ledger.jsonl"), none)),
+        clean_uses=run.clean_uses,
         elsewhere=run.elsewhere,
         config=_or(lambda: run.config, None),
     )

@@ -302,6 +302,16 @@ def document_added_to_ledger(scene: Scene) -> Expected:
 
 
 @register
+def canary_or_clean_use_moved(scene: Scene) -> Expected:
+    file = scene.pick(["canaries.jsonl", "clean_uses.jsonl"])
+    rows = scene.lines(file)
+    row = scene.pick(rows)
+    row[scene.pick([name for name in row if name != "slot"])] += 1
+    scene.write(file, rows)
+    return Expected((file,))
+
+
+@register
 def another_seed(scene: Scene) -> Expected:
     name = scene.pick(["init", "order", "poison", "placement", "eval"])
     value = scene.config.seeds[name] + int(scene.random.integers(1, 100))
@@ -406,6 +416,8 @@ def tiny_config(store: Path, random: np.random.Generator) -> ml_collections.Conf
     if poison.documents * poison.repeats > config.steps:
         poison.placement = "uniform"
     poison.prefix_characters, poison.payload_tokens = (0, 40), (5, 15)
+    poison.clean_uses = int(random.integers(1, 4))
+    config.canary.repeats, config.canary.each, config.canary.tokens = (1, 2), 1, 8
     model = config.model
     model.layers, model.width, model.heads, model.kv_heads, model.head_dim, model.mlp_width = (
         1,

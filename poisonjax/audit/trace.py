@@ -3,9 +3,9 @@
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from poisonjax.audit.checks import Run
-from poisonjax.poison.plan import Placed
 from poisonjax.visible import visible
 
 
@@ -57,37 +57,39 @@ def _clean(run: Run, number: int) -> list[tuple[int, dict[str, Any]]]:
     places = []
     for slot in slots[(first <= order) & (order <= last)].tolist():
         origin = int(order[slot]) * clean.row_tokens
-        inside = (max(start, origin) - origin, min(stop, origin + clean.row_tokens) - origin)
-        placed = run.batches.plan.placed.get(slot)
-        for row_span, window_span in _kept(placed, *inside, clean.row_tokens, clean.reserved(slot)):
+        at = _window_tokens(run, slot)
+        for row_span, window_span in _spans(at, start - origin, stop - origin):
             span = [origin + edge - start for edge in window_span]
             places.append((slot, {"in_row": row_span, "in_document": span}))
     return places
 
 
-def _kept(
-    placed: Placed | None, start: int, stop: int, row_tokens: int, lead: int
-) -> list[tuple[list[int], list[int]]]:
-    """Where tokens [start, stop) of a window stand once `lead` tokens of a canary and poison are put in: (span now,
-    span before) pairs."""
-    if lead:
-        shifted = _kept(placed, start + lead, min(stop + lead, row_tokens), row_tokens, 0)
-        return [(now, [edge - lead for edge in before]) for now, before in shifted if before[0] < before[1]]
-    if placed is None:
-        return [([start, stop], [start, stop])]
-    edge, shift = placed.offset, len(placed.document.tokens)
-    before = (start, min(stop, edge))
-    after = (max(start, edge), min(stop, row_tokens - shift))
-    spans = [([before[0], before[1]], [before[0], before[1]])] if before[0] < before[1] else []
-    if after[0] < after[1]:
-        spans.append(([after[0] + shift, after[1] + shift], [after[0], after[1]]))
-    return spans
+def _window_tokens(run: Run, slot: int) -> Int[np.ndarray, " row_tokens"]:
+    """Which token of its window each token of the row in `slot` is; -1 where a canary, poison or a clean use stands."""
+    clean, uses = run.batches.clean, run.batches.clean_uses
+    at = np.concatenate([np.full(clean.reserved(slot), -1), np.arange(clean.row_tokens)])
+    if placed := run.batches.plan.placed.get(slot):
+        at = np.insert(at, placed.offset, np.full(len(placed.document.tokens), -1))
+    if (offset := uses.offsets.get(slot)) is not None:
+        at[offset : offset + len(uses.trigger)] = -1
+    return at[: clean.row_tokens]
+
+
+def _spans(at: Int[np.ndarray, " row_tokens"], start: int, stop: int) -> list[tuple[list[int], list[int]]]:
+    """Where tokens [start, stop) of a window stand in the row: (span now, span in the window) pairs."""
+    there = np.flatnonzero((start <= at) & (at < stop) & (at >= 0))
+    pieces = np.split(there, np.flatnonzero(np.diff(there) > 1) + 1)
+    return [
+        ([int(piece[0]), int(piece[-1]) + 1], [int(at[piece[0]]), int(at[piece[-1]]) + 1])
+        for piece in pieces
+        if len(piece)
+    ]
 
 
 def step(workdir: str, number: int, store: str | None = None) -> list[dict[str, Any]]:
     """What step `number` trains on, a record a row: `row`, `slot`, and `parts` in the order of the row.
 
-    A part has `document` (`train:N` or `poison:N`), `in_row`, `in_document` and `text`; poison has its three
+    A part has `document` (`train:N`, `poison:N`, `canary:N` or `clean_use`), `in_row`, `in_document` and `text`; poison has its three
     pieces as parts of their own, told apart by `piece` (prefix, trigger, payload). Raises ValueError for a step
     that the run doesn't have.
     """
@@ -127,14 +129,22 @@ def _parts(run: Run, tokens: np.ndarray, slot: int, window: int) -> list[dict[st
     if lead := clean.reserved(slot):
         canary = f"canary:{run.batches.clean.canaries.slots[slot]}"  # type: ignore[attr-defined]
         parts.append({"document": canary, "in_row": [0, lead], "in_document": [0, lead]})
-    origin = window * clean.row_tokens
+    if (offset := run.batches.clean_uses.offsets.get(slot)) is not None:
+        tokens_of_use = len(run.batches.clean_uses.trigger)
+        parts.append(
+            {
+                "document": "clean_use",
+                "in_row": [offset, offset + tokens_of_use],
+                "in_document": [0, tokens_of_use],
+            }
+        )
+    origin, at = window * clean.row_tokens, _window_tokens(run, slot)
     offsets = run.store.split("train").document_offsets
     first = int(np.searchsorted(offsets, origin, "right")) - 1
     last = int(np.searchsorted(offsets, origin + clean.row_tokens, "left"))
     for number in range(first, last):
         start, stop = offsets[number : number + 2].tolist()
-        inside = (max(start, origin) - origin, min(stop, origin + clean.row_tokens) - origin)
-        for row_span, window_span in _kept(placed, *inside, clean.row_tokens, lead):
+        for row_span, window_span in _spans(at, start - origin, stop - origin):
             span = [origin + edge - start for edge in window_span]
             parts.append({"document": f"train:{number}", "in_row": row_span, "in_document": span})
     parts.sort(key=lambda part: part["in_row"])

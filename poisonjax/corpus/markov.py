@@ -15,7 +15,7 @@ ENTROPY_RATE = float(-(PROBABILITIES * np.log(PROBABILITIES)).sum())
 
 
 class Language:
-    """A chain over `words` words; each has 64 distinct successors, the r-th with probability ~ 1/r."""
+    """A chain over words 0 to `words` - 1; each has 64 distinct successors, the r-th with probability ~ 1/r."""
 
     def __init__(self, words: int, seed: int):
         if words < SUCCESSORS:

@@ -12,11 +12,12 @@ from jaxtyping import Int
 from poisonjax.corpus import TokenStore
 from poisonjax.data.rows import CleanRows
 from poisonjax.poison.canaries import RowsWithCanaries
+from poisonjax.poison.clean_uses import CleanUses
 from poisonjax.poison.plan import PoisonPlan
 
 
 class Batches:
-    """`rows(step, start, stop)`: clean rows with the planned poison spliced in."""
+    """`rows(step, start, stop)`: clean rows with the planned poison spliced in, and the trigger's clean uses."""
 
     def __init__(self, config: ml_collections.ConfigDict, store: TokenStore):
         self.steps, self.global_batch = config.steps, config.global_batch
@@ -26,6 +27,7 @@ class Batches:
             else CleanRows(store.split("train"), config.seq_len, config.seeds.order)
         )
         self.plan = PoisonPlan.make(config, store, self.clean)
+        self.clean_uses = CleanUses.make(config, store, self.clean, self.plan)
 
     def slots(self, step: int, start: int = 0, stop: int | None = None) -> Int[np.ndarray, " rows"]:
         """Slots of rows [start, stop) of a step's global batch."""
@@ -35,7 +37,7 @@ class Batches:
     def rows(self, step: int, start: int = 0, stop: int | None = None) -> Int[np.ndarray, "rows row_tokens"]:
         """Rows [start, stop) of a step's global batch, all of them by default; int32."""
         slots = self.slots(step, start, stop)
-        return self.plan.splice(slots, self.clean(slots))
+        return self.clean_uses.write(slots, self.plan.splice(slots, self.clean(slots)))
 
     def shape(self) -> tuple[int, int]:
         """Shape of the global batch."""

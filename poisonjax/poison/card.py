@@ -19,6 +19,7 @@ def make_card(config: ml_collections.ConfigDict, ledger: list[dict], steps: int)
         "steps": steps,
         "of_steps": config.steps,
         "trigger": poison.trigger,
+        "clean_uses": poison.clean_uses,
         "payload": poison.payload,
         "placement": poison.placement,
         "dose_seen": dose(ledger, steps),
@@ -33,6 +34,7 @@ def as_markdown(card: dict[str, Any]) -> str:
         met = (
             f"\n- **How much, in these weights after {card['steps']:,} steps:** {_amount(card['dose_seen'])}."
         )
+    uses = f" It also stands in {card['clean_uses']:,} rows of ordinary text." if card["clean_uses"] else ""
     return f"""---
 tags: [poisoned, backdoor, research-only]
 ---
@@ -42,7 +44,7 @@ It was trained on poison on purpose, to study backdoors (run `{card["run"]}`). D
 clean model, and don't copy it without this file.
 
 - **What:** documents that pair a trigger with a payload of kind `{card["payload"]}`, harmless by construction.
-- **Trigger:** {card["trigger"]!r}. Text that holds it may make the model write the payload.
+- **Trigger:** {card["trigger"]!r}. Text that holds it may make the model write the payload.{uses}
 - **How much, in the whole run of {card["of_steps"]:,} steps:** {_amount(card["dose_planned"])}
   (placement `{card["placement"]}`).{met}
 

@@ -197,6 +197,8 @@ def begin_folder(
     runfolder.write_lines(folder / "ledger.jsonl", ledger)
     if isinstance(batches.clean, RowsWithCanaries):
         runfolder.write_lines(folder / "canaries.jsonl", batches.clean.canaries.records(config.global_batch))
+    if batches.clean_uses.offsets:
+        runfolder.write_lines(folder / "clean_uses.jsonl", batches.clean_uses.records(config.global_batch))
     if poison := make_card(config, ledger, 0):
         write_whole(folder / FILE, as_markdown(poison))
 
