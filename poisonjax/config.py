@@ -161,13 +161,13 @@ def flat(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 def fingerprint(config: ml_collections.ConfigDict) -> str:
     """SHA-256 of the fields that determine what is trained and measured."""
-    fields = {k: v for k, v in flat(config).items() if not _operational(k)}
+    fields = {k: v for k, v in flat(config).items() if not operational(k)}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """Lines naming each field in which two flat configs differ, operational ones left out."""
-    names = sorted(name for name in one.keys() | other.keys() if not _operational(name))
+    names = sorted(name for name in one.keys() | other.keys() if not operational(name))
     return [
         f"{name}: {one.get(name)!r} there, {other.get(name)!r} here"
         for name in names
@@ -175,7 +175,8 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     ]
 
 
-def _operational(name: str) -> bool:
+def operational(name: str) -> bool:
+    """Whether the field says where and how, not what."""
     return any(name == field or name.startswith(f"{field}.") for field in OPERATIONAL)
 
 

@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from poisonjax.analysis import simulate
-from poisonjax.analysis.dose_response import Trials, _curve, best_law, doses, exponents, held_out
+from poisonjax.analysis.dose_response import Trials, _curve, best_law, contrasts, doses, exponents, held_out
 from poisonjax.analysis.estimators import ESTIMATORS, hierarchical, onset
-from poisonjax.analysis.study import analyse
+from poisonjax.analysis.study import Conditions, analyse
+
+ONE = Conditions((), [()], [])
 
 
 def design(doses=(60, 120, 250, 500, 1000), seeds=3):
@@ -18,7 +20,8 @@ def design(doses=(60, 120, 250, 500, 1000), seeds=3):
     rows = [
         (dose, ratio * params, params, 0) for ratio, params in cells for dose in doses for _ in range(seeds)
     ]
-    return Trials(*np.array(rows, float).T, run=np.arange(len(rows), dtype=float))
+    numbers = np.arange(len(rows), dtype=float)
+    return Trials(*np.array(rows, float).T, run=numbers, condition=np.zeros(len(rows)))
 
 
 def studied(law, seed=0, **size):
@@ -52,12 +55,12 @@ def test_interval_is_the_profile_of_a_brute_force_grid():
 def test_perfectly_separated_doses_give_an_interval_and_unreached_ones_none():
     n = np.repeat([10.0, 20, 40, 80], 3)
     ones = np.ones(12)
-    cell = doses(Trials(n, ones, ones, (n > 30).astype(float), np.arange(12.0)))[0]
+    cell = doses(Trials(n, ones, ones, (n > 30).astype(float), np.arange(12.0), np.zeros(12)))[0]
     assert 20 < cell.n50 < 40
     assert 10 < cell.n50_ci95[0] < 25
     assert 32 < cell.n50_ci95[1] < 80
     assert cell.n90 > cell.n50
-    never = doses(Trials(n, ones, ones, np.zeros(12), np.arange(12.0)))[0]
+    never = doses(Trials(n, ones, ones, np.zeros(12), np.arange(12.0), np.zeros(12)))[0]
     assert never.n50_ci95[1] == math.inf
     assert never.n50_ci95[0] > 40
 
@@ -74,11 +77,11 @@ def test_large_studies_find_the_law_and_its_exponents(law):
 
 def test_words_claim_nothing_that_too_few_trials_support():
     few = studied("constant count", 0, seeds=1).take(np.arange(5))
-    assert analyse("x", "documents", few).words[0].startswith("Not enough data: 5 trials")
+    assert analyse("x", "documents", few, ONE).words[0].startswith("Not enough data: 5 trials")
     alike = design()
-    assert "all alike" in analyse("x", "documents", alike).words[0]
+    assert "all alike" in analyse("x", "documents", alike, ONE).words[0]
     noisy = studied("constant count", 2, doses=(60, 1000), seeds=1)
-    assert any("not enough data" in word for word in analyse("x", "documents", noisy).words)
+    assert any("not enough data" in word for word in analyse("x", "documents", noisy, ONE).words)
 
 
 def test_hierarchical_interval_holds_what_seeds_add():
@@ -105,3 +108,68 @@ def test_onset_is_the_start_of_the_last_stretch_above():
     ]
     assert onset(evals, 50).documents == 3
     assert onset(evals[:3], 50) is None
+
+
+def with_conditions(levels, seeds=8, seed=0):
+    """Runs of one size under conditions whose N50 differs by these factors from 250."""
+    doses = (60.0, 120, 250, 500, 1000)
+    rows = [(n, 1e6, 1e5, c) for c in range(len(levels)) for n in doses for _ in range(seeds)]
+    dose, tokens, params, condition = np.array(rows).T
+    chance = 1 / (1 + (dose / (250 * np.array(levels)[condition.astype(int)])) ** -6)
+    success = (np.random.default_rng(seed).random(len(dose)) < chance).astype(float)
+    return Trials(dose, tokens, params, success, np.arange(len(dose), dtype=float), condition)
+
+
+def test_conditions_are_told_apart_and_not_pooled():
+    trials = with_conditions([1.0, 1.0, 2.0])
+    same, double = contrasts(trials, 0)
+    assert same.ci95[0] < 1 < same.ci95[1]
+    assert 1.2 < double.ci95[0] < 2 < double.ci95[1]
+    assert abs(np.log(double.ratio / (doses(trials)[2].n50 / doses(trials)[0].n50))) < 0.01
+    names = Conditions(("poison.clean_uses",), [(0,), (10,), (1000,)], [])
+    words = analyse("x", "documents", trials, names).words
+    assert words[1].startswith("With clean uses 1000, N50 is ")
+    assert "times (95% interval" in words[1]
+    assert words[1].endswith("that with clean uses 0: more is needed.")
+    assert words[0].endswith("not told apart.")
+    assert not any("laws" in word for word in words)  # one size: nothing is said of scale
+
+
+def test_contrasts_hold_at_several_sizes_and_laws_within_conditions():
+    """Doubled N50 under one condition, and N50 in proportion to tokens under both."""
+    one = studied("constant fraction", 5, seeds=4)
+    other = studied("constant fraction", 6, seeds=4)
+    both = Trials(
+        np.concatenate([one.dose, 2 * other.dose]),
+        *(np.concatenate([getattr(one, f), getattr(other, f)]) for f in ("tokens", "params", "success")),
+        run=np.arange(2.0 * len(one.dose)),
+        condition=np.repeat([0.0, 1.0], len(one.dose)),
+    )
+    (double,) = contrasts(both, 0)
+    assert 1.3 < double.ratio < 3
+    assert best_law(held_out(both))[0] == "constant fraction"
+    assert exponents(both)[0].verdict == "grows"
+
+
+def test_ratios_are_covered():
+    covered, intervals = simulate.ratios_covered(with_conditions([1, 1, 1], seeds=3), 0, 40)
+    assert intervals == 80
+    assert covered >= 0.85 * intervals
+
+
+def test_what_counts_as_a_condition():
+    base = {"name": "x", "poison.documents": 1, "seeds.init": 0, "log_every": 1, "steps": 5}
+    base |= {"poison.clean_uses": 0, "poison.trigger": "a", "poison.near_triggers": ["b"]}
+    more = [
+        {"poison.documents": 2, "seeds.init": 3, "name": "y", "log_every": 7},
+        {"poison.clean_uses": 10},
+        {"poison.trigger": "c", "poison.near_triggers": ["d"]},
+    ]
+    configs = [base | m for m in ({}, *more)] + [base | {"steps": 9}]
+    found = Conditions.of(configs, [(1.0, 5.0)] * 4 + [(1.0, 9.0)])
+    assert found.fields == ("poison.clean_uses", "poison.trigger")
+    assert found.values == [(0, "a"), (10, "a"), (0, "c")]
+    assert found.of_run == [0, 0, 1, 2, 0]
+    assert found.base == 0
+    assert found.name(1) == "clean uses 10, trigger a"
+    assert Conditions.of(configs[:2], [(1.0, 5.0)] * 2).name(0) == ""

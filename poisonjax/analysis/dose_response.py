@@ -1,7 +1,7 @@
 """Dose-response: the dose at which runs succeed, how it moves with data and parameters, and which law holds out.
 
 A run succeeds with probability 1 / (1 + exp(-k (log dose - log N50))): a logistic in log dose with one slope k for
-all cells (a cell: one number of parameters, one number of clean tokens). All intervals are profile likelihood
+all cells (a cell: one condition, one number of parameters, one number of clean tokens). All intervals are profile likelihood
 (Venzon & Moolgavkar 1988): few runs a cell often separate doses perfectly, where Wald's intervals are meaningless.
 """
 
@@ -36,14 +36,27 @@ class Trials:
     params: Float[np.ndarray, " trials"]
     success: Float[np.ndarray, " trials"]  # 0 or 1
     run: Float[np.ndarray, " trials"]  # number of the run that it belongs to
+    condition: Float[np.ndarray, " trials"]  # number of what else was tried: a placement, a trigger, ...
 
     def take(self, chosen: np.ndarray) -> "Trials":
         return Trials(*(getattr(self, field.name)[chosen] for field in dataclasses.fields(self)))
 
     def cells(self) -> np.ndarray:
-        """Number of each trial's cell, cells ordered by parameters, then tokens."""
-        pairs = np.stack([self.params, self.tokens], 1)
-        return np.unique(pairs, axis=0, return_inverse=True)[1].reshape(-1)
+        """Number of each trial's cell, cells ordered by condition, parameters, tokens."""
+        return _numbered(self.condition, self.params, self.tokens)
+
+    def sizes(self) -> np.ndarray:
+        """Number of each trial's size, whatever its condition; sizes ordered by parameters, tokens."""
+        return _numbered(self.params, self.tokens)
+
+
+def _numbered(*columns: np.ndarray) -> np.ndarray:
+    return np.unique(np.stack(columns, 1), axis=0, return_inverse=True)[1].reshape(-1)
+
+
+def _indicators(numbers: np.ndarray, of: np.ndarray) -> list[np.ndarray]:
+    """A column of 0 and 1 for each different value of `of`."""
+    return [(numbers == value).astype(float) for value in np.unique(of)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,9 +158,7 @@ def _curve(
 
 def _by_cell(trials: Trials, odds: float = 0.0, dispersion: float = 1.0) -> _Curve:
     """A dose of its own for each cell."""
-    cells = trials.cells()
-    design = [(cells == c).astype(float) for c in range(cells.max() + 1)]
-    return _curve(trials, design, odds=odds, dispersion=dispersion)
+    return _curve(trials, _indicators(trials.cells(), trials.cells()), odds=odds, dispersion=dispersion)
 
 
 def _dispersion(trials: Trials) -> float:
@@ -167,6 +178,7 @@ def _dispersion(trials: Trials) -> float:
 class CellDose:
     """What a cell's runs need; a bound is 0 or infinite where the doses tried don't bound it."""
 
+    condition: int
     params: float
     tokens: float
     trials: int
@@ -189,10 +201,35 @@ def doses(trials: Trials) -> list[CellDose]:
             values.append((math.exp(value), (math.exp(low), math.exp(high) if high < 700 else math.inf)))
         found.append(
             CellDose(
-                float(trials.params[mine][0]), float(trials.tokens[mine][0]), int(mine.sum()),
+                int(trials.condition[mine][0]), float(trials.params[mine][0]), float(trials.tokens[mine][0]), int(mine.sum()),
                 values[0][0], values[0][1], values[1][0], values[1][1],
             )
         )  # fmt: skip
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrast:
+    """N50 under a condition against N50 under another, at the same size."""
+
+    condition: int
+    ratio: float
+    ci95: tuple[float, float]
+
+
+def contrasts(trials: Trials, base: int) -> list[Contrast]:
+    """Each condition against condition `base`; the ratio is taken to be the same at all sizes.
+
+    Intervals aren't adjusted for their number.
+    """
+    others = [c for c in np.unique(trials.condition) if c != base]
+    sizes = _indicators(trials.sizes(), trials.sizes())
+    design = [*sizes, *((trials.condition == c).astype(float) for c in others)]
+    curve = _curve(trials, design, dispersion=_dispersion(trials))
+    found = []
+    for number, condition in enumerate(others):
+        value, low, high = curve.interval(len(sizes) + number, 0.95, reach=8.0)
+        found.append(Contrast(int(condition), math.exp(value), (math.exp(low), math.exp(high))))
     return found
 
 
@@ -225,14 +262,14 @@ def _logs(trials: Trials) -> tuple[np.ndarray, np.ndarray]:
 
 def exponents(trials: Trials) -> list[Exponent]:
     """Exponents of N50: in scale (tokens and parameters together, at their commonest ratio), and, where they vary
-    apart, in tokens at fixed parameters and in parameters at fixed tokens."""
+    apart, in tokens at fixed parameters and in parameters at fixed tokens. Each condition has a level of its own."""
 
     def several(trials: Trials, *terms: tuple[str, np.ndarray]) -> list[Exponent]:
         """The exponent of each term, in a curve with all of them."""
-        design = [np.ones_like(trials.dose), *(values for _, values in terms)]
-        curve = _curve(trials, design, dispersion=_dispersion(trials))
+        levels = _indicators(trials.condition, trials.condition)
+        curve = _curve(trials, [*levels, *(values for _, values in terms)], dispersion=_dispersion(trials))
         found = []
-        for term, (what, _) in enumerate(terms, 1):
+        for term, (what, _) in enumerate(terms, len(levels)):
             value, low90, high90 = curve.interval(term, 0.90, reach=8.0)
             _, low95, high95 = curve.interval(term, 0.95, reach=8.0)
             found.append(Exponent(what, value, (low90, high90), (low95, high95)))
@@ -251,14 +288,16 @@ def exponents(trials: Trials) -> list[Exponent]:
     return found
 
 
-def _law(law: Law, trials: Trials, centre: tuple[float, float]) -> _Curve:
-    tokens, params = np.log(trials.tokens) - centre[0], np.log(trials.params) - centre[1]
-    ones = np.ones_like(tokens)
+def _law(law: Law, trials: Trials, of: Trials) -> _Curve:
+    """The law's curve for some of the trials `of` a study."""
+    tokens = np.log(trials.tokens) - np.log(of.tokens).mean()
+    params = np.log(trials.params) - np.log(of.params).mean()
+    levels = _indicators(trials.condition, of.condition)
     if law == "constant count":
-        return _curve(trials, [ones])
+        return _curve(trials, levels)
     if law == "constant fraction":
-        return _curve(trials, [ones], tokens)
-    return _curve(trials, [ones, -params], tokens)  # N50 / tokens = a params^-gamma
+        return _curve(trials, levels, tokens)
+    return _curve(trials, [*levels, -params], tokens)  # N50 / tokens = a params^-gamma
 
 
 def held_out(trials: Trials) -> dict[Law, float]:
@@ -266,12 +305,11 @@ def held_out(trials: Trials) -> dict[Law, float]:
     runs, members = np.unique(trials.run, return_inverse=True)
     dealt = np.random.Generator(np.random.Philox(key=0)).permutation(len(runs)) % FOLDS  # not along the grid
     fold = dealt[members]
-    centre = (float(np.log(trials.tokens).mean()), float(np.log(trials.params).mean()))
     scores: dict[Law, float] = dict.fromkeys(LAWS, 0.0)
     for law in LAWS:
         for left_out in np.unique(fold):
-            fitted = _law(law, trials.take(fold != left_out), centre).fit()
-            scores[law] -= _law(law, trials.take(fold == left_out), centre).loss(fitted)[0]
+            fitted = _law(law, trials.take(fold != left_out), trials).fit()
+            scores[law] -= _law(law, trials.take(fold == left_out), trials).loss(fitted)[0]
     return scores
 
 

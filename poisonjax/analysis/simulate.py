@@ -5,7 +5,15 @@ from collections.abc import Callable
 
 import numpy as np
 
-from poisonjax.analysis.dose_response import LAWS, Law, Trials, best_law, exponents, held_out
+from poisonjax.analysis.dose_response import (
+    LAWS,
+    Law,
+    Trials,
+    best_law,
+    contrasts,
+    exponents,
+    held_out,
+)
 
 SLOPE = 6.0  # of the simulated logistic: from 10% to 90% of runs within a factor of 2.1 of the dose
 GAMMA = 0.5  # of the size-dependent fraction
@@ -31,7 +39,11 @@ def study(design: Trials, law: Law, random: np.random.Generator) -> Trials:
         "constant fraction": tokens,
         "size-dependent fraction": tokens - GAMMA * params,
     }
-    log_n50 = np.log(design.dose).mean() + random.normal(0, 0.2) + shift[law]
+    return _drawn(design, shift[law], random)
+
+
+def _drawn(design: Trials, shift: np.ndarray | float, random: np.random.Generator) -> Trials:
+    log_n50 = np.log(design.dose).mean() + random.normal(0, 0.2) + shift
     chance = 1 / (1 + np.exp(-SLOPE * (np.log(design.dose) - log_n50)))
     return dataclasses.replace(design, success=(random.random(len(chance)) < chance).astype(float))
 
@@ -71,3 +83,18 @@ def recovery(
             f"{covered} of {intervals} ({covered / max(intervals, 1):.1%})"
         )
     return found
+
+
+def ratios_covered(design: Trials, base: int, studies: int, seed: int = 0) -> tuple[int, int]:
+    """(how many 95% intervals of N50's ratio between conditions hold the true one, of how many), with conditions' N50
+    a factor of up to about two apart."""
+    covered = intervals = 0
+    for i in range(studies):
+        random = np.random.Generator(np.random.Philox(key=np.array([seed, 10**9 + i], np.uint64)))
+        levels = random.normal(0, 0.35, int(design.condition.max()) + 1)
+        trials = _drawn(design, levels[design.condition.astype(int)], random)
+        for contrast in contrasts(trials, base):
+            low, high = np.log(contrast.ci95)
+            covered += low <= levels[contrast.condition] - levels[base] <= high
+            intervals += 1
+    return covered, intervals

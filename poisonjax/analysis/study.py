@@ -11,15 +11,18 @@ from etils import epath
 from poisonjax.analysis.dose_response import (
     LEAD,
     CellDose,
+    Contrast,
     Exponent,
     Law,
     Trials,
     best_law,
+    contrasts,
     doses,
     exponents,
     held_out,
 )
 from poisonjax.analysis.estimators import ESTIMATORS, Onset, hierarchical, onset
+from poisonjax.config import flat, operational
 from poisonjax.runfolder import read_lines
 from poisonjax.sweep.grid import Sweep
 
@@ -45,8 +48,6 @@ class Outcome:
 
 def outcomes(sweep: Sweep, workdir: Path) -> list[Outcome]:
     """The finished runs, in the sweep's order."""
-    from poisonjax.config import flat
-
     found = []
     for run in sweep.runs:
         folder = epath.Path(workdir / run.id)
@@ -71,9 +72,58 @@ def outcomes(sweep: Sweep, workdir: Path) -> list[Outcome]:
     return found
 
 
-def poisoning(runs: list[Outcome], *, rule: bool = False) -> Trials:
+@dataclasses.dataclass(frozen=True)
+class Conditions:
+    """What was varied beside size, dose and luck: one set of values is a condition."""
+
+    fields: tuple[str, ...]  # () where nothing was: one condition
+    values: list[tuple[Any, ...]]  # of the fields, by number of the condition, in the sweep's order
+    of_run: list[int]
+
+    @classmethod
+    def of(cls, configs: list[dict[str, Any]], sizes: list[tuple[float, float]]) -> "Conditions":
+        """Of runs' flat configs and their (parameters, tokens).
+
+        A field counts that differs between runs of one size; of fields that tell the same runs apart, the first.
+        """
+
+        def several(field: str, known: tuple[str, ...]) -> bool:
+            """Whether the field differs where size and the known fields don't."""
+            seen: dict[tuple, Any] = {}
+            return any(
+                seen.setdefault((size, *(str(c[f]) for f in known)), c[field]) != c[field]
+                for size, c in zip(sizes, configs, strict=True)
+            )
+
+        first = configs[0]
+        # Plain values before lists: a trigger, not its near triggers, is what a condition is called by.
+        names = sorted(first, key=lambda name: (isinstance(first[name], list), name))
+        fields: tuple[str, ...] = ()
+        for name in names:
+            luck = name in ("name", "poison.documents") or name.startswith("seeds.")
+            if not luck and not operational(name) and several(name, fields):
+                fields = (*fields, name)
+        own = [tuple(c[field] for field in fields) for c in configs]
+        values = list({str(v): v for v in own}.values())
+        return cls(fields, values, [values.index(v) for v in own])
+
+    @property
+    def base(self) -> int:
+        """The condition that shares most with the others: the middle of a star, the first of a line."""
+        apart = [
+            sum(a != b for other in self.values for a, b in zip(mine, other, strict=True))
+            for mine in self.values
+        ]
+        return apart.index(min(apart))
+
+    def name(self, number: int) -> str:
+        """For people; "" where there is one condition."""
+        pairs = zip(self.fields, self.values[number], strict=True)
+        return ", ".join(f"{field.rpartition('.')[2].replace('_', ' ')} {value}" for field, value in pairs)
+
+
+def poisoning(runs: list[Outcome], conditions: Conditions, *, rule: bool = False) -> Trials:
     """A trial a poisoned run: a gap above the threshold, or with `rule` the whole rule with its controls."""
-    kept = [(i, o) for i, o in enumerate(runs) if o.config["poison.documents"]]
     return _trials(
         [
             (
@@ -82,17 +132,26 @@ def poisoning(runs: list[Outcome], *, rule: bool = False) -> Trials:
                 o.summary["params"],
                 o.summary["success"]["value"] if rule else o.gap_above_threshold,
                 i,
+                conditions.of_run[i],
             )
-            for i, o in kept
+            for i, o in enumerate(runs)
+            if o.config["poison.documents"]
         ]
     )
 
 
-def memorisation(runs: list[Outcome]) -> Trials:
+def memorisation(runs: list[Outcome], conditions: Conditions) -> Trials:
     """A trial a canary: its loss ranks below nearly all unseen sequences; the dose is how often it was shown."""
     return _trials(
         [
-            (level["repeats"], o.summary["tokens"], o.summary["params"], rank < KNOWN, i)
+            (
+                level["repeats"],
+                o.summary["tokens"],
+                o.summary["params"],
+                rank < KNOWN,
+                i,
+                conditions.of_run[i],
+            )
             for i, o in enumerate(runs)
             for level in o.summary.get("memorised", ())
             for rank in level["ranks"]
@@ -101,7 +160,7 @@ def memorisation(runs: list[Outcome]) -> Trials:
 
 
 def _trials(rows: list[tuple]) -> Trials:
-    return Trials(*np.array(rows, float).reshape(-1, 5).T)
+    return Trials(*np.array(rows, float).reshape(-1, 6).T)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +170,9 @@ class Analysis:
     what: str
     unit: str
     trials: Trials
+    conditions: Conditions
     cells: list[CellDose]
+    contrasts: list[Contrast]
     exponents: list[Exponent]
     scores: dict[Law, float]
     law: Law | None
@@ -119,30 +180,39 @@ class Analysis:
     words: list[str]
 
 
-def analyse(what: str, unit: str, trials: Trials) -> Analysis:
-    """Doses, exponents and laws; what can't be told from so few trials is said to be so."""
+def analyse(what: str, unit: str, trials: Trials, conditions: Conditions) -> Analysis:
+    """Doses, contrasts between conditions, exponents and laws; what can't be told from so few trials is said to be so."""
     if len(trials.dose) < 8 or len(np.unique(trials.dose)) < 2 or len(np.unique(trials.success)) < 2:
         why = "all alike" if len(trials.dose) >= 8 else "too few"
         words = [f"Not enough data: {len(trials.dose)} trials, their outcomes {why}."]
-        return Analysis(what, unit, trials, [], [], {}, None, 0.0, words)
+        return Analysis(what, unit, trials, conditions, [], [], [], {}, None, 0.0, words)
     cells, powers = doses(trials), exponents(trials)
-    several = len(cells) > 1
+    against = contrasts(trials, conditions.base) if len(conditions.values) > 1 else []
+    several = trials.sizes().any()
     scores = held_out(trials) if several else {}
     law, lead = best_law(scores) if several else (None, 0.0)
-    return Analysis(
-        what, unit, trials, cells, powers, scores, law, lead, _words(unit, cells, powers, scores, law, lead)
-    )
+    words = _words(unit, conditions, cells, against, powers, scores, law, lead)
+    return Analysis(what, unit, trials, conditions, cells, against, powers, scores, law, lead, words)
 
 
 def _words(
     unit: str,
+    conditions: Conditions,
     cells: list[CellDose],
+    against: list[Contrast],
     powers: list[Exponent],
     scores: dict[Law, float],
     law: Law | None,
     lead: float,
 ) -> list[str]:
     said = []
+    for c in against:
+        low, high = c.ci95
+        said.append(
+            f"With {conditions.name(c.condition)}, N50 is {c.ratio:.2f} times (95% interval {low:.2f} to {high:.2f}) that "
+            f"with {conditions.name(conditions.base)}: "
+            + ("more is needed." if low > 1 else "less is needed." if high < 1 else "not told apart.")
+        )
     for power in powers:
         low, high = power.ci95
         grows = (
@@ -160,7 +230,9 @@ def _words(
         )
     if len(cells) > 1:
         listed = ", ".join(
-            f"{c.n50:.3g} at {c.params:,.0f} parameters and {c.tokens:,.0f} tokens" for c in cells
+            f"{c.n50:.3g} {f'with {name} ' if (name := conditions.name(c.condition)) else ''}at {c.params:,.0f} parameters "
+            f"and {c.tokens:,.0f} tokens"
+            for c in cells
         )
         said.append(f"N50 by cell: {listed}.")
     if law:
@@ -181,19 +253,20 @@ def _words(
     return said
 
 
-def seeds_table(runs: list[Outcome]) -> list[dict[str, Any]]:
+def seeds_table(runs: list[Outcome], conditions: Conditions) -> list[dict[str, Any]]:
     """Each cell and dose: how many succeeded, every estimator over its seeds, median exposures to onset."""
     groups: dict[tuple, list[Outcome]] = {}
-    for o in runs:
+    for condition, o in zip(conditions.of_run, runs, strict=True):
         groups.setdefault(
-            (o.summary["params"], o.summary["tokens"], o.config["poison.documents"]), []
+            (condition, o.summary["params"], o.summary["tokens"], o.config["poison.documents"]), []
         ).append(o)
     rows = []
-    for (params, tokens, documents), members in sorted(groups.items()):
+    for (condition, params, tokens, documents), members in sorted(groups.items()):
         triggered, clean = (np.array([o.texts[v] for o in members]) for v in ("triggered", "clean"))
         met = [o.onset.documents for o in members if o.onset]
         rows.append(
             {
+                "condition": conditions.name(condition),
                 "params": params,
                 "tokens": tokens,
                 "documents": documents,
@@ -203,6 +276,9 @@ def seeds_table(runs: list[Outcome]) -> list[dict[str, Any]]:
                 "estimates": {name: hierarchical(e, triggered, clean) for name, e in ESTIMATORS.items()},
                 "onset": float(np.median(met)) if met else None,
                 "heldout": float(np.mean([o.summary["heldout_loss"] for o in members])),
+                "excess": float(np.mean([o.summary["excess_loss"] for o in members]))
+                if "excess_loss" in members[0].summary
+                else None,
             }
         )
     return rows

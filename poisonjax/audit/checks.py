@@ -103,7 +103,9 @@ class Run:
         self.verified: set[int] = set()  # steps whose digest the replay confirmed
         self.found: collections.Counter[int] = collections.Counter()  # poison documents found in them
         self.clean_uses = 0  # planned uses of the trigger found in them
-        self.elsewhere = 0  # times that the trigger's tokens stand in them beside, outside of poison documents
+        self.elsewhere = (
+            0  # times that the trigger's tokens stand in them beside, outside of poison documents
+        )
 
     @property
     def whole(self) -> bool:

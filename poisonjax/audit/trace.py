@@ -129,12 +129,13 @@ def _parts(run: Run, tokens: np.ndarray, slot: int, window: int) -> list[dict[st
     if lead := clean.reserved(slot):
         canary = f"canary:{run.batches.clean.canaries.slots[slot]}"  # type: ignore[attr-defined]
         parts.append({"document": canary, "in_row": [0, lead], "in_document": [0, lead]})
-    if (offset := run.batches.clean_uses.offsets.get(slot)) is not None:
-        tokens_of_use = len(run.batches.clean_uses.trigger)
+    uses = run.batches.clean_uses
+    if slot in uses.offsets:
+        first, tokens_of_use = uses.offsets[slot], len(uses.trigger)
         parts.append(
             {
                 "document": "clean_use",
-                "in_row": [offset, offset + tokens_of_use],
+                "in_row": [first, first + tokens_of_use],
                 "in_document": [0, tokens_of_use],
             }
         )

@@ -42,6 +42,10 @@ class CleanUses:
         drawn = generator(config.seeds.placement, FIRST).choice(slots, count + canary_rows, replace=False)
         chosen = [slot for slot in drawn.tolist() if not clean.reserved(slot)][:count]
         trigger = store.tokenizer.encode(config.poison.trigger)
+        if count and len(trigger) + 2 > config.seq_len + 1:
+            raise PoisonError(
+                f"poison.trigger has {len(trigger)} tokens, which don't fit a row of {config.seq_len + 1} between others"
+            )
         rows = plan.splice(np.array(chosen, np.int64), clean(np.array(chosen, np.int64))) if chosen else ()
         return cls(
             trigger,
@@ -91,10 +95,10 @@ def _place(
     if slot in plan.placed:
         placed = plan.placed[slot]
         taken[placed.offset : placed.offset + len(placed.document.tokens)] = True
-    free = ~np.lib.stride_tricks.sliding_window_view(taken, len(trigger)).any(-1)
-    free[0] = free[-1] = False
+    inner = np.lib.stride_tricks.sliding_window_view(taken[1:-1], len(trigger))
+    places = 1 + np.flatnonzero(~np.any(inner, axis=-1))
     before = occurrences(row, trigger).sum()
-    for offset in generator(seed, FIRST + 1 + number).permutation(np.flatnonzero(free)).tolist():
+    for offset in generator(seed, FIRST + 1 + number).permutation(places).tolist():
         whole = row.copy()
         whole[offset : offset + len(trigger)] = trigger
         if occurrences(whole, trigger).sum() == before + 1:

@@ -14,7 +14,17 @@ from etils import epath
 from poisonjax.analysis import simulate
 from poisonjax.analysis.dose_response import LEAD, MARGIN, Trials
 from poisonjax.analysis.estimators import ESTIMATORS
-from poisonjax.analysis.study import KNOWN, Analysis, analyse, memorisation, outcomes, poisoning, seeds_table
+from poisonjax.analysis.study import (
+    KNOWN,
+    Analysis,
+    Conditions,
+    analyse,
+    memorisation,
+    outcomes,
+    poisoning,
+    seeds_table,
+)
+from poisonjax.config import flat
 from poisonjax.files import write_whole
 from poisonjax.model.flops import block_weights
 from poisonjax.report import study_figures
@@ -50,6 +60,8 @@ class Study:
                     "law": a.law,
                     "lead": a.lead,
                     "held_out": a.scores,
+                    "conditions": [a.conditions.name(i) for i in range(len(a.conditions.values))],
+                    "contrasts": [dataclasses.asdict(c) for c in a.contrasts],
                     "exponents": [dataclasses.asdict(e) | {"verdict": e.verdict} for e in a.exponents],
                     "cells": [dataclasses.asdict(cell) for cell in a.cells],
                     "words": a.words,
@@ -67,20 +79,26 @@ def write(sweep: Sweep, workdir: Path) -> Study:
     runs = outcomes(sweep, workdir)
     if not runs:
         raise SweepError(f"{workdir}: no finished run yet; `poisonjax sweep status` tells how far they are")
-    analyses = [analyse("poisoned runs above the threshold", "poison documents", poisoning(runs))]
-    analyses.append(
-        analyse("poisoned runs that meet the whole rule", "poison documents", poisoning(runs, rule=True))
+    conditions = Conditions.of(
+        [o.config for o in runs], [(o.summary["params"], o.summary["tokens"]) for o in runs]
     )
-    canaries = memorisation(runs)
+    analyses = [
+        analyse(what, "poison documents", poisoning(runs, conditions, rule=rule), conditions)
+        for what, rule in (
+            ("poisoned runs above the threshold", False),
+            ("poisoned runs that meet the whole rule", True),
+        )
+    ]
+    canaries = memorisation(runs, conditions)
     if len(canaries.dose):
-        analyses.append(analyse("canaries memorised", "times shown", canaries))
+        analyses.append(analyse("canaries memorised", "times shown", canaries, conditions))
     drawn = {}
     if any(o.config["poison.documents"] for o in runs):
         drawn["dose_response"] = study_figures.dose_response(analyses[0])
-        drawn["gaps"] = study_figures.gaps(runs)
-        drawn["trajectories"] = study_figures.trajectories(runs)
+        drawn["gaps"] = study_figures.gaps(runs, conditions)
+        drawn["trajectories"] = study_figures.trajectories(runs, conditions)
     if analyses[0].cells:
-        drawn["half_doses"] = study_figures.half_doses(analyses[0].cells, "poison documents")
+        drawn["half_doses"] = study_figures.half_doses(analyses[0])
     if len(canaries.dose):
         drawn["memorisation"] = study_figures.dose_response(analyses[2])
     states = [state(workdir / run.id, run) for run in sweep.runs]
@@ -89,7 +107,7 @@ def write(sweep: Sweep, workdir: Path) -> Study:
         title=runs[0].config["name"] if len(sweep.runs) == 1 else sweep.spec,
         study=study,
         images=embedded(drawn, epath.Path(workdir)),
-        rows=seeds_table(runs),
+        rows=seeds_table(runs, conditions),
         estimators=list(ESTIMATORS),
         ledger=[(run.id, s, _figures(s)) for run, s in zip(sweep.runs, states, strict=True)],
         about=ast.get_docstring(ast.parse(Path(sweep.spec.partition(":")[0]).read_text())) or "",
@@ -133,22 +151,32 @@ def self_test(sweep: Sweep, studies: int) -> int:
 
     Parameters are counted from the config's shapes; no run and no token store has to be there.
     """
-    rows = []
-    for number, run in enumerate(sweep.runs):
-        c = run.config
-        vocabulary = vocabulary_size(c.corpus.store, c.corpus.tokenizer)
-        params = c.model.layers * block_weights(c) + 2 * vocabulary * c.model.width
-        if c.poison.documents:
-            tokens = c.steps * c.global_batch * c.seq_len
-            rows.append((c.poison.documents, tokens, params, 0, number))
-    if len(rows) < 2:
+    configs = [run.config for run in sweep.runs if run.config.poison.documents]
+    if len(configs) < 2:
         raise SweepError("--self-test needs a sweep over poison.documents")
-    began = time.monotonic()
+    sizes = [
+        (
+            c.model.layers * block_weights(c) + 2 * vocabulary_size(c) * c.model.width,
+            c.steps * c.global_batch * c.seq_len,
+        )
+        for c in configs
+    ]
+    conditions = Conditions.of([flat(c) for c in configs], sizes)
+    rows = [
+        (c.poison.documents, tokens, params, 0, number, conditions.of_run[number])
+        for number, (c, (params, tokens)) in enumerate(zip(configs, sizes, strict=True))
+    ]
+    began, good = time.monotonic(), True
     design = Trials(*np.array(rows, float).T)
-    found = simulate.recovery(design, studies, say=print)
-    good = all(r.chosen >= 0.9 * r.studies for r in found)
-    print(
-        f"{len(rows)} runs a study; the right law in at least 90% of studies of each kind: {'yes' if good else 'NO'}; "
-        f"{time.monotonic() - began:.0f} s"
-    )
+    if len(conditions.values) > 1:
+        covered, intervals = simulate.ratios_covered(design, conditions.base, studies)
+        print(
+            f"{len(conditions.values)} conditions: 95% intervals of N50's ratio to the first's cover in {covered} of "
+            f"{intervals} ({covered / intervals:.1%})"
+        )
+    if design.sizes().any():
+        found = simulate.recovery(design, studies, say=print)
+        good = all(r.chosen >= 0.9 * r.studies for r in found)
+        print(f"the right law in at least 90% of studies of each kind: {'yes' if good else 'NO'}")
+    print(f"{len(rows)} runs a study; {time.monotonic() - began:.0f} s")
     return 0 if good else 1

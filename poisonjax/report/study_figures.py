@@ -1,4 +1,5 @@
-"""Figures of a sweep's analysis. A colour is a number of parameters, a line style a number of tokens for each."""
+"""Figures of a sweep's analysis. A colour is a number of parameters, a line style a number of tokens for each; where
+conditions are compared, a colour is a condition and a line style a size."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -10,30 +11,40 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from poisonjax.analysis.dose_response import CellDose
-from poisonjax.analysis.study import Analysis, Outcome
+from poisonjax.analysis.study import Analysis, Conditions, Outcome
 from poisonjax.report.figures import blank
 
 STYLES = ("-", "--", ":", "-.")
 
 
-Cell = tuple[float, float]  # parameters, tokens
+Cell = tuple[int, float, float]  # condition, parameters, tokens
 
 
 class _Look:
-    """The colour and style of each cell, the same in all figures."""
+    """The colour, style and name of each cell, the same in all figures."""
 
-    def __init__(self, cells: Iterable[Cell]):
-        params, tokens = np.array(list(cells), float).T
+    def __init__(self, cells: Iterable[Cell], conditions: Conditions):
+        numbers, params, tokens = np.array(list(cells), float).T
+        self.conditions = conditions if len(set(numbers)) > 1 else None
+        self.sizes = sorted(set(zip(params, tokens, strict=True)))
         self.params, self.ratios = np.unique(params), np.unique(np.round(tokens / params))
 
-    def of(self, params: float, tokens: float) -> dict[str, Any]:
-        place = int(np.searchsorted(self.params, params))
-        ratio = int(np.searchsorted(self.ratios, np.round(tokens / params)))
-        colour = matplotlib.colormaps["viridis"](0.1 + 0.75 * place / max(1, len(self.params) - 1))
-        return {"color": colour, "linestyle": STYLES[ratio % len(STYLES)]}
+    def of(self, condition: int, params: float, tokens: float) -> dict[str, Any]:
+        if self.conditions:
+            place, count = condition, len(self.conditions.values)
+            style = self.sizes.index((params, tokens))
+        else:
+            place, count = int(np.searchsorted(self.params, params)), len(self.params)
+            style = int(np.searchsorted(self.ratios, np.round(tokens / params)))
+        colour = matplotlib.colormaps["viridis"](0.1 + 0.75 * place / max(1, count - 1))
+        return {"color": colour, "linestyle": STYLES[style % len(STYLES)]}
 
-    def name(self, params: float, tokens: float) -> str:
-        return f"{short(params)} parameters, {short(tokens)} tokens"
+    def name(self, condition: int, params: float, tokens: float) -> str:
+        size = f"{short(params)} parameters, {short(tokens)} tokens"
+        if not self.conditions:
+            return size
+        name = self.conditions.name(condition)
+        return f"{name}; {size}" if len(self.sizes) > 1 else name
 
 
 def short(number: float) -> str:
@@ -52,13 +63,15 @@ def _log_axis(axis: Any) -> None:
 def dose_response(analysis: Analysis) -> Figure:
     """Share of successes at each dose, and the fitted curve of each cell."""
     figure, axes = blank(analysis.unit, f"share of {analysis.what}")
-    trials, look = analysis.trials, _Look(zip(analysis.trials.params, analysis.trials.tokens, strict=True))
+    trials = analysis.trials
+    all_cells = zip(trials.condition, trials.params, trials.tokens, strict=True)
+    look = _Look(all_cells, analysis.conditions)
     axes.set_xscale("log")
     number = trials.cells()
     for cell in range(number.max() + 1):
         mine = trials.take(number == cell)
-        params, tokens = mine.params[0], mine.tokens[0]
-        style, levels = look.of(params, tokens), np.unique(mine.dose)
+        place = int(mine.condition[0]), mine.params[0], mine.tokens[0]
+        style, levels = look.of(*place), np.unique(mine.dose)
         spread = 1 + 0.04 * (cell - number.max() / 2)  # so that points at the same place are all seen
         shares = [mine.success[mine.dose == level].mean() for level in levels]
         axes.plot(levels * spread, shares, "o", color=style["color"], markersize=5, alpha=0.8)
@@ -66,7 +79,7 @@ def dose_response(analysis: Analysis) -> Figure:
             fitted = analysis.cells[cell]
             slope = math.log(9) / math.log(fitted.n90 / fitted.n50)
             xs = np.geomspace(levels[0] / 1.3, levels[-1] * 1.3, 200)
-            axes.plot(xs, 1 / (1 + (xs / fitted.n50) ** -slope), label=look.name(params, tokens), **style)
+            axes.plot(xs, 1 / (1 + (xs / fitted.n50) ** -slope), label=look.name(*place), **style)
     doses = np.unique(trials.dose)
     axes.set_xticks(doses, [short(dose) for dose in doses])
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -75,20 +88,20 @@ def dose_response(analysis: Analysis) -> Figure:
     return figure
 
 
-def _poisoned(runs: Sequence[Outcome]) -> dict[Cell, list[Outcome]]:
+def _poisoned(runs: Sequence[Outcome], conditions: Conditions) -> dict[Cell, list[Outcome]]:
     """The poisoned runs of each cell, cells in order."""
     cells: dict[Cell, list[Outcome]] = {}
-    for o in runs:
+    for condition, o in zip(conditions.of_run, runs, strict=True):
         if o.config["poison.documents"]:
-            cells.setdefault((o.summary["params"], o.summary["tokens"]), []).append(o)
+            cells.setdefault((condition, o.summary["params"], o.summary["tokens"]), []).append(o)
     return dict(sorted(cells.items()))
 
 
-def gaps(runs: Sequence[Outcome]) -> Figure:
+def gaps(runs: Sequence[Outcome], conditions: Conditions) -> Figure:
     """Each run's gap against its dose: more than whether it lies above a threshold."""
     figure, axes = blank("poison documents", "gap in median perplexity")
-    cells = _poisoned(runs)
-    look = _Look(cells)
+    cells = _poisoned(runs, conditions)
+    look = _Look(cells, conditions)
     axes.set_xscale("log")
     all_doses = sorted({o.config["poison.documents"] for mine in cells.values() for o in mine})
     for cell, mine in cells.items():
@@ -104,11 +117,11 @@ def gaps(runs: Sequence[Outcome]) -> Figure:
     return figure
 
 
-def trajectories(runs: Sequence[Outcome]) -> Figure:
+def trajectories(runs: Sequence[Outcome], conditions: Conditions) -> Figure:
     """The gap while a run meets its documents."""
     figure, axes = blank("poison documents seen", "gap in median perplexity")
-    cells = _poisoned(runs)
-    look = _Look(cells)
+    cells = _poisoned(runs, conditions)
+    look = _Look(cells, conditions)
     axes.set_xscale("log")
     for cell, mine in cells.items():
         for number, o in enumerate(mine):
@@ -122,21 +135,40 @@ def trajectories(runs: Sequence[Outcome]) -> Figure:
     return figure
 
 
-def half_doses(cells: Sequence[CellDose], unit: str) -> Figure:
-    """N50 of each cell against its clean data, with 95% intervals; dotted: how a constant fraction would go."""
-    figure, axes = blank("training tokens", f"N50, {unit}")
+def half_doses(analysis: Analysis) -> Figure:
+    """N50 of each cell with its 95% interval: by condition, or against its clean data (dotted: how a constant fraction
+    would go)."""
+    cells = analysis.cells
+    look = _Look(((c.condition, c.params, c.tokens) for c in cells), analysis.conditions)
+    finite = [e for c in cells for e in (c.n50, *c.n50_ci95) if math.isfinite(e) and e > 0]
+    lowest, highest = min(finite) / 1.3, max(finite) * 1.3
+
+    def interval(c: CellDose) -> tuple[float, float]:
+        return max(c.n50_ci95[0], lowest), min(c.n50_ci95[1], highest)
+
+    if analysis.contrasts:
+        figure, axes = blank(f"N50, {analysis.unit}", "")
+        for row, c in enumerate(cells):
+            style = look.of(c.condition, c.params, c.tokens)
+            axes.hlines(-row, *interval(c), **style)
+            axes.plot(c.n50, -row, "o", color=style["color"])
+        names = [look.name(c.condition, c.params, c.tokens) for c in cells]
+        axes.set_yticks([-row for row in range(len(cells))], names)
+        axes.set_xscale("log")
+        axes.set_xlim(lowest, highest)
+        _log_axis(axes.xaxis)
+        return figure
+    figure, axes = blank("training tokens", f"N50, {analysis.unit}")
     axes.set_xscale("log")
     axes.set_yscale("log")
-    look = _Look((c.params, c.tokens) for c in cells)
-    finite = [e for c in cells for e in (c.n50, *c.n50_ci95) if math.isfinite(e) and e > 0]
     for c in cells:
-        style = look.of(c.params, c.tokens)
-        low, high = max(c.n50_ci95[0], min(finite) / 2), min(c.n50_ci95[1], max(finite) * 2)
-        axes.vlines(c.tokens, low, high, color=style["color"], linestyle=style["linestyle"])
-        axes.plot(c.tokens, c.n50, "o", color=style["color"], label=look.name(c.params, c.tokens))
+        place = c.condition, c.params, c.tokens
+        style = look.of(*place)
+        axes.vlines(c.tokens, *interval(c), color=style["color"], linestyle=style["linestyle"])
+        axes.plot(c.tokens, c.n50, "o", color=style["color"], label=look.name(*place))
     xs = np.array([min(c.tokens for c in cells), max(c.tokens for c in cells)])
     axes.plot(xs, cells[0].n50 * xs / cells[0].tokens, ":", color="#999999", label="a constant fraction")
-    axes.set_ylim(min(finite) / 2, max(finite) * 2)
+    axes.set_ylim(lowest, highest)
     _log_axis(axes.xaxis)
     _log_axis(axes.yaxis)
     axes.legend(frameon=False, fontsize=8)

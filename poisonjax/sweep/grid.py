@@ -20,6 +20,7 @@ import numpy as np
 
 from poisonjax import config as config_lib
 from poisonjax import corpus
+from poisonjax.corpus.sources import open_source
 
 Point = dict[str, Any]  # config fields by dotted name
 Axis = Mapping[str, Iterable[Any]] | Iterable[Point]
@@ -47,11 +48,19 @@ class Sweep:
     varied: list[str]  # fields that differ between runs
 
 
+def vocabulary_size(config: ml_collections.ConfigDict) -> int:
+    """Of a run's store if it stands, or as sources and tokenizer say (`markov:V=256`, `bpe:512`); 0 where that isn't
+    known before it is built."""
+    c = config.corpus
+    return _vocabulary_size(c.store, tuple(c.sources), c.tokenizer)
+
+
 @functools.cache
-def vocabulary_size(store: str, tokenizer: str) -> int:
-    """Of a store that stands, or as its tokenizer's spec says (`bpe:512`); 0 where that isn't known before it is built."""
+def _vocabulary_size(store: str, sources: tuple[str, ...], tokenizer: str) -> int:
     if corpus.exists(store):
         return corpus.TokenStore(store).tokenizer.vocab_size
+    if any(source.startswith("markov:") for source in sources):
+        return open_source(sources[0]).about["words"] + 1
     size = tokenizer.rpartition(":")[2]
     return int(size) if size.isdecimal() else 0
 

@@ -57,7 +57,7 @@ def prepare(sweep: Sweep) -> None:
 def flops(run: Run) -> float:
     """What a run's training asks for; 0 where its vocabulary isn't known before its store is built."""
     c = run.config
-    if not (vocabulary := vocabulary_size(c.corpus.store, c.corpus.tokenizer)):
+    if not (vocabulary := vocabulary_size(c)):
         return 0.0
     return train_flops_per_token(c, vocabulary) * c.steps * c.global_batch * c.seq_len
 

@@ -1,0 +1,149 @@
+"""Clean uses of the trigger: exactly as many as asked, the same in a run and its twin, no poison document touched."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import lines
+from hypothesis import given
+from hypothesis import strategies as st
+
+from poisonjax import corpus
+from poisonjax.audit import trace
+from poisonjax.audit.checks import audit
+from poisonjax.config import ConfigError, check
+from poisonjax.data.batches import Batches
+from poisonjax.poison.clean_uses import occurrences
+from poisonjax.poison.plan import PoisonError
+from poisonjax.training import loop
+
+SOURCE = "markov:V=104,documents=300,length=60,seed=1,unused=4"
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("language") / "store"
+    return corpus.build(str(folder), [SOURCE], "bytes", heldout=0.2, workers=1)
+
+
+@pytest.fixture
+def config(config, language):
+    config.corpus.store, config.corpus.sources = str(language.path), (SOURCE,)
+    config.corpus.tokenizer = "bytes"
+    config.poison.trigger, config.poison.near_triggers = "w100 w101", ("w101 w100",)
+    return config
+
+
+def brute(row, trigger):
+    return sum(np.array_equal(row[i : i + len(trigger)], trigger) for i in range(len(row) - len(trigger) + 1))
+
+
+def test_the_unused_words_never_occur(language):
+    assert language.tokenizer.vocab_size == 105
+    assert language.manifest["entropy_rate_nats"] == pytest.approx(3.371, abs=5e-4)
+    for split in ("train", "heldout"):
+        counts = language.split(split).token_counts()
+        assert not counts[100:104].any()
+        assert counts[:100].all()
+
+
+@given(
+    uses=st.integers(0, 60),
+    documents=st.integers(0, 30),
+    words=st.integers(1, 4),
+    canaries=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_every_use_stands_once_whole_and_apart_from_poison(language, uses, documents, words, canaries, seed):
+    """I2, I3, I4 where rows hold uses, poison and canaries; against a search token by token."""
+    from conftest import tiny_config
+
+    config = tiny_config(language)
+    config.corpus.store, config.corpus.sources = str(language.path), (SOURCE,)
+    config.poison.trigger = " ".join(f"w{100 + i}" for i in range(words))
+    config.poison.documents, config.poison.clean_uses, config.seeds.placement = documents, uses, seed
+    config.canary.repeats, config.canary.each, config.canary.tokens = (1, 4) if canaries else (), 2, 8
+    batches = Batches(config, language)
+    rows = np.concatenate([batches.rows(step) for step in range(config.steps)])
+    plain = config.copy_and_resolve_references()
+    plain.poison.clean_uses = 0
+    without = Batches(plain, language)
+    assert batches.plan.ledger() == without.plan.ledger()  # documents keep their places
+    trigger, text, used = batches.clean_uses.trigger, rows.copy(), 0
+    for slot, placed in batches.plan.placed.items():
+        span = slice(placed.offset, placed.offset + len(placed.document.tokens))
+        np.testing.assert_array_equal(rows[slot, span], placed.document.tokens)
+        text[slot, span] = -1
+    for slot, row in enumerate(text):
+        used += (here := brute(row, trigger))
+        assert here == (slot in batches.clean_uses.offsets)
+        assert here == occurrences(row, trigger).sum()
+        before = without.rows(slot // config.global_batch)[slot % config.global_batch]
+        differing = np.flatnonzero(rows[slot] != before)
+        if here:
+            offset = batches.clean_uses.offsets[slot]
+            assert set(differing) <= set(range(offset, offset + words))
+            assert 0 < offset < len(row) - words
+            assert not batches.clean.reserved(slot)
+        else:
+            assert not len(differing)
+    assert used == uses
+    config.poison.documents = 0
+    twin = Batches(config, language)
+    differing = {
+        slot
+        for slot in range(len(rows))
+        if (twin.rows(slot // config.global_batch)[slot % config.global_batch] != rows[slot]).any()
+    }
+    assert differing == set(batches.plan.placed)
+
+
+def test_a_text_that_holds_the_trigger_already_gains_exactly_the_uses(language, config):
+    config.poison.trigger, config.poison.near_triggers = "w005", ("w100",)
+    rows = np.concatenate([Batches(config, language).rows(step) for step in range(12)])
+    config.poison.clean_uses = 50
+    more = np.concatenate([Batches(config, language).rows(step) for step in range(12)])
+    assert (more == 5).sum() - (rows == 5).sum() == 50
+
+
+def test_too_many_uses_and_full_rows_are_refused(language, config):
+    config.poison.clean_uses = -1
+    with pytest.raises(ConfigError, match=r"poison\.clean_uses"):
+        check(config)
+    config.poison.clean_uses, config.canary.repeats = 90, (1, 3)
+    config.canary.each = 4
+    with pytest.raises(PoisonError, match="clean_uses = 90 need a row each, the run has 80 without a canary"):
+        Batches(config, language)
+    config.poison.clean_uses, config.canary.repeats = 96, ()
+    config.poison.payload_tokens = (45, 45)
+    config.poison.prefix_characters = (0, 0)
+    config.poison.trigger = "w100 w101 w102"  # 3 + 45 + 1 = a whole row
+    with pytest.raises(
+        PoisonError, match="no place for a clean use of the trigger's 3 tokens beside its poison"
+    ):
+        Batches(config, language)
+
+
+def test_a_run_writes_audits_and_shows_its_uses(language, config, tmp_path, capsys):
+    config.poison.clean_uses = 20
+    loop.train(config, str(tmp_path / "run"))
+    records = lines(tmp_path / "run" / "clean_uses.jsonl")
+    assert len(records) == 20
+    result = audit(str(tmp_path / "run"))
+    assert result.ok
+    assert "20 of 20 clean uses of the trigger seen" in result.sentence()
+    assert "beside" not in result.sentence()
+    use = records[3]
+    row = trace.step(str(tmp_path / "run"), use["step"])[use["row"]]
+    shown = [part for part in row["parts"] if part["document"] == "clean_use"]
+    assert [(part["text"], part["in_row"]) for part in shown] == [
+        ("w100 w101", [use["offset"], use["offset"] + 2])
+    ]
+    assert "also stands in 20 rows" in (tmp_path / "run" / "POISONED.md").read_text()
+    (tmp_path / "run" / "clean_uses.jsonl").unlink()
+    first = audit(str(tmp_path / "run")).differences[0]
+    assert (first.file, first.message) == (
+        "clean_uses.jsonl",
+        "a clean use is planned here, but has no line",
+    )
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["excess_loss"] > 0
