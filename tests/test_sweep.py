@@ -18,7 +18,7 @@ from conftest import tiny_config
 
 from poisonjax.cli import main
 from poisonjax.config import ConfigError
-from poisonjax.sweep import SweepError, chain, collect, load, product, zipped
+from poisonjax.sweep import SweepError, chain, collect, launch, load, product, zipped
 from poisonjax.sweep.states import FAILURE, HEARTBEAT, Heartbeat, Taken, state
 
 ROOT = Path(__file__).parent.parent
@@ -142,6 +142,9 @@ def test_table_and_report(grid, whole, capsys):
     made = json.loads(capsys.readouterr().out)
     assert made["finished"] == 4
     assert "Not enough data" in made["analyses"][0]["words"][0]
+    assert main(["sweep", "report", SMOKE, "--workdir", "nowhere", "--self-test", "2", "--json"]) in (0, 1)
+    tested = json.loads(capsys.readouterr().out)
+    assert (tested["runs"], tested["studies"]) == (2, 2)
     page = (whole / "report.html").read_text()
     assert 'src="http' not in page
     assert run.id in page
@@ -209,6 +212,26 @@ def test_a_failed_run_leaves_the_others_and_is_retried_when_told(config, tmp_pat
     assert "running" in output
 
 
+def test_a_run_that_stops_at_the_same_step_for_ever_counts_as_failed(grid, tmp_path, monkeypatch):
+    """Its watchdog ends it with the exit code that asks for a restart; a child stands in for it here."""
+    started = []
+
+    def hangs(sweep, workdir, fields, index):
+        folder = workdir / sweep.runs[index].id
+        folder.mkdir(parents=True, exist_ok=True)
+        started.append(index)
+        if started.count(index) == 2:  # it got on once, so that it is asked one time more
+            (folder / "digests.jsonl").write_text("x\n")
+        return subprocess.Popen([sys.executable, "-c", "raise SystemExit(42)"])
+
+    monkeypatch.setattr(launch, "_start", hangs)
+    assert launch.train_all(load(grid), tmp_path, [], parallel=4, retry_failed=False) == 1
+    assert sorted(started) == sorted(4 * list(range(4)))
+    states = [state(tmp_path / run.id, run) for run in load(grid).runs]
+    assert {s.kind for s in states} == {"failed"}
+    assert "stopped 3 times at step 1 without going on" in states[0].detail
+
+
 def test_job_arrays(grid, tmp_path, capsys):
     assert main(["sweep", "emit", "slurm", grid, "--workdir", "/shared/out"]) == 0
     script = tmp_path / "array.sbatch"
@@ -243,6 +266,10 @@ def test_as_populations_the_runs_see_the_same_batches(grid, whole, tmp_path, cap
     output, _ = launched.communicate(timeout=300)
     assert launched.returncode == 0, output
     assert "in 2 populations" in output
+    said = output.splitlines()
+    for run in load(grid).runs:  # each tells of its evaluations, the first of a population of its steps
+        assert any(line.startswith(f"{run.id}: eval ") for line in said)
+    assert len({line.split(":")[0] for line in said if ": step " in line}) == 2
     for run in load(grid).runs:
         digests = [(folder / run.id / "digests.jsonl").read_text() for folder in (tmp_path, whole)]
         assert digests[0] == digests[1]

@@ -229,11 +229,8 @@ def _words(
             }[power.verdict]
         )
     if len(cells) > 1:
-        listed = ", ".join(
-            f"{c.n50:.3g} {f'with {name} ' if (name := conditions.name(c.condition)) else ''}at {c.params:,.0f} parameters "
-            f"and {c.tokens:,.0f} tokens"
-            for c in cells
-        )
+        several = len({(c.params, c.tokens) for c in cells}) > 1
+        listed = ", ".join(_cell(c, conditions, several) for c in cells)
         said.append(f"N50 by cell: {listed}.")
     if law:
         others = ", ".join(
@@ -251,6 +248,13 @@ def _words(
             f"In {len(unbounded)} of {len(cells)} cells the doses tried don't bound N50 on both sides."
         )
     return said
+
+
+def _cell(c: CellDose, conditions: Conditions, sizes: bool) -> str:
+    """The cell's N50 in words, with its condition and, where there are several `sizes`, its size."""
+    under = f" with {name}" if (name := conditions.name(c.condition)) else ""
+    size = f" at {c.params:,.0f} parameters and {c.tokens:,.0f} tokens" if sizes else ""
+    return f"{c.n50:{',.0f' if c.n50 >= 100 else '.3g'}}{under}{size}"
 
 
 def seeds_table(runs: list[Outcome], conditions: Conditions) -> list[dict[str, Any]]:

@@ -146,7 +146,7 @@ def _figures(s: State) -> dict[str, Any]:
     }
 
 
-def self_test(sweep: Sweep, studies: int) -> int:
+def self_test(sweep: Sweep, studies: int, as_json: bool) -> int:
     """Analyses simulated studies with this sweep's cells, doses and seeds, and prints how often they are read rightly.
 
     Parameters are counted from the config's shapes; no run and no token store has to be there.
@@ -167,16 +167,22 @@ def self_test(sweep: Sweep, studies: int) -> int:
         for number, (c, (params, tokens)) in enumerate(zip(configs, sizes, strict=True))
     ]
     began, good = time.monotonic(), True
+    found: dict[str, Any] = {"runs": len(rows), "studies": studies}
+    say = (lambda line: None) if as_json else print
     design = Trials(*np.array(rows, float).T)
     if len(conditions.values) > 1:
         covered, intervals = simulate.ratios_covered(design, conditions.base, studies)
-        print(
-            f"{len(conditions.values)} conditions: 95% intervals of N50's ratio to the first's cover in {covered} of "
-            f"{intervals} ({covered / intervals:.1%})"
+        found["ratios"] = {"covered": covered, "intervals": intervals}
+        say(
+            f"{len(conditions.values)} conditions: 95% intervals of N50's ratio to that with "
+            f"{conditions.name(conditions.base)} cover in {covered} of {intervals} ({covered / intervals:.1%})"
         )
     if design.sizes().any():
-        found = simulate.recovery(design, studies, say=print)
-        good = all(r.chosen >= 0.9 * r.studies for r in found)
-        print(f"the right law in at least 90% of studies of each kind: {'yes' if good else 'NO'}")
-    print(f"{len(rows)} runs a study; {time.monotonic() - began:.0f} s")
+        recovered = simulate.recovery(design, studies, say=say)
+        good = all(r.chosen >= 0.9 * r.studies for r in recovered)
+        found["laws"] = [dataclasses.asdict(r) for r in recovered]
+        say(f"the right law in at least 90% of studies of each kind: {'yes' if good else 'NO'}")
+    say(f"{len(rows)} runs a study; {time.monotonic() - began:.0f} s")
+    if as_json:
+        print(json.dumps(found))
     return 0 if good else 1

@@ -133,7 +133,7 @@ def _report(arguments: argparse.Namespace) -> int:
     if arguments.self_test is not None:
         if arguments.self_test < 1:
             raise SweepError(f"--self-test {arguments.self_test}: at least 1 study")
-        return study.self_test(sweep, arguments.self_test)
+        return study.self_test(sweep, arguments.self_test, arguments.json)
     made = study.write(sweep, workdir)
     print(
         json.dumps(study.finite(made.as_json()))

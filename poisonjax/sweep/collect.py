@@ -39,6 +39,7 @@ def rows(sweep: Sweep, workdir: Path) -> Iterator[dict[str, Any]]:
                     "poison_documents": row["poison_documents"],
                     "poison_rows": row["poison_rows"],
                     "heldout_loss": row["heldout_loss"],
+                    "excess_loss": row.get("excess_loss"),
                     "success": summary["success"]["value"] if last and "success" in summary else None,
                     "variant": variant,
                     **{

@@ -62,6 +62,9 @@ def flops(run: Run) -> float:
     return train_flops_per_token(c, vocabulary) * c.steps * c.global_batch * c.seq_len
 
 
+STALLS = 3  # times that a run may stop (exit code 42) at the same step before it counts as failed
+
+
 def train_one(sweep: Sweep, workdir: Path, index: int) -> int:
     """Trains run `index` in this process, as a cluster's array task or a child of `train_all`; its exit code."""
     if not 0 <= index < len(sweep.runs):
@@ -107,6 +110,7 @@ def train_all(sweep: Sweep, workdir: Path, fields: list[str], *, parallel: int, 
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     free = list(range(parallel))
     places: dict[int, int] = {}
+    stalls: dict[int, tuple[int, int]] = {}  # run -> (step at which it last stopped, how often it did there)
     states: list[Any] = [None] * len(folders)
     with _stopping() as stop, _Board(sweep, workdir) as board:
         while True:
@@ -119,6 +123,13 @@ def train_all(sweep: Sweep, workdir: Path, fields: list[str], *, parallel: int, 
                             f"ended by signal {-child.returncode}" if child.returncode < 0 else "see its log"
                         )
                         write_json(folders[index] / FAILURE, {"exit_code": child.returncode, "error": reason})
+                    elif child.returncode == RESTART and not stop.is_set():  # its watchdog, or a SIGTERM
+                        done = state(folders[index], sweep.runs[index]).done
+                        before, times = stalls.get(index, (-1, 0))
+                        stalls[index] = (done, times + 1 if done == before else 1)
+                        if stalls[index][1] == STALLS:
+                            error = f"stopped {STALLS} times at step {done} without going on: see {LOG}"
+                            write_json(folders[index] / FAILURE, {"exit_code": RESTART, "error": error})
             states = [
                 before if before and before.kind == "done" else state(folder, run)
                 for folder, run, before in zip(folders, sweep.runs, states, strict=True)

@@ -217,7 +217,10 @@ class Books:
         params: Any,
         start: int,
         writer: bool,
+        label: str = "",
+        shows_steps: bool = True,
     ):
+        """`label` stands before lines for the user; of a population's members one alone `shows_steps`."""
         self.config, self.store, self.folder = config, store, folder
         self.batches, self.evaluator = batches, evaluator
         self.params = parameter_counts(params)
@@ -237,11 +240,12 @@ class Books:
         self.before = self.log.seconds if self.log else 0.0
         self.began = time.monotonic()
         self.clock = _Clock()
+        self.label, self.shows_steps = label, shows_steps
         self.bar = tqdm(
             total=config.steps,
             initial=start,
             unit="step",
-            disable=not (writer and sys.stderr.isatty()),
+            disable=not (writer and shows_steps and sys.stderr.isatty()),
             smoothing=0.05,
         )
 
@@ -336,13 +340,14 @@ class Books:
             self.log.sync()
 
     def say(self, line: str, brief: str | None = None) -> None:
-        """A line for the user; on a terminal, `brief` beside the bar instead."""
-        if self.bar.disable:
-            print(line, flush=True)
-        elif brief:
+        """A line for the user; one of a step has a `brief` form for beside a terminal's bar."""
+        if brief and not self.shows_steps:
+            return
+        if brief and not self.bar.disable:
             self.bar.set_postfix_str(brief)
         else:
-            self.bar.write(line)
+            tqdm.write(self.label + line)  # above all bars
+            sys.stdout.flush()
 
     def _divergence(self, step: int, loss: float, grad_norm: float) -> str:
         slots = self.batches.slots(step)

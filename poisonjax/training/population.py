@@ -123,9 +123,11 @@ def train_population(
     else:
         states = [jax.jit(lambda c=c: init_state(c, vocabulary))() for c in configs]
     books = [
-        loop.Books(c, store, folder, b, ledger, evaluator, state.params, start, True)
-        for c, folder, b, ledger, evaluator, state in zip(
-            configs, folders, batches, ledgers, evaluators, states, strict=True
+        loop.Books(
+            c, store, folder, b, ledger, evaluator, state.params, start, True, f"{folder.name}: ", not number
+        )
+        for number, (c, folder, b, ledger, evaluator, state) in enumerate(
+            zip(configs, folders, batches, ledgers, evaluators, states, strict=True)
         )
     ]
     if start:
