@@ -16,10 +16,12 @@ import pytest
 import yaml
 from conftest import tiny_config
 
+from poisonjax import heartbeat
 from poisonjax.cli import main
 from poisonjax.config import ConfigError
+from poisonjax.heartbeat import HEARTBEAT, Heartbeat, Taken
 from poisonjax.sweep import SweepError, chain, collect, launch, load, product, zipped
-from poisonjax.sweep.states import FAILURE, HEARTBEAT, Heartbeat, Taken, state
+from poisonjax.sweep.states import FAILURE, state
 
 ROOT = Path(__file__).parent.parent
 SMOKE = str(ROOT / "configs/sweeps/smoke.py")
@@ -275,3 +277,20 @@ def test_as_populations_the_runs_see_the_same_batches(grid, whole, tmp_path, cap
         assert digests[0] == digests[1]
         assert state(tmp_path / run.id, run).kind == "done"
     assert main(["sweep", "run", grid, "--workdir", str(tmp_path)]) == 0  # nothing is left to do
+
+
+def test_train_leaves_a_run_alone_that_another_process_is_at(config, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "run"
+    base = sweep_file(tmp_path, config, "")
+    with Heartbeat(folder):
+        assert main(["train", "--config", base, "--workdir", str(folder)]) == 2
+    assert f"(process {os.getpid()} on " in capsys.readouterr().err
+    assert not folder.exists()
+    # One on another machine that was killed: its heartbeat is waited for until it is stale.
+    monkeypatch.setattr(heartbeat, "STALE_SECONDS", 3)
+    (folder / HEARTBEAT).write_text('{"host": "elsewhere", "boot": "", "pid": 1, "started": ""}')
+    with pytest.raises(Taken, match="process 1 on elsewhere"), Heartbeat(folder):
+        pass
+    began = time.monotonic()
+    with Heartbeat(folder, patient=True):
+        assert time.monotonic() - began > 2

@@ -19,10 +19,11 @@ from rich.table import Table
 
 from poisonjax import processes
 from poisonjax.files import write_whole
+from poisonjax.heartbeat import Heartbeat, Taken
 from poisonjax.model.flops import train_flops_per_token
 from poisonjax.runfolder import write_json
 from poisonjax.sweep.grid import Run, Sweep, SweepError, vocabulary_size
-from poisonjax.sweep.states import FAILURE, LOG, Heartbeat, State, Taken, state
+from poisonjax.sweep.states import FAILURE, LOG, State, state
 from poisonjax.training.cli import RESTART
 from poisonjax.training.cli import run as train_run
 

@@ -3,12 +3,15 @@
 import argparse
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import ml_collections
 
 from poisonjax import config as config_lib
 from poisonjax import processes
+from poisonjax.files import is_object
+from poisonjax.heartbeat import Heartbeat
 from poisonjax.startup import start_jax
 
 # A run that was asked to stop (SIGTERM) exits so that schedulers restart it: XPK restarts 42 and 127-255 only.
@@ -39,7 +42,12 @@ def _train(arguments: argparse.Namespace) -> int:
         config = config_lib.override(runfolder.twin_config(epath.Path(arguments.twin_of)), arguments.fields)
     else:
         config = config_lib.load([f"--config={arguments.config}", *arguments.fields])
-    return run(config, arguments.workdir, arguments.twin_of)
+    place = processes.resolve(os.environ)
+    if is_object(arguments.workdir) or (place and place.index):  # nothing can be claimed in an object store
+        return run(config, arguments.workdir, arguments.twin_of)
+    config_lib.check(config)  # before the folder is made
+    with Heartbeat(Path(arguments.workdir), patient=True):
+        return run(config, arguments.workdir, arguments.twin_of)
 
 
 def run(config: ml_collections.ConfigDict, workdir: str, twin_of: str | None = None) -> int:

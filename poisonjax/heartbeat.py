@@ -1,0 +1,123 @@
+"""Who is at work on a run folder: one process at a time, told by a file that it keeps touching."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+BEAT_SECONDS = 5
+STALE_SECONDS = 90  # on another machine: a heartbeat older than that belongs to a process that is gone
+HEARTBEAT = "heartbeat.json"
+
+
+def beats(folder: Path, *, elsewhere: bool = False) -> bool:
+    """Whether a process is at work on the run: one of this machine that lives, or a fresh heartbeat of another's; with
+    `elsewhere`, the latter alone."""
+    path = folder / HEARTBEAT
+    try:
+        age = time.time() - path.stat().st_mtime
+        beat = json.loads(path.read_text())
+    except FileNotFoundError:
+        return False
+    except ValueError:  # just claimed
+        return age <= STALE_SECONDS
+    if beat["host"] == socket.gethostname() and beat["boot"] == _boot():
+        return not elsewhere and _started(beat["pid"]) == beat["started"]
+    return age <= STALE_SECONDS
+
+
+def _boot() -> str:
+    """Tells this machine, and this container of it, from others of the same name."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _started(pid: int) -> str:
+    """When a living process started, so that another one with its number isn't taken for it; "" where it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if fields[0] == "Z" else fields[19]
+    except OSError:
+        return str(pid) if not Path("/proc").exists() and _alive(pid) else ""
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _whose(path: Path) -> str:
+    try:
+        beat = json.loads(path.read_text())
+    except (OSError, ValueError):  # just claimed, or just gone
+        return ""
+    return f" (process {beat['pid']} on {beat['host']})"
+
+
+class Taken(ValueError):
+    """Another process is at work on the run."""
+
+
+class Heartbeat:
+    """Claims a run for this process until it ends; with `parent`, a process id, the process stops with that.
+
+    Entering raises Taken where another process has the run. One on another machine that was killed still seems to have
+    it for `STALE_SECONDS`: a `patient` claim waits that long.
+    """
+
+    def __init__(self, folder: Path, parent: int | None = None, *, patient: bool = False):
+        self._path, self._parent, self._patient = folder / HEARTBEAT, parent, patient
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> "Heartbeat":
+        until = time.monotonic() + STALE_SECONDS + BEAT_SECONDS
+        while self._patient and beats(self._path.parent, elsewhere=True) and time.monotonic() < until:
+            time.sleep(1)
+        folder = self._path.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        if self._path.exists() and not beats(folder):  # of one that is gone; of two who see that, one gets it
+            with contextlib.suppress(FileNotFoundError):
+                gone = self._path.with_name(f"{HEARTBEAT}.{os.getpid()}")
+                self._path.rename(gone)
+                gone.unlink()
+        try:
+            claimed = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        except FileExistsError:
+            raise Taken(
+                f"{folder}: another process is at it{_whose(self._path)}; wait for its end, stop it, or choose another folder"
+            ) from None
+        beat = {
+            "host": socket.gethostname(), "boot": _boot(), "pid": os.getpid(), "started": _started(os.getpid()),
+        }  # fmt: skip
+        with os.fdopen(claimed, "w") as file:
+            file.write(json.dumps(beat) + "\n")
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a run that was refused leaves no empty folder
+            self._path.parent.rmdir()
+
+    def _run(self) -> None:
+        asked = False
+        while not self._stop.wait(1 if self._parent else BEAT_SECONDS):
+            with contextlib.suppress(OSError):  # a network disk that doesn't answer for a while
+                os.utime(self._path)
+            if self._parent and os.getppid() != self._parent and not asked:
+                asked = True
+                os.kill(os.getpid(), signal.SIGTERM)  # saves and stops
