@@ -288,6 +288,7 @@ def test_train_leaves_a_run_alone_that_another_process_is_at(config, tmp_path, c
     assert not folder.exists()
     # One on another machine that was killed: its heartbeat is waited for until it is stale.
     monkeypatch.setattr(heartbeat, "STALE_SECONDS", 3)
+    folder.mkdir()
     (folder / HEARTBEAT).write_text('{"host": "elsewhere", "boot": "", "pid": 1, "started": ""}')
     with pytest.raises(Taken, match="process 1 on elsewhere"), Heartbeat(folder):
         pass
