@@ -299,8 +299,13 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 def from_record(fields: dict[str, Any]) -> ml_collections.ConfigDict:
     """The config that `config.json` holds, tuples restored."""
+    return from_flat(flat(ml_collections.ConfigDict(fields)))
+
+
+def from_flat(fields: dict[str, Any]) -> ml_collections.ConfigDict:
+    """The inverse of `flat`; fields that are left out have their defaults."""
     config = default()
-    for name, value in flat(ml_collections.ConfigDict(fields)).items():
+    for name, value in fields.items():
         node, *inner = name.split(".")
         owner, leaf = (config[node], inner[0]) if inner else (config, node)
         with owner.unlocked():

@@ -18,9 +18,10 @@ from conftest import tiny_config
 
 from poisonjax import heartbeat
 from poisonjax.cli import main
-from poisonjax.config import ConfigError
+from poisonjax.config import ConfigError, fingerprint
 from poisonjax.heartbeat import HEARTBEAT, Heartbeat, Taken
 from poisonjax.sweep import SweepError, chain, collect, launch, load, product, zipped
+from poisonjax.sweep.grid import of_folder
 from poisonjax.sweep.states import FAILURE, state
 
 ROOT = Path(__file__).parent.parent
@@ -147,6 +148,14 @@ def test_table_and_report(grid, whole, capsys):
     assert main(["sweep", "report", SMOKE, "--workdir", "nowhere", "--self-test", "2", "--json"]) in (0, 1)
     tested = json.loads(capsys.readouterr().out)
     assert (tested["runs"], tested["studies"]) == (2, 2)
+    there = json.loads((whole / "analysis.json").read_text())
+    assert main(["report", str(whole)]) == 0  # the same, without the config file
+    assert f"{whole}/report.html" in capsys.readouterr().out
+    assert json.loads((whole / "analysis.json").read_text()) == there
+    assert main(["report", str(whole), "--twin", str(whole / run.id)]) == 2
+    again = of_folder(whole)
+    assert [r.id for r in again.runs] == [r.id for r in load(grid).runs]
+    assert [fingerprint(r.config) for r in again.runs] == [fingerprint(r.config) for r in load(grid).runs]
     page = (whole / "report.html").read_text()
     assert 'src="http' not in page
     assert run.id in page

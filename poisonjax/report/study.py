@@ -1,6 +1,5 @@
 """A sweep's report: what its finished runs say of dose, data and size, on one page."""
 
-import ast
 import dataclasses
 import json
 import math
@@ -42,6 +41,9 @@ class Study:
     runs: int
     finished: int
     analyses: list[Analysis]
+
+    def __str__(self) -> str:
+        return "\n".join([*self.words(), str(self.page)])
 
     def words(self) -> list[str]:
         """The findings, a line each."""
@@ -110,7 +112,7 @@ def write(sweep: Sweep, workdir: Path) -> Study:
         rows=seeds_table(runs, conditions),
         estimators=list(ESTIMATORS),
         ledger=[(run.id, s, _figures(s)) for run, s in zip(sweep.runs, states, strict=True)],
-        about=ast.get_docstring(ast.parse(Path(sweep.spec.partition(":")[0]).read_text())) or "",
+        about=sweep.about,
         scorer=runs[0].config["eval.scorer"] or "the model itself",
         threshold=runs[0].config["eval.threshold"],
         margin=MARGIN,

@@ -135,11 +135,7 @@ def _report(arguments: argparse.Namespace) -> int:
             raise SweepError(f"--self-test {arguments.self_test}: at least 1 study")
         return study.self_test(sweep, arguments.self_test, arguments.json)
     made = study.write(sweep, workdir)
-    print(
-        json.dumps(study.finite(made.as_json()))
-        if arguments.json
-        else "\n".join([*made.words(), str(made.page)])
-    )
+    print(json.dumps(study.finite(made.as_json())) if arguments.json else made)
     return 0
 
 

@@ -8,7 +8,9 @@ def sweep(add):
 import dataclasses
 import functools
 import importlib.util
+import inspect
 import itertools
+import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,6 +23,8 @@ import numpy as np
 from poisonjax import config as config_lib
 from poisonjax import corpus
 from poisonjax.corpus.sources import open_source
+
+FILE = "sweep.json"  # in the folder of the sweep's runs
 
 Point = dict[str, Any]  # config fields by dotted name
 Axis = Mapping[str, Iterable[Any]] | Iterable[Point]
@@ -46,6 +50,8 @@ class Sweep:
     spec: str
     runs: list[Run]
     varied: list[str]  # fields that differ between runs
+    base: ml_collections.ConfigDict  # what the runs' fields change
+    about: str  # the config file's docstring
 
 
 def vocabulary_size(config: ml_collections.ConfigDict) -> int:
@@ -134,7 +140,34 @@ def load(spec: str, fields: Sequence[str] = ()) -> Sweep:
         if fingerprint in seen:
             raise SweepError(f"{spec}: runs {seen[fingerprint]} and {number} have the same config ({run.id})")
         seen[fingerprint] = number
-    return Sweep(spec, runs, varied)
+    return Sweep(spec, runs, varied, base, inspect.cleandoc(module.__doc__ or ""))
+
+
+def record(sweep: Sweep) -> dict[str, Any]:
+    """All that a folder has to know of its sweep; `of_folder` reads it."""
+    return {
+        "spec": sweep.spec,
+        "about": sweep.about,
+        "varied": sweep.varied,
+        "base": config_lib.flat(sweep.base),
+        "runs": {run.id: run.fields for run in sweep.runs},
+    }
+
+
+def of_folder(workdir: Path) -> Sweep:
+    """The sweep whose runs lie in a folder, without its config file; raises SweepError where there is none."""
+    try:
+        there = json.loads((workdir / FILE).read_text())
+        runs = [
+            Run(name, fields, config_lib.from_flat(there["base"] | fields))
+            for name, fields in there["runs"].items()
+        ]
+        base = config_lib.from_flat(there["base"])
+        return Sweep(there["spec"], runs, there["varied"], base, there["about"])
+    except (OSError, ValueError, KeyError) as error:
+        raise SweepError(
+            f"{workdir / FILE} doesn't tell of a sweep ({error!r}); `poisonjax sweep run` writes it"
+        ) from None
 
 
 def _words(point: Point) -> str:

@@ -22,6 +22,7 @@ from poisonjax.files import write_whole
 from poisonjax.heartbeat import Heartbeat, Taken
 from poisonjax.model.flops import train_flops_per_token
 from poisonjax.runfolder import write_json
+from poisonjax.sweep import grid
 from poisonjax.sweep.grid import Run, Sweep, SweepError, vocabulary_size
 from poisonjax.sweep.states import FAILURE, LOG, State, state
 from poisonjax.training.cli import RESTART
@@ -32,8 +33,8 @@ PARENT = "POISONJAX_SWEEP_PARENT"  # process id of the launcher that a run belon
 
 def claim(sweep: Sweep, workdir: Path) -> None:
     """Writes sweep.json; raises SweepError where the folder holds runs that this sweep doesn't have."""
-    path = workdir / "sweep.json"
-    runs = {run.id: run.fields for run in sweep.runs}
+    path = workdir / grid.FILE
+    runs = {run.id for run in sweep.runs}
     if path.exists():
         strange = [id for id in json.loads(path.read_text())["runs"] if id not in runs]
         if strange:
@@ -42,7 +43,7 @@ def claim(sweep: Sweep, workdir: Path) -> None:
                 "another --workdir, or undo the change; runs may be added to a sweep, not changed"
             )
     workdir.mkdir(parents=True, exist_ok=True)
-    record = json.dumps({"spec": sweep.spec, "varied": sweep.varied, "runs": runs}, indent=2) + "\n"
+    record = json.dumps(grid.record(sweep), indent=2) + "\n"
     if not path.exists() or path.read_text() != record:  # array tasks may claim it at once
         write_whole(epath.Path(path), record, suffix=f"{os.getpid()}.partial")
 
