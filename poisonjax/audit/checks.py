@@ -414,6 +414,8 @@ def summary(run: Run) -> Iterator[Difference]:
         "tokens": run.steps * run.config.global_batch * run.config.seq_len,
         "dose_planned": dose(run.plan, run.config.steps),
         "dose_seen": dose(run.plan, run.steps),
+        "trigger_tokens": len(run.batches.clean_uses.trigger),
+        "clean_uses_seen": run.batches.clean_uses.met(run.steps * run.config.global_batch),
         "digest_chain": link,
     }
     for field, value in expected.items():

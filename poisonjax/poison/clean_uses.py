@@ -66,6 +66,10 @@ class CleanUses:
             rows[i, offset : offset + len(self.trigger)] = self.trigger
         return rows
 
+    def met(self, slots: int) -> int:
+        """How many of the uses stand in the run's first `slots`."""
+        return sum(slot < slots for slot in self.offsets)
+
     def records(self, global_batch: int) -> list[dict]:
         """One record a use, in the order of the run; `offset` and `tokens` as in the ledger."""
         return [

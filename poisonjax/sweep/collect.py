@@ -26,6 +26,7 @@ def rows(sweep: Sweep, workdir: Path) -> Iterator[dict[str, Any]]:
             **{name: _cell(flat[name]) for name in sweep.varied},
             "params": summary.get("params"),
             "params_non_embedding": summary.get("params_non_embedding"),
+            "trigger_tokens": summary.get("trigger_tokens"),
         }
         for row in read_lines(folder / "metrics.jsonl"):
             if row["kind"] != "eval":

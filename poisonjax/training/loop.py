@@ -373,6 +373,8 @@ class Books:
             "params_non_embedding": inner,
             "dose_planned": dose(self.ledger, self.config.steps),
             "dose_seen": dose(self.ledger, self.done),
+            "trigger_tokens": len(self.batches.clean_uses.trigger),
+            "clean_uses_seen": self.batches.clean_uses.met(self.done * self.config.global_batch),
             "unigram_nll": self.evaluator.unigram_nll,
             "tokens_per_second": self.clock.speed() * self.tokens(1),
             "wall_seconds": self.seconds(),
