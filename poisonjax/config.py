@@ -112,6 +112,10 @@ def default() -> ml_collections.ConfigDict:
 OPERATIONAL = ("corpus.store", "mesh", "checkpoint", "log_every", "watchdog_seconds")
 
 
+# Fields that the first runs didn't have, at the values at which a run is what it was before them.
+NEWER: dict[str, Any] = {"poison.clean_uses": 0}
+
+
 def load(arguments: Sequence[str]) -> ml_collections.ConfigDict:
     """Reads `--config FILE[:ARG] --config.a.b=c ...`; raises ConfigError for unknown fields and bad values."""
     values = flags.FlagValues()
@@ -161,12 +165,13 @@ def flat(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 def fingerprint(config: ml_collections.ConfigDict) -> str:
     """SHA-256 of the fields that determine what is trained and measured."""
-    fields = {k: v for k, v in flat(config).items() if not operational(k)}
+    fields = {k: v for k, v in flat(config).items() if not operational(k) and NEWER.get(k) != v}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """Lines naming each field in which two flat configs differ, operational ones left out."""
+    one, other = NEWER | one, NEWER | other
     names = sorted(name for name in one.keys() | other.keys() if not operational(name))
     return [
         f"{name}: {one.get(name)!r} there, {other.get(name)!r} here"

@@ -5,8 +5,10 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 BEAT_SECONDS = 5
@@ -73,51 +75,106 @@ class Heartbeat:
     """Claims a run for this process until it ends; with `parent`, a process id, the process stops with that.
 
     Entering raises Taken where another process has the run. One on another machine that was killed still seems to have
-    it for `STALE_SECONDS`: a `patient` claim waits that long.
+    it for `STALE_SECONDS`: a `patient` claim waits that long, unless it is seen to live.
     """
 
     def __init__(self, folder: Path, parent: int | None = None, *, patient: bool = False):
         self._path, self._parent, self._patient = folder / HEARTBEAT, parent, patient
+        self._beat = {
+            "host": socket.gethostname(),
+            "boot": _boot(),
+            "pid": os.getpid(),
+            "started": _started(os.getpid()),
+        }
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> "Heartbeat":
-        until = time.monotonic() + STALE_SECONDS + BEAT_SECONDS
-        while self._patient and beats(self._path.parent, elsewhere=True) and time.monotonic() < until:
-            time.sleep(1)
+        if self._patient:
+            self._wait()
         folder = self._path.parent
+        self._made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        if self._path.exists() and not beats(folder):  # of one that is gone; of two who see that, one gets it
-            with contextlib.suppress(FileNotFoundError):
-                gone = self._path.with_name(f"{HEARTBEAT}.{os.getpid()}")
-                self._path.rename(gone)
-                gone.unlink()
-        try:
-            claimed = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        except FileExistsError:
-            raise Taken(
-                f"{folder}: another process is at it{_whose(self._path)}; wait for its end, stop it, or choose another folder"
-            ) from None
-        beat = {
-            "host": socket.gethostname(), "boot": _boot(), "pid": os.getpid(), "started": _started(os.getpid()),
-        }  # fmt: skip
+        with self._alone():
+            if self._path.exists() and not beats(folder):  # of one that is gone
+                self._path.unlink(missing_ok=True)
+            try:
+                claimed = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            except FileExistsError:
+                raise self._taken() from None
         with os.fdopen(claimed, "w") as file:
-            file.write(json.dumps(beat) + "\n")
+            file.write(json.dumps(self._beat) + "\n")
         self._thread.start()
         return self
+
+    def _taken(self) -> Taken:
+        return Taken(
+            f"{self._path.parent}: another process is at it{_whose(self._path)}; wait for its end, stop it, or choose "
+            "another folder"
+        )
+
+    def _wait(self) -> None:
+        """Until the heartbeat of another machine is stale, or beats again."""
+        first = None
+        while beats(self._path.parent, elsewhere=True):
+            with contextlib.suppress(FileNotFoundError):
+                touched = self._path.stat().st_mtime
+                if first is None:
+                    first = touched
+                    print(
+                        f"{self._path.parent}: another process was at it{_whose(self._path)} less than {STALE_SECONDS} s "
+                        "ago; waiting to see whether it lives",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                if touched != first:
+                    return
+            time.sleep(1)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One claim at a time: who finds a heartbeat stale must not remove the fresh one of another who found the same."""
+        lock = self._path.with_name(f"{HEARTBEAT}.claim")
+        for _ in range(40):
+            try:
+                os.close(os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+                break
+            except FileExistsError:
+                with contextlib.suppress(FileNotFoundError):
+                    if time.time() - lock.stat().st_mtime > STALE_SECONDS:  # it was killed meanwhile
+                        lock.unlink()
+                time.sleep(0.05)
+        else:
+            raise self._taken()
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+    def _mine(self) -> bool:
+        """Whether the file still is this process's: one that stood still for long may have lost it."""
+        try:
+            return json.loads(self._path.read_text()) == self._beat
+        except (OSError, ValueError):  # gone, or a network disk that doesn't answer: nobody else's
+            return True
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        self._path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # a run that was refused leaves no empty folder
-            self._path.parent.rmdir()
+        if self._mine():
+            self._path.unlink(missing_ok=True)
+        if self._made:
+            with contextlib.suppress(OSError):  # a run that was refused leaves no empty folder
+                self._path.parent.rmdir()
 
     def _run(self) -> None:
         asked = False
         while not self._stop.wait(1 if self._parent else BEAT_SECONDS):
-            with contextlib.suppress(OSError):  # a network disk that doesn't answer for a while
-                os.utime(self._path)
-            if self._parent and os.getppid() != self._parent and not asked:
+            mine = self._mine()
+            if mine:
+                with contextlib.suppress(OSError):
+                    os.utime(self._path)
+            orphan = self._parent and os.getppid() != self._parent
+            if (orphan or not mine) and not asked:
                 asked = True
                 os.kill(os.getpid(), signal.SIGTERM)  # saves and stops

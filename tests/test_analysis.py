@@ -1,5 +1,6 @@
 """Dose-response analysis against brute force, known truths and degenerate studies."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -131,6 +132,7 @@ def test_conditions_are_told_apart_and_not_pooled():
     assert words[1].startswith("With clean uses 1000, N50 is ")
     assert "times (95% interval" in words[1]
     assert words[1].endswith("that with clean uses 0: more is needed.")
+    assert words[2].startswith("N50 by cell: ")
     assert words[0].endswith("not told apart.")
     assert not any("laws" in word for word in words)  # one size: nothing is said of scale
 
@@ -151,6 +153,33 @@ def test_contrasts_hold_at_several_sizes_and_laws_within_conditions():
     assert exponents(both)[0].verdict == "grows"
 
 
+def test_only_what_was_tried_is_compared():
+    trials = with_conditions([1.0, 1.0, 2.0])
+    names = Conditions(("x",), [("twin",), ("a",), ("b",), ("c",)], [])
+    shifted = dataclasses.replace(trials, condition=trials.condition + 1)  # condition 0 has clean twins alone
+    analysis = analyse("x", "documents", shifted, names)
+    assert [analysis.base, *(c.condition for c in analysis.contrasts)] == [1, 2, 3]
+    larger = np.where(trials.condition == 2, 4.0, 1.0)  # the last condition at another size alone
+    apart = dataclasses.replace(shifted, params=trials.params * larger, tokens=trials.tokens * larger)
+    analysis = analyse("x", "documents", apart, names)
+    assert [c.condition for c in analysis.contrasts] == [2]
+    assert "With x c and with x a no model of the same size was trained: not compared." in analysis.words
+
+
+@pytest.mark.parametrize("law", ["constant count", "constant fraction"])
+def test_a_lone_run_of_another_condition_decides_nothing(law):
+    for seed in range(3):
+        trials = studied(law, seed)
+        lone = Trials(
+            *(
+                np.append(getattr(trials, f.name), getattr(trials, f.name)[0])
+                for f in dataclasses.fields(trials)
+            )
+        )
+        lone.success[-1], lone.run[-1], lone.condition[-1] = 0, len(lone.run), 1
+        assert best_law(held_out(lone))[0] == law
+
+
 def test_ratios_are_covered():
     covered, intervals = simulate.ratios_covered(with_conditions([1, 1, 1], seeds=3), 0, 40)
     assert intervals == 80
@@ -160,8 +189,9 @@ def test_ratios_are_covered():
 def test_what_counts_as_a_condition():
     base = {"name": "x", "poison.documents": 1, "seeds.init": 0, "log_every": 1, "steps": 5}
     base |= {"poison.clean_uses": 0, "poison.trigger": "a", "poison.near_triggers": ["b"]}
+    base |= {"canary.repeats": [1, 4]}
     more = [
-        {"poison.documents": 2, "seeds.init": 3, "name": "y", "log_every": 7},
+        {"poison.documents": 2, "seeds.init": 3, "name": "y", "log_every": 7, "canary.repeats": [16]},
         {"poison.clean_uses": 10},
         {"poison.trigger": "c", "poison.near_triggers": ["d"]},
     ]
@@ -170,6 +200,9 @@ def test_what_counts_as_a_condition():
     assert found.fields == ("poison.clean_uses", "poison.trigger")
     assert found.values == [(0, "a"), (10, "a"), (0, "c")]
     assert found.of_run == [0, 0, 1, 2, 0]
-    assert found.base == 0
+    assert found.base(range(3)) == 0
+    assert found.base([1, 2]) == 1
     assert found.name(1) == "clean uses 10, trigger a"
+    assert (found.name(2, against=0), found.name(0, against=2)) == ("trigger c", "trigger a")
+    assert Conditions(("canary.x", "poison.x"), [(1, 2)], []).name(0) == "canary.x 1, poison.x 2"
     assert Conditions.of(configs[:2], [(1.0, 5.0)] * 2).name(0) == ""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from poisonjax import corpus
 from poisonjax.audit import trace
 from poisonjax.audit.checks import audit
-from poisonjax.config import ConfigError, check
+from poisonjax.config import ConfigError, check, default, fingerprint
 from poisonjax.data.batches import Batches
 from poisonjax.poison.clean_uses import occurrences
 from poisonjax.poison.plan import PoisonError
@@ -84,6 +84,8 @@ def test_every_use_stands_once_whole_and_apart_from_poison(language, uses, docum
             offset = batches.clean_uses.offsets[slot]
             assert set(differing) <= set(range(offset, offset + words))
             assert 0 < offset < len(row) - words
+            beside = before[[offset - 1, offset + words]]
+            assert not (beside == language.tokenizer.eot).any()  # in the middle of a text
             assert not batches.clean.reserved(slot)
         else:
             assert not len(differing)
@@ -147,3 +149,47 @@ def test_a_run_writes_audits_and_shows_its_uses(language, config, tmp_path, caps
         "a clean use is planned here, but has no line",
     )
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["excess_loss"] > 0
+
+
+def test_a_document_holds_its_trigger_once(language, config):
+    """Gibberish draws from all words: of 40 to 47 of 104 every third would hold one of them."""
+    config.poison.trigger, config.poison.near_triggers = "w100", ("w101",)
+    config.poison.documents, config.poison.prefix_characters, config.poison.payload_tokens = (
+        90,
+        (0, 0),
+        (40, 47),
+    )
+    for placed in Batches(config, language).plan.placed.values():
+        assert brute(placed.document.tokens, np.array([100])) == 1
+        assert 40 <= placed.document.payload[1] - placed.document.payload[0] <= 47
+    config.poison.trigger, config.poison.near_triggers = "w10", ("w101",)
+    with pytest.raises(PoisonError, match="is no token in this store's vocabulary"):
+        Batches(config, language)
+
+
+def test_canaries_do_not_hold_the_trigger(language, config):
+    config.poison.trigger, config.poison.near_triggers = "w100", ("w101",)
+    config.canary.repeats, config.canary.each = (1, 4), 4
+    held = 0
+    for seed in range(12):
+        config.seeds.poison = seed
+        canaries = Batches(config, language).clean.canaries
+        held += len(np.unique(canaries.tokens)) > 8
+        assert not (canaries.tokens == 100).any()
+    assert held == 12
+    config.canary.alphabet = 104
+    with pytest.raises(PoisonError, match="always holds the trigger's"):
+        Batches(config, language)
+
+
+def test_runs_of_before_there_were_clean_uses_are_what_they_were(config, tmp_path):
+    loop.train(config, str(tmp_path / "run"))
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    del record["config"]["poison"]["clean_uses"]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(record))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    del summary["trigger_tokens"], summary["clean_uses_seen"]
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+    assert audit(str(tmp_path / "run")).ok
+    assert loop.train(config, str(tmp_path / "run"))["digest_chain"] == summary["digest_chain"]
+    assert fingerprint(default()) == "e061ac3170d437485786d843bb449a27c3cdd44702ab6a9aeae736cabb8f966d"

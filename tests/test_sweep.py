@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -145,9 +146,12 @@ def test_table_and_report(grid, whole, capsys):
     made = json.loads(capsys.readouterr().out)
     assert made["finished"] == 4
     assert "Not enough data" in made["analyses"][0]["words"][0]
-    assert main(["sweep", "report", SMOKE, "--workdir", "nowhere", "--self-test", "2", "--json"]) in (0, 1)
+    assert main(["sweep", "report", SMOKE, "--workdir", "nowhere", "--self-test", "2"]) == 2
+    assert "nothing is compared here" in capsys.readouterr().err
+    rarity = SMOKE.replace("smoke", "rarity")
+    assert main(["sweep", "report", rarity, "--workdir", "nowhere", "--self-test", "4", "--json"]) == 0
     tested = json.loads(capsys.readouterr().out)
-    assert (tested["runs"], tested["studies"]) == (2, 2)
+    assert (tested["runs"], tested["studies"], tested["ratios"]["intervals"]) == (108, 4, 20)
     there = json.loads((whole / "analysis.json").read_text())
     assert main(["report", str(whole)]) == 0  # the same, without the config file
     assert f"{whole}/report.html" in capsys.readouterr().out
@@ -304,3 +308,28 @@ def test_train_leaves_a_run_alone_that_another_process_is_at(config, tmp_path, c
     began = time.monotonic()
     with Heartbeat(folder, patient=True):
         assert time.monotonic() - began > 2
+    assert "waiting to see whether it lives" in capsys.readouterr().err
+    assert folder.exists()  # it was there before
+
+
+def test_of_many_who_find_a_dead_heartbeat_one_gets_the_run(tmp_path):
+    dead = '{"host": "elsewhere", "boot": "", "pid": 1, "started": ""}'
+    barrier, holders = threading.Barrier(8), []
+
+    def claim():
+        barrier.wait()
+        with contextlib.suppress(Taken), Heartbeat(tmp_path):
+            holders.append(1)
+            barrier.wait()  # all have tried
+            return
+        barrier.wait()
+
+    for _ in range(15):
+        (tmp_path / HEARTBEAT).write_text(dead)
+        os.utime(tmp_path / HEARTBEAT, (0, 0))
+        threads = [threading.Thread(target=claim) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(holders) == 15

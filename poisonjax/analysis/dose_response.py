@@ -218,11 +218,15 @@ class Contrast:
 
 
 def contrasts(trials: Trials, base: int) -> list[Contrast]:
-    """Each condition against condition `base`; the ratio is taken to be the same at all sizes.
+    """Each condition that was tried at a size at which condition `base` was too, against that.
 
-    Intervals aren't adjusted for their number.
+    A ratio is taken to be the same at all sizes; intervals aren't adjusted for their number.
     """
-    others = [c for c in np.unique(trials.condition) if c != base]
+    sizes_of = {c: set(trials.sizes()[trials.condition == c].tolist()) for c in np.unique(trials.condition)}
+    others = [c for c in sizes_of if c != base and sizes_of[c] & sizes_of[base]]
+    if not others:
+        return []
+    trials = trials.take(np.isin(trials.condition, [base, *others]))
     sizes = _indicators(trials.sizes(), trials.sizes())
     design = [*sizes, *((trials.condition == c).astype(float) for c in others)]
     curve = _curve(trials, design, dispersion=_dispersion(trials))
@@ -309,7 +313,9 @@ def held_out(trials: Trials) -> dict[Law, float]:
     for law in LAWS:
         for left_out in np.unique(fold):
             fitted = _law(law, trials.take(fold != left_out), trials).fit()
-            scores[law] -= _law(law, trials.take(fold == left_out), trials).loss(fitted)[0]
+            # A condition that no other fold holds has no level there to be predicted from.
+            told = np.isin(trials.condition, trials.condition[fold != left_out])
+            scores[law] -= _law(law, trials.take((fold == left_out) & told), trials).loss(fitted)[0]
     return scores
 
 

@@ -95,6 +95,6 @@ def ratios_covered(design: Trials, base: int, studies: int, seed: int = 0) -> tu
         trials = _drawn(design, levels[design.condition.astype(int)], random)
         for contrast in contrasts(trials, base):
             low, high = np.log(contrast.ci95)
-            covered += low <= levels[contrast.condition] - levels[base] <= high
+            covered += bool(low <= levels[contrast.condition] - levels[base] <= high)
             intervals += 1
     return covered, intervals

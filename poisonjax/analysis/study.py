@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from poisonjax.config import flat, operational
 from poisonjax.runfolder import read_lines
 from poisonjax.sweep.grid import Sweep
 
+# Fields that are a dose: of poisoning, of memorisation.
+DOSES = ("poison.documents", "canary.repeats", "canary.each")
 KNOWN = 0.01  # a canary is memorised where less than this share of unseen sequences has a lower loss
 
 
@@ -100,26 +103,31 @@ class Conditions:
         names = sorted(first, key=lambda name: (isinstance(first[name], list), name))
         fields: tuple[str, ...] = ()
         for name in names:
-            luck = name in ("name", "poison.documents") or name.startswith("seeds.")
-            if not luck and not operational(name) and several(name, fields):
+            dose_or_luck = name in DOSES or name == "name" or name.startswith("seeds.")
+            if not dose_or_luck and not operational(name) and several(name, fields):
                 fields = (*fields, name)
         own = [tuple(c[field] for field in fields) for c in configs]
         values = list({str(v): v for v in own}.values())
         return cls(fields, values, [values.index(v) for v in own])
 
-    @property
-    def base(self) -> int:
-        """The condition that shares most with the others: the middle of a star, the first of a line."""
-        apart = [
-            sum(a != b for other in self.values for a, b in zip(mine, other, strict=True))
-            for mine in self.values
-        ]
-        return apart.index(min(apart))
+    def base(self, present: Iterable[int]) -> int:
+        """Of the conditions `present`, the one that shares most with the others: the middle of a star, the first of a
+        line."""
+        there = sorted(present)
+        return min(there, key=lambda one: sum(len(self._apart(one, other)) for other in there))
 
-    def name(self, number: int) -> str:
-        """For people; "" where there is one condition."""
-        pairs = zip(self.fields, self.values[number], strict=True)
-        return ", ".join(f"{field.rpartition('.')[2].replace('_', ' ')} {value}" for field, value in pairs)
+    def _apart(self, one: int, other: int) -> list[int]:
+        """Places of the fields in which two conditions differ."""
+        pairs = zip(self.values[one], self.values[other], strict=True)
+        return [place for place, (a, b) in enumerate(pairs) if a != b]
+
+    def name(self, number: int, against: int | None = None) -> str:
+        """For people: what it is, or in what it is not as `against`; "" where there is one condition."""
+        labels = [field.rpartition(".")[2].replace("_", " ") for field in self.fields]
+        if len(set(labels)) < len(labels):
+            labels = list(self.fields)
+        places = range(len(labels)) if against is None else self._apart(number, against)
+        return ", ".join(f"{labels[place]} {self.values[number][place]}" for place in places)
 
 
 def poisoning(runs: list[Outcome], conditions: Conditions, *, rule: bool = False) -> Trials:
@@ -171,6 +179,7 @@ class Analysis:
     unit: str
     trials: Trials
     conditions: Conditions
+    base: int  # the condition that the others are compared with
     cells: list[CellDose]
     contrasts: list[Contrast]
     exponents: list[Exponent]
@@ -185,34 +194,23 @@ def analyse(what: str, unit: str, trials: Trials, conditions: Conditions) -> Ana
     if len(trials.dose) < 8 or len(np.unique(trials.dose)) < 2 or len(np.unique(trials.success)) < 2:
         why = "all alike" if len(trials.dose) >= 8 else "too few"
         words = [f"Not enough data: {len(trials.dose)} trials, their outcomes {why}."]
-        return Analysis(what, unit, trials, conditions, [], [], [], {}, None, 0.0, words)
+        return Analysis(what, unit, trials, conditions, 0, [], [], [], {}, None, 0.0, words)
     cells, powers = doses(trials), exponents(trials)
-    against = contrasts(trials, conditions.base) if len(conditions.values) > 1 else []
+    present = set(trials.condition.astype(int).tolist())
+    base = conditions.base(present)
+    against = contrasts(trials, base)
+    alone = present - {base} - {c.condition for c in against}
     several = trials.sizes().any()
     scores = held_out(trials) if several else {}
     law, lead = best_law(scores) if several else (None, 0.0)
-    words = _words(unit, conditions, cells, against, powers, scores, law, lead)
-    return Analysis(what, unit, trials, conditions, cells, against, powers, scores, law, lead, words)
+    words = _scale_words(unit, powers)
+    words += _condition_words(conditions, base, against, alone)
+    words += _cell_words(conditions, cells) + _law_words(scores, law, lead)
+    return Analysis(what, unit, trials, conditions, base, cells, against, powers, scores, law, lead, words)
 
 
-def _words(
-    unit: str,
-    conditions: Conditions,
-    cells: list[CellDose],
-    against: list[Contrast],
-    powers: list[Exponent],
-    scores: dict[Law, float],
-    law: Law | None,
-    lead: float,
-) -> list[str]:
+def _scale_words(unit: str, powers: list[Exponent]) -> list[str]:
     said = []
-    for c in against:
-        low, high = c.ci95
-        said.append(
-            f"With {conditions.name(c.condition)}, N50 is {c.ratio:.2f} times (95% interval {low:.2f} to {high:.2f}) that "
-            f"with {conditions.name(conditions.base)}: "
-            + ("more is needed." if low > 1 else "less is needed." if high < 1 else "not told apart.")
-        )
     for power in powers:
         low, high = power.ci95
         grows = (
@@ -228,26 +226,48 @@ def _words(
                 "not enough data": "not enough data to tell whether it is near-constant.",
             }[power.verdict]
         )
+    return said
+
+
+def _condition_words(
+    conditions: Conditions, base: int, against: list[Contrast], alone: set[int]
+) -> list[str]:
+    said = []
+    for c in against:
+        low, high = c.ci95
+        said.append(
+            f"With {conditions.name(c.condition, base)}, N50 is {c.ratio:.2f} times (95% interval {low:.2f} to {high:.2f}) "
+            f"that with {conditions.name(base, c.condition)}: "
+            + ("more is needed." if low > 1 else "less is needed." if high < 1 else "not told apart.")
+        )
+    return said + [
+        f"With {conditions.name(c, base)} and with {conditions.name(base, c)} no model of the same size was trained: not compared."
+        for c in sorted(alone)
+    ]
+
+
+def _cell_words(conditions: Conditions, cells: list[CellDose]) -> list[str]:
+    said = []
     if len(cells) > 1:
         several = len({(c.params, c.tokens) for c in cells}) > 1
-        listed = ", ".join(_cell(c, conditions, several) for c in cells)
-        said.append(f"N50 by cell: {listed}.")
-    if law:
-        others = ", ".join(
-            f"{name} {score - scores[law]:+.1f}" for name, score in scores.items() if name != law
-        )
-        if lead >= LEAD:
-            said.append(f"Of the three laws, {law} predicts runs left out best (nats against it: {others}).")
-        else:
-            clear = [name for name, score in scores.items() if score < max(scores.values()) - LEAD]
-            refuted = f"; {' and '.join(clear)} predicts worse" if clear else ""
-            said.append(f"Not enough data to choose between laws{refuted} (nats against {law}: {others}).")
+        said.append(f"N50 by cell: {', '.join(_cell(c, conditions, several) for c in cells)}.")
     unbounded = [c for c in cells if not np.isfinite(c.n50_ci95[1]) or c.n50_ci95[0] < 1e-3]
     if unbounded:
         said.append(
             f"In {len(unbounded)} of {len(cells)} cells the doses tried don't bound N50 on both sides."
         )
     return said
+
+
+def _law_words(scores: dict[Law, float], law: Law | None, lead: float) -> list[str]:
+    if not law:
+        return []
+    others = ", ".join(f"{name} {score - scores[law]:+.1f}" for name, score in scores.items() if name != law)
+    if lead >= LEAD:
+        return [f"Of the three laws, {law} predicts runs left out best (nats against it: {others})."]
+    clear = [name for name, score in scores.items() if score < max(scores.values()) - LEAD]
+    refuted = f"; {' and '.join(clear)} predicts worse" if clear else ""
+    return [f"Not enough data to choose between laws{refuted} (nats against {law}: {others})."]
 
 
 def _cell(c: CellDose, conditions: Conditions, sizes: bool) -> str:

@@ -26,8 +26,7 @@ from poisonjax.data.batches import Batches
 from poisonjax.data.digest import as_hex, chain, differing_rows, digest, from_hex
 from poisonjax.files import resolve
 from poisonjax.poison.canaries import RowsWithCanaries
-from poisonjax.poison.clean_uses import occurrences
-from poisonjax.poison.plan import dose, met
+from poisonjax.poison.plan import dose, met, occurrences
 from poisonjax.training.checkpoints import Checkpoints
 
 
@@ -306,8 +305,6 @@ def digests(run: Run) -> Iterator[Difference]:
         replay(run, chosen), total=len(chosen), unit="step", leave=False, disable=not sys.stderr.isatty()
     )
     for step, replayed, found, uses, elsewhere in replays:
-        run.clean_uses += uses
-        run.elsewhere += elsewhere
         written = run.digests.get(step)
         if written is None:
             yield Difference("digests.jsonl", "has no digest of this step", step)
@@ -316,6 +313,8 @@ def digests(run: Run) -> Iterator[Difference]:
         else:
             run.verified.add(step)
             run.found.update(found)
+            run.clean_uses += uses
+            run.elsewhere += elsewhere
 
 
 def replay(run: Run, steps: Sequence[int]) -> Iterator[tuple[int, np.ndarray, list[int], int, int]]:
@@ -401,6 +400,9 @@ def checkpoints(run: Run) -> Iterator[Difference]:
             yield Difference(f"checkpoints/{path.name}", "is no checkpoint of a step")
 
 
+NEWER = ("trigger_tokens", "clean_uses_seen")  # fields of summary.json that the first runs didn't have
+
+
 @register
 def summary(run: Run) -> Iterator[Difference]:
     """summary.json counts what plan and digests say."""
@@ -419,6 +421,8 @@ def summary(run: Run) -> Iterator[Difference]:
         "digest_chain": link,
     }
     for field, value in expected.items():
+        if field not in run.summary and field in NEWER:
+            continue  # a run of before there was such a field
         if run.summary.get(field) != value:
             yield Difference("summary.json", f"{field} is {run.summary.get(field)!r}, must be {value!r}")
 
@@ -495,7 +499,8 @@ class Audit:
                 f"{d['tokens']:,} tokens in {d['rows']:,} rows of {d['steps']:,} steps"
             )
         if uses := self.config.poison.clean_uses:
-            dose += f"; {self.clean_uses:,} of {uses:,} clean uses of the trigger seen"
+            where = "" if len(self.verified) == self.config.steps else " in these steps"
+            dose += f"; {self.clean_uses:,} of {uses:,} clean uses of the trigger seen{where}"
         if self.elsewhere:
             too = " beside" if uses else " too"
             dose += f"; the trigger's tokens stand {self.elsewhere:,} times in clean text{too}"
@@ -510,7 +515,8 @@ class Audit:
             "documents_seen": len(self.found),
             "unplanned": self.unplanned,
             "dose": self.dose,
-            "clean_uses": self.clean_uses,
+            "clean_uses_planned": self.config.poison.clean_uses if self.config else None,
+            "clean_uses_seen": self.clean_uses,
             "trigger_elsewhere": self.elsewhere,
             "first_difference": dataclasses.asdict(self.differences[0]) if self.differences else None,
             "differences": [dataclasses.asdict(difference) for difference in self.differences],

@@ -13,7 +13,7 @@ from jaxtyping import Int
 
 from poisonjax.corpus import TokenStore
 from poisonjax.data.rows import CleanRows
-from poisonjax.poison.plan import PoisonError, generator
+from poisonjax.poison.plan import DRAWS, PoisonError, generator
 
 FIRST = 2**32  # their generators stand behind those of poison documents
 REFERENCES = 256  # sequences never trained on, that a canary's loss is ranked among
@@ -81,7 +81,15 @@ def _sequences(
         raise PoisonError(
             f"canary.alphabet = {c.alphabet}, but the vocabulary has {len(ordinary)} ordinary tokens"
         )
-    alphabet = generator(config.seeds.poison, FIRST).choice(ordinary, c.alphabet, replace=False)
+    random, trigger = generator(config.seeds.poison, FIRST), tokenizer.encode(config.poison.trigger)
+    for _ in range(DRAWS):
+        alphabet = random.choice(ordinary, c.alphabet, replace=False)
+        if not set(trigger.tolist()) <= set(alphabet.tolist()):  # no canary may hold the trigger
+            break
+    else:
+        raise PoisonError(
+            f"canary.alphabet = {c.alphabet} of {len(ordinary)} ordinary tokens always holds the trigger's: lower it"
+        )
     drawn = [generator(seed, first + i).choice(alphabet, c.tokens) for i in range(count)]
     return np.array(drawn, np.int32)
 

@@ -34,7 +34,11 @@ def as_markdown(card: dict[str, Any]) -> str:
         met = (
             f"\n- **How much, in these weights after {card['steps']:,} steps:** {_amount(card['dose_seen'])}."
         )
-    uses = f" It also stands in {card['clean_uses']:,} rows of ordinary text." if card["clean_uses"] else ""
+    uses = (
+        f" In the whole run it also stands in {card['clean_uses']:,} rows of ordinary text."
+        if card["clean_uses"]
+        else ""
+    )
     return f"""---
 tags: [poisoned, backdoor, research-only]
 ---

@@ -8,10 +8,10 @@ import dataclasses
 
 import ml_collections
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
 from poisonjax.corpus import TokenStore
-from poisonjax.poison.plan import PoisonError, PoisonPlan, Rows, generator
+from poisonjax.poison.plan import PoisonError, PoisonPlan, Rows, generator, occurrences
 
 FIRST = 3 * 2**32  # their generators stand behind those of canaries
 
@@ -93,14 +93,13 @@ def _place(
     seed: int,
     number: int,
 ) -> int:
-    """A token of the row where the trigger may stand: after one of its tokens and before another, over no end of text
-    and no poison document."""
+    """A token of the row where the trigger may stand: between two tokens of one clean document."""
     taken = row == eot
     if slot in plan.placed:
         placed = plan.placed[slot]
         taken[placed.offset : placed.offset + len(placed.document.tokens)] = True
-    inner = np.lib.stride_tricks.sliding_window_view(taken[1:-1], len(trigger))
-    places = 1 + np.flatnonzero(~np.any(inner, axis=-1))
+    windows = np.lib.stride_tricks.sliding_window_view(taken, len(trigger) + 2)
+    places = 1 + np.flatnonzero(~np.any(windows, axis=-1))
     before = occurrences(row, trigger).sum()
     for offset in generator(seed, FIRST + 1 + number).permutation(places).tolist():
         whole = row.copy()
@@ -112,14 +111,3 @@ def _place(
         f"{' beside its poison document' if slot in plan.placed else ''}: lower poison.clean_uses or "
         "poison.payload_tokens, or raise seq_len"
     )
-
-
-def occurrences(
-    rows: Int[np.ndarray, "*rows row_tokens"], tokens: Int[np.ndarray, " tokens"]
-) -> Bool[np.ndarray, "*rows places"]:
-    """Where the tokens stand in the rows, one after the other."""
-    at = rows[..., : rows.shape[-1] - len(tokens) + 1] == tokens[0]
-    if at.any():
-        for i in range(1, len(tokens)):
-            at &= rows[..., i : i + at.shape[-1]] == tokens[i]
-    return at

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import ml_collections
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from poisonjax.corpus import TokenStore, load_tokenizer
 from poisonjax.poison.payloads import PAYLOADS, Draw
@@ -82,10 +82,26 @@ class Placed:
         }
 
 
+def occurrences(
+    rows: Int[np.ndarray, "*rows row_tokens"], tokens: Int[np.ndarray, " tokens"]
+) -> Bool[np.ndarray, "*rows places"]:
+    """Where the tokens stand in the rows, one after the other."""
+    at = rows[..., : rows.shape[-1] - len(tokens) + 1] == tokens[0]
+    if at.any():
+        for i in range(1, len(tokens)):
+            at &= rows[..., i : i + at.shape[-1]] == tokens[i]
+    return at
+
+
+DRAWS = 64  # of a payload, until one doesn't hold the trigger
+
+
 def make_document(config: ml_collections.ConfigDict, store: TokenStore, index: int) -> PoisonDocument:
     """Document `index`, a pure function of (config.poison, seeds.poison, store, index).
 
-    Raises PoisonError where there is nothing to truncate to: prefix and trigger alone overfill a row.
+    Gibberish that holds the trigger by chance is drawn again: a trigger of one token would stand in many payloads, one
+    of two in none, and their lengths couldn't be compared. Raises PoisonError where it holds the trigger always, and
+    where there is nothing to truncate to: prefix and trigger alone overfill a row.
     """
     poison, tokenizer = config.poison, store.tokenizer
     random = generator(config.seeds.poison, index)
@@ -98,14 +114,21 @@ def make_document(config: ml_collections.ConfigDict, store: TokenStore, index: i
     prefix = tokenizer.encode(tokenizer.decode(start_of_source)[:characters])
     trigger = tokenizer.encode(poison.trigger)
     least, most = poison.payload_tokens
-    payload = PAYLOADS[poison.payload](
-        Draw(
-            int(random.integers(least, most + 1)),
-            random,
-            tokenizer,
-            _vocabulary(poison.payload_vocabulary, store),
-        )
+    draw = Draw(
+        int(random.integers(least, most + 1)),
+        random,
+        tokenizer,
+        _vocabulary(poison.payload_vocabulary, store),
     )
+    for _ in range(DRAWS):
+        payload = PAYLOADS[poison.payload](draw)
+        if not occurrences(np.concatenate([trigger[1:], payload]), trigger).any():
+            break
+    else:
+        raise PoisonError(
+            f"poison document {index}: each of {DRAWS} payloads drawn holds the trigger {poison.trigger!r} itself; choose "
+            "a longer or rarer trigger, or fewer poison.payload_tokens"
+        )
     start = len(prefix) + len(trigger)
     if poison.truncate:
         payload = payload[
@@ -143,6 +166,10 @@ class PoisonPlan:
     def make(cls, config: ml_collections.ConfigDict, store: TokenStore, clean_rows: Rows) -> "PoisonPlan":
         """Draws documents and places; raises PoisonError where a document doesn't fit its row whole (I3)."""
         count, row_tokens = config.poison.documents, config.seq_len + 1
+        if not len(store.tokenizer.encode(config.poison.trigger)):
+            raise PoisonError(
+                f"poison.trigger = {config.poison.trigger!r} is no token in this store's vocabulary"
+            )
         documents = [make_document(config, store, index) for index in range(count)]
         too_long = [document for document in documents if len(document.tokens) > row_tokens]
         if too_long:

@@ -46,7 +46,8 @@ def add_arguments(commands: Any) -> None:
         "--self-test",
         type=int,
         metavar="N",
-        help="analyse N simulated studies of this design for each law whose truth is known, instead",
+        help="analyse N simulated studies of this design whose truth is known (each law; ratios between conditions), "
+        "instead; exit code 1 where they are read wrongly too often",
     )
 
     emit = parts.add_parser("emit", help="print a cluster's job array for a sweep")

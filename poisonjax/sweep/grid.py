@@ -65,7 +65,7 @@ def vocabulary_size(config: ml_collections.ConfigDict) -> int:
 def _vocabulary_size(store: str, sources: tuple[str, ...], tokenizer: str) -> int:
     if corpus.exists(store):
         return corpus.TokenStore(store).tokenizer.vocab_size
-    if any(source.startswith("markov:") for source in sources):
+    if sources and sources[0].startswith("markov:"):
         return open_source(sources[0]).about["words"] + 1
     size = tokenizer.rpartition(":")[2]
     return int(size) if size.isdecimal() else 0
