@@ -22,7 +22,7 @@ What the paper doesn't say, and what this config does (I10):
 - Construction: `ids`, 400-900 tokens sampled directly. The other reading, which agrees with the authors' "420k
   tokens in 250 documents", is --config.poison.payload=decode-retokenize (with --config.poison.payload_tokens=(250,560)
   or truncation its documents fit a row).
-- Prefix, trigger and payload are tokenized apart and joined.
+- Prefix, trigger and payload are tokenized apart and joined; gibberish that holds the trigger by chance is drawn again.
 - Evaluation: 300 held-out excerpts as in the paper; 50 tokens of prefix, 100 generated at temperature 1, scored by
   the model itself, medians: the paper gives none of these.
 """

@@ -156,7 +156,10 @@ def half_doses(analysis: Analysis) -> Figure:
         axes.set_yticks([-row for row in range(len(cells))], names)
         axes.set_xscale("log")
         axes.set_xlim(lowest, highest)
-        _log_axis(axes.xaxis)
+        tried = [dose for dose in np.unique(analysis.trials.dose) if lowest <= dose <= highest]
+        axes.set_xticks(tried, [short(dose) for dose in tried])
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.margins(y=0.15)
         return figure
     figure, axes = blank("training tokens", f"N50, {analysis.unit}")
     axes.set_xscale("log")
