@@ -137,6 +137,15 @@ def test_conditions_are_told_apart_and_not_pooled():
     assert not any("laws" in word for word in words)  # one size: nothing is said of scale
 
 
+def test_what_the_doses_do_not_bound_gets_no_estimate():
+    trials = with_conditions([1.0, 1e6])
+    words = analyse("x", "documents", trials, Conditions(("uses",), [(0,), (9,)], [])).words
+    assert words[0].startswith("With uses 9, N50 is at least ")
+    assert words[0].endswith(" times (95%) that with uses 0: more is needed.")
+    assert ", over " in words[1]
+    assert "inf" not in " ".join(words)
+
+
 def test_contrasts_hold_at_several_sizes_and_laws_within_conditions():
     """Doubled N50 under one condition, and N50 in proportion to tokens under both."""
     one = studied("constant fraction", 5, seeds=4)

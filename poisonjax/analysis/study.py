@@ -235,9 +235,16 @@ def _condition_words(
     said = []
     for c in against:
         low, high = c.ci95
+        if low > 0 and np.isfinite(high):
+            times = f"{c.ratio:.2f} times (95% interval {low:.2f} to {high:.2f})"
+        else:  # the doses tried don't bound it, and so its likeliest value means nothing
+            bounds = ([f"at least {low:.2f}"] if low > 0 else []) + (
+                [f"at most {high:.2f}"] if high < np.inf else []
+            )
+            times = f"{' and '.join(bounds) or 'any number of'} times (95%)"
         said.append(
-            f"With {conditions.name(c.condition, base)}, N50 is {c.ratio:.2f} times (95% interval {low:.2f} to {high:.2f}) "
-            f"that with {conditions.name(base, c.condition)}: "
+            f"With {conditions.name(c.condition, base)}, N50 is {times} that with "
+            f"{conditions.name(base, c.condition)}: "
             + ("more is needed." if low > 1 else "less is needed." if high < 1 else "not told apart.")
         )
     return said + [
@@ -274,7 +281,10 @@ def _cell(c: CellDose, conditions: Conditions, sizes: bool) -> str:
     """The cell's N50 in words, with its condition and, where there are several `sizes`, its size."""
     under = f" with {name}" if (name := conditions.name(c.condition)) else ""
     size = f" at {c.params:,.0f} parameters and {c.tokens:,.0f} tokens" if sizes else ""
-    return f"{c.n50:{',.0f' if c.n50 >= 100 else '.3g'}}{under}{size}"
+    low, high = c.n50_ci95
+    bounded = [c.n50] if low > 1e-3 and np.isfinite(high) else [low] if low > 1e-3 else [high]
+    relation = "" if bounded == [c.n50] else "over " if bounded == [low] else "under "
+    return f"{relation}{bounded[0]:{',.0f' if bounded[0] >= 100 else '.3g'}}{under}{size}"
 
 
 def seeds_table(runs: list[Outcome], conditions: Conditions) -> list[dict[str, Any]]:

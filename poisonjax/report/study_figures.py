@@ -60,6 +60,11 @@ def _log_axis(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+def _legend(figure: Figure) -> None:
+    """Below the axes: in a sweep's figures there is no corner that no curve goes through."""
+    figure.legend(frameon=False, fontsize=8, loc="outside lower left", ncols=2)
+
+
 def dose_response(analysis: Analysis) -> Figure:
     """Share of successes at each dose, and the fitted curve of each cell."""
     figure, axes = blank(analysis.unit, f"share of {analysis.what}")
@@ -67,12 +72,14 @@ def dose_response(analysis: Analysis) -> Figure:
     all_cells = zip(trials.condition, trials.params, trials.tokens, strict=True)
     look = _Look(all_cells, analysis.conditions)
     axes.set_xscale("log")
-    number = trials.cells()
+    number, doses = trials.cells(), np.unique(trials.dose)
+    nearest = float(np.min(doses[1:] / doses[:-1])) if len(doses) > 1 else 1.0
     for cell in range(number.max() + 1):
         mine = trials.take(number == cell)
         place = int(mine.condition[0]), mine.params[0], mine.tokens[0]
         style, levels = look.of(*place), np.unique(mine.dose)
-        spread = 1 + 0.04 * (cell - number.max() / 2)  # so that points at the same place are all seen
+        # So that points at the same place are all seen, yet none is taken for one of another dose.
+        spread = nearest ** (0.4 * (cell / max(1, number.max()) - 0.5))
         shares = [mine.success[mine.dose == level].mean() for level in levels]
         axes.plot(levels * spread, shares, "o", color=style["color"], markersize=5, alpha=0.8)
         if analysis.cells:
@@ -80,11 +87,10 @@ def dose_response(analysis: Analysis) -> Figure:
             slope = math.log(9) / math.log(fitted.n90 / fitted.n50)
             xs = np.geomspace(levels[0] / 1.3, levels[-1] * 1.3, 200)
             axes.plot(xs, 1 / (1 + (xs / fitted.n50) ** -slope), label=look.name(*place), **style)
-    doses = np.unique(trials.dose)
     axes.set_xticks(doses, [short(dose) for dose in doses])
     axes.xaxis.set_minor_formatter(NullFormatter())
     if analysis.cells:
-        axes.legend(frameon=False, fontsize=8)
+        _legend(figure)
     return figure
 
 
@@ -113,7 +119,7 @@ def gaps(runs: Sequence[Outcome], conditions: Conditions) -> Figure:
             axes.plot([dose] * len(value), value, "o", color=style["color"], markersize=3, alpha=0.6)
     axes.set_xticks(all_doses, [short(dose) for dose in all_doses])
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.legend(frameon=False, fontsize=8)
+    _legend(figure)
     return figure
 
 
@@ -131,7 +137,7 @@ def trajectories(runs: Sequence[Outcome], conditions: Conditions) -> Figure:
             label = None if number else look.name(*cell)
             axes.plot(*np.array(points).T, alpha=0.55, linewidth=1, label=label, **look.of(*cell))
     _log_axis(axes.xaxis)
-    axes.legend(frameon=False, fontsize=8)
+    _legend(figure)
     return figure
 
 
@@ -174,5 +180,5 @@ def half_doses(analysis: Analysis) -> Figure:
     axes.set_ylim(lowest, highest)
     _log_axis(axes.xaxis)
     _log_axis(axes.yaxis)
-    axes.legend(frameon=False, fontsize=8)
+    _legend(figure)
     return figure
