@@ -159,6 +159,10 @@ class Heartbeat:
             return True
 
     def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Gives the run up."""
         self._stop.set()
         self._thread.join()
         if self._mine():

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +43,24 @@ def _train(arguments: argparse.Namespace) -> int:
         config = config_lib.override(runfolder.twin_config(epath.Path(arguments.twin_of)), arguments.fields)
     else:
         config = config_lib.load([f"--config={arguments.config}", *arguments.fields])
+    config_lib.check(config)  # before the folder is made
     place = processes.resolve(os.environ)
     if is_object(arguments.workdir) or (place and place.index):  # nothing can be claimed in an object store
         return run(config, arguments.workdir, arguments.twin_of)
-    config_lib.check(config)  # before the folder is made
-    with Heartbeat(Path(arguments.workdir), patient=True):
-        return run(config, arguments.workdir, arguments.twin_of)
+    with Heartbeat(Path(arguments.workdir), patient=True) as claim:
+        return run(config, arguments.workdir, arguments.twin_of, claim.release)
 
 
-def run(config: ml_collections.ConfigDict, workdir: str, twin_of: str | None = None) -> int:
-    """Trains as one process of this run, by the launcher's variables, and returns the exit code."""
+def run(
+    config: ml_collections.ConfigDict,
+    workdir: str,
+    twin_of: str | None = None,
+    release: Callable[[], None] = lambda: None,
+) -> int:
+    """Trains as one process of this run, by the launcher's variables, and returns the exit code.
+
+    Where another process of the run is lost, this one ends here, after `release`.
+    """
     config_lib.check(config)
     start_jax(config.global_batch // config.optimizer.accumulate)
     processes.join(heartbeat_seconds=min(100, config.watchdog_seconds or 100))
@@ -71,6 +80,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, twin_of: str | None = N
     except loop.LostProcess as error:
         # Without the usual end, which would wait for the others.
         print(f"poisonjax train: {error}", file=sys.stderr, flush=True)
+        release()
         os._exit(error.exit_code)
     if jax.process_index():
         return 0
