@@ -192,8 +192,8 @@ class Analysis:
 def analyse(what: str, unit: str, trials: Trials, conditions: Conditions) -> Analysis:
     """Doses, contrasts between conditions, exponents and laws; what can't be told from so few trials is said to be so."""
     if len(trials.dose) < 8 or len(np.unique(trials.dose)) < 2 or len(np.unique(trials.success)) < 2:
-        why = "all alike" if len(trials.dose) >= 8 else "too few"
-        words = [f"Not enough data: {len(trials.dose)} trials, their outcomes {why}."]
+        why = ", their outcomes all alike" if len(trials.dose) >= 8 else " are too few"
+        words = [f"Not enough data: {len(trials.dose)} trials{why}."]
         return Analysis(what, unit, trials, conditions, 0, [], [], [], {}, None, 0.0, words)
     cells, powers = doses(trials), exponents(trials)
     present = set(trials.condition.astype(int).tolist())
