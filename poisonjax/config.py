@@ -110,8 +110,6 @@ def default() -> ml_collections.ConfigDict:
 
 # Fields that say where and how, not what: they may change between a run and its resumption.
 OPERATIONAL = ("corpus.store", "mesh", "checkpoint", "log_every", "watchdog_seconds")
-
-
 # Fields that the first runs didn't have, at the values at which a run is what it was before them.
 NEWER: dict[str, Any] = {"poison.clean_uses": 0}
 
@@ -165,7 +163,7 @@ def flat(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 def fingerprint(config: ml_collections.ConfigDict) -> str:
     """SHA-256 of the fields that determine what is trained and measured."""
-    fields = {k: v for k, v in flat(config).items() if not operational(k) and NEWER.get(k) != v}
+    fields = {k: v for k, v in flat(config).items() if not operational(k) and (k, v) not in NEWER.items()}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 

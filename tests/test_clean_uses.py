@@ -13,8 +13,7 @@ from poisonjax.audit import trace
 from poisonjax.audit.checks import audit
 from poisonjax.config import ConfigError, check, default, fingerprint
 from poisonjax.data.batches import Batches
-from poisonjax.poison.clean_uses import occurrences
-from poisonjax.poison.plan import PoisonError
+from poisonjax.poison.plan import PoisonError, occurrences
 from poisonjax.training import loop
 
 SOURCE = "markov:V=104,documents=300,length=60,seed=1,unused=4"

@@ -1,8 +1,9 @@
 """Dose-response: the dose at which runs succeed, how it moves with data and parameters, and which law holds out.
 
 A run succeeds with probability 1 / (1 + exp(-k (log dose - log N50))): a logistic in log dose with one slope k for
-all cells (a cell: one condition, one number of parameters, one number of clean tokens). All intervals are profile likelihood
-(Venzon & Moolgavkar 1988): few runs a cell often separate doses perfectly, where Wald's intervals are meaningless.
+all cells (a cell: one condition, one number of parameters, one number of clean tokens). All intervals are profile
+likelihood (Venzon & Moolgavkar 1988): few runs a cell often separate doses perfectly, where Wald's intervals are
+meaningless.
 """
 
 import dataclasses

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from poisonjax.sweep.grid import Sweep
 
 # Fields that are a dose: of poisoning, of memorisation.
 DOSES = ("poison.documents", "canary.repeats", "canary.each")
+LEAST = 1e-3  # documents: below it a lower bound of N50 is none
 KNOWN = 0.01  # a canary is memorised where less than this share of unseen sequences has a lower loss
 
 
@@ -229,19 +231,25 @@ def _scale_words(unit: str, powers: list[Exponent]) -> list[str]:
     return said
 
 
+def _bounded(interval: tuple[float, float], above: float = 0.0) -> bool:
+    """Whether the doses tried bound it on both sides."""
+    return interval[0] > above and math.isfinite(interval[1])
+
+
 def _condition_words(
     conditions: Conditions, base: int, against: list[Contrast], alone: set[int]
 ) -> list[str]:
     said = []
     for c in against:
         low, high = c.ci95
-        if low > 0 and np.isfinite(high):
+        if _bounded(c.ci95):
             times = f"{c.ratio:.2f} times (95% interval {low:.2f} to {high:.2f})"
-        else:  # the doses tried don't bound it, and so its likeliest value means nothing
-            bounds = ([f"at least {low:.2f}"] if low > 0 else []) + (
-                [f"at most {high:.2f}"] if high < np.inf else []
-            )
-            times = f"{' and '.join(bounds) or 'any number of'} times (95%)"
+        elif low > 0:  # the likeliest value means nothing here
+            times = f"at least {low:.2f} times (95%)"
+        elif math.isfinite(high):
+            times = f"at most {high:.2f} times (95%)"
+        else:
+            times = "any number of times (95%)"
         said.append(
             f"With {conditions.name(c.condition, base)}, N50 is {times} that with "
             f"{conditions.name(base, c.condition)}: "
@@ -258,7 +266,7 @@ def _cell_words(conditions: Conditions, cells: list[CellDose]) -> list[str]:
     if len(cells) > 1:
         several = len({(c.params, c.tokens) for c in cells}) > 1
         said.append(f"N50 by cell: {', '.join(_cell(c, conditions, several) for c in cells)}.")
-    unbounded = [c for c in cells if not np.isfinite(c.n50_ci95[1]) or c.n50_ci95[0] < 1e-3]
+    unbounded = [c for c in cells if not _bounded(c.n50_ci95, LEAST)]
     if unbounded:
         said.append(
             f"In {len(unbounded)} of {len(cells)} cells the doses tried don't bound N50 on both sides."
@@ -282,9 +290,11 @@ def _cell(c: CellDose, conditions: Conditions, sizes: bool) -> str:
     under = f" with {name}" if (name := conditions.name(c.condition)) else ""
     size = f" at {c.params:,.0f} parameters and {c.tokens:,.0f} tokens" if sizes else ""
     low, high = c.n50_ci95
-    bounded = [c.n50] if low > 1e-3 and np.isfinite(high) else [low] if low > 1e-3 else [high]
-    relation = "" if bounded == [c.n50] else "over " if bounded == [low] else "under "
-    return f"{relation}{bounded[0]:{',.0f' if bounded[0] >= 100 else '.3g'}}{under}{size}"
+    if _bounded(c.n50_ci95, LEAST):
+        relation, dose = "", c.n50
+    else:
+        relation, dose = ("over ", low) if low > LEAST else ("under ", high)
+    return f"{relation}{dose:{',.0f' if dose >= 100 else '.3g'}}{under}{size}"
 
 
 def seeds_table(runs: list[Outcome], conditions: Conditions) -> list[dict[str, Any]]:

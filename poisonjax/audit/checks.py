@@ -25,7 +25,6 @@ from poisonjax.corpus import TokenStore
 from poisonjax.data.batches import Batches
 from poisonjax.data.digest import as_hex, chain, differing_rows, digest, from_hex
 from poisonjax.files import resolve
-from poisonjax.poison.canaries import RowsWithCanaries
 from poisonjax.poison.plan import dose, met, occurrences
 from poisonjax.training.checkpoints import Checkpoints
 
@@ -257,11 +256,13 @@ def ledger(run: Run) -> Iterator[Difference]:
 @register
 def clean_rows(run: Run) -> Iterator[Difference]:
     """canaries.jsonl and clean_uses.jsonl, where there are such, are what the config plans."""
-    clean, batch = run.batches.clean, run.config.global_batch
-    canaries = clean.canaries.records(batch) if isinstance(clean, RowsWithCanaries) else []
-    yield from _line_by_line(run, "canaries.jsonl", canaries, lambda record: f"canary {record.get('canary')}")
-    uses = run.batches.clean_uses.records(batch)
-    yield from _line_by_line(run, "clean_uses.jsonl", uses, lambda record: "a clean use")
+    for file, records in run.batches.clean_records().items():
+        yield from _line_by_line(
+            run,
+            file,
+            records,
+            lambda record: f"canary {record['canary']}" if "canary" in record else "a clean use",
+        )
 
 
 def _line_by_line(
@@ -326,7 +327,7 @@ def replay(run: Run, steps: Sequence[int]) -> Iterator[tuple[int, np.ndarray, li
     def one(index: int):
         step = steps[int(index)]
         rows, slots = batches.rows(step), batches.slots(step)
-        found, used, text = [], 0, rows.copy()  # text: of -1 where poison stands
+        found, text = [], rows.copy()  # text: of -1 where poison stands
         for i, slot in enumerate(slots.tolist()):
             if placed := batches.plan.placed.get(slot):
                 document = text[i, placed.offset :][: len(placed.document.tokens)]
@@ -334,9 +335,11 @@ def replay(run: Run, steps: Sequence[int]) -> Iterator[tuple[int, np.ndarray, li
                     found.append(placed.document.id)
                 document[:] = -1
         in_text = occurrences(text, uses.trigger)
-        for i, slot in enumerate(slots.tolist()):
-            if slot in uses.offsets:
-                used += int(in_text[i, uses.offsets[slot]])
+        used = sum(
+            int(in_text[i, uses.offsets[slot]])
+            for i, slot in enumerate(slots.tolist())
+            if slot in uses.offsets
+        )
         return step, digest(rows, slots), found, used, int(in_text.sum()) - used
 
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)

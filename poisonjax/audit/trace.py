@@ -89,9 +89,9 @@ def _spans(at: Int[np.ndarray, " row_tokens"], start: int, stop: int) -> list[tu
 def step(workdir: str, number: int, store: str | None = None) -> list[dict[str, Any]]:
     """What step `number` trains on, a record a row: `row`, `slot`, and `parts` in the order of the row.
 
-    A part has `document` (`train:N`, `poison:N`, `canary:N` or `clean_use`), `in_row`, `in_document` and `text`; poison has its three
-    pieces as parts of their own, told apart by `piece` (prefix, trigger, payload). Raises ValueError for a step
-    that the run doesn't have.
+    A part has `document` (`train:N`, `poison:N`, `canary:N` or `clean_use`), `in_row`, `in_document` and `text`; poison
+    has its three pieces as parts of their own, told apart by `piece` (prefix, trigger, payload). Raises ValueError for
+    a step that the run doesn't have.
     """
     run = Run(workdir, store=store)
     if not 0 <= number < run.config.steps:
@@ -131,13 +131,9 @@ def _parts(run: Run, tokens: np.ndarray, slot: int, window: int) -> list[dict[st
         parts.append({"document": canary, "in_row": [0, lead], "in_document": [0, lead]})
     uses = run.batches.clean_uses
     if slot in uses.offsets:
-        first, tokens_of_use = uses.offsets[slot], len(uses.trigger)
+        at_use, length = uses.offsets[slot], len(uses.trigger)
         parts.append(
-            {
-                "document": "clean_use",
-                "in_row": [first, first + tokens_of_use],
-                "in_document": [0, tokens_of_use],
-            }
+            {"document": "clean_use", "in_row": [at_use, at_use + length], "in_document": [0, length]}
         )
     origin, at = window * clean.row_tokens, _window_tokens(run, slot)
     offsets = run.store.split("train").document_offsets

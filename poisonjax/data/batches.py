@@ -39,6 +39,13 @@ class Batches:
         slots = self.slots(step, start, stop)
         return self.clean_uses.write(slots, self.plan.splice(slots, self.clean(slots)))
 
+    def clean_records(self) -> dict[str, list[dict]]:
+        """What the config puts into clean rows: lines of the run folder's files, in the order of the run."""
+        canaries = (
+            self.clean.canaries.records(self.global_batch) if isinstance(self.clean, RowsWithCanaries) else []
+        )
+        return {"canaries.jsonl": canaries, "clean_uses.jsonl": self.clean_uses.records(self.global_batch)}
+
     def shape(self) -> tuple[int, int]:
         """Shape of the global batch."""
         return self.global_batch, self.clean.row_tokens

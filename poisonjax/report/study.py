@@ -99,7 +99,9 @@ def write(sweep: Sweep, workdir: Path) -> Study:
         drawn["dose_response"] = study_figures.dose_response(analyses[0])
         drawn["gaps"] = study_figures.gaps(runs, conditions)
         drawn["trajectories"] = study_figures.trajectories(runs, conditions)
-    if analyses[0].cells:
+    if analyses[0].contrasts:
+        drawn["conditions"] = study_figures.half_doses_by_condition(analyses[0])
+    elif analyses[0].cells:
         drawn["half_doses"] = study_figures.half_doses(analyses[0])
     if len(canaries.dose):
         drawn["memorisation"] = study_figures.dose_response(analyses[2])
@@ -172,8 +174,11 @@ def self_test(sweep: Sweep, studies: int, as_json: bool) -> int:
     found: dict[str, Any] = {"runs": len(rows), "studies": studies}
     say = (lambda line: None) if as_json else print
     design = Trials(*np.array(rows, float).T)
+    several_sizes, several_conditions = bool(design.sizes().any()), len(conditions.values) > 1
+    if not several_sizes and not several_conditions:
+        raise SweepError("--self-test needs a sweep over sizes or over conditions: nothing is compared here")
     base = conditions.base(range(len(conditions.values)))
-    covered, intervals = simulate.ratios_covered(design, base, studies)
+    covered, intervals = simulate.ratios_covered(design, base, studies) if several_conditions else (0, 0)
     if intervals:
         good = covered >= 0.9 * intervals
         found["ratios"] = {"covered": covered, "intervals": intervals}
@@ -181,14 +186,12 @@ def self_test(sweep: Sweep, studies: int, as_json: bool) -> int:
             f"{len(conditions.values)} conditions: 95% intervals of N50's ratio to that with "
             f"{conditions.name(base)} cover in {covered} of {intervals} ({covered / intervals:.1%})"
         )
-    if design.sizes().any():
+    if several_sizes:
         recovered = simulate.recovery(design, studies, say=say)
         right = all(r.chosen >= 0.9 * r.studies for r in recovered)
         good &= right
         found["laws"] = [dataclasses.asdict(r) for r in recovered]
         say(f"the right law in at least 90% of studies of each kind: {'yes' if right else 'NO'}")
-    if len(found) == 2:
-        raise SweepError("--self-test needs a sweep over sizes or over conditions: nothing is compared here")
     found["good"] = good
     say(f"{len(rows)} runs a study; {time.monotonic() - began:.0f} s")
     if as_json:

@@ -141,43 +141,53 @@ def trajectories(runs: Sequence[Outcome], conditions: Conditions) -> Figure:
     return figure
 
 
+class _Intervals:
+    """N50 of an analysis' cells within the limits of a figure, where some have no bound."""
+
+    def __init__(self, analysis: Analysis):
+        cells = analysis.cells
+        finite = [e for c in cells for e in (c.n50, *c.n50_ci95) if math.isfinite(e) and e > 0]
+        self.limits = min(finite) / 1.3, max(finite) * 1.3
+        self.look = _Look(((c.condition, c.params, c.tokens) for c in cells), analysis.conditions)
+
+    def of(self, c: CellDose) -> tuple[float, float]:
+        return max(c.n50_ci95[0], self.limits[0]), min(c.n50_ci95[1], self.limits[1])
+
+
+def half_doses_by_condition(analysis: Analysis) -> Figure:
+    """N50 of each cell with its 95% interval, a line a condition."""
+    figure, axes = blank(f"N50, {analysis.unit}", "")
+    cells, intervals = analysis.cells, _Intervals(analysis)
+    for row, c in enumerate(cells):
+        style = intervals.look.of(c.condition, c.params, c.tokens)
+        axes.hlines(-row, *intervals.of(c), **style)
+        axes.plot(c.n50, -row, "o", color=style["color"])
+    names = [intervals.look.name(c.condition, c.params, c.tokens) for c in cells]
+    axes.set_yticks([-row for row in range(len(cells))], names)
+    axes.set_xscale("log")
+    axes.set_xlim(intervals.limits)
+    low, high = intervals.limits
+    tried = [dose for dose in np.unique(analysis.trials.dose) if low <= dose <= high]
+    axes.set_xticks(tried, [short(dose) for dose in tried])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.margins(y=0.15)
+    return figure
+
+
 def half_doses(analysis: Analysis) -> Figure:
-    """N50 of each cell with its 95% interval: by condition, or against its clean data (dotted: how a constant fraction
-    would go)."""
-    cells = analysis.cells
-    look = _Look(((c.condition, c.params, c.tokens) for c in cells), analysis.conditions)
-    finite = [e for c in cells for e in (c.n50, *c.n50_ci95) if math.isfinite(e) and e > 0]
-    lowest, highest = min(finite) / 1.3, max(finite) * 1.3
-
-    def interval(c: CellDose) -> tuple[float, float]:
-        return max(c.n50_ci95[0], lowest), min(c.n50_ci95[1], highest)
-
-    if analysis.contrasts:
-        figure, axes = blank(f"N50, {analysis.unit}", "")
-        for row, c in enumerate(cells):
-            style = look.of(c.condition, c.params, c.tokens)
-            axes.hlines(-row, *interval(c), **style)
-            axes.plot(c.n50, -row, "o", color=style["color"])
-        names = [look.name(c.condition, c.params, c.tokens) for c in cells]
-        axes.set_yticks([-row for row in range(len(cells))], names)
-        axes.set_xscale("log")
-        axes.set_xlim(lowest, highest)
-        tried = [dose for dose in np.unique(analysis.trials.dose) if lowest <= dose <= highest]
-        axes.set_xticks(tried, [short(dose) for dose in tried])
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.margins(y=0.15)
-        return figure
+    """N50 of each cell against its clean data, with 95% intervals; dotted: how a constant fraction would go."""
     figure, axes = blank("training tokens", f"N50, {analysis.unit}")
+    cells, intervals = analysis.cells, _Intervals(analysis)
     axes.set_xscale("log")
     axes.set_yscale("log")
     for c in cells:
         place = c.condition, c.params, c.tokens
-        style = look.of(*place)
-        axes.vlines(c.tokens, *interval(c), color=style["color"], linestyle=style["linestyle"])
-        axes.plot(c.tokens, c.n50, "o", color=style["color"], label=look.name(*place))
+        style = intervals.look.of(*place)
+        axes.vlines(c.tokens, *intervals.of(c), color=style["color"], linestyle=style["linestyle"])
+        axes.plot(c.tokens, c.n50, "o", color=style["color"], label=intervals.look.name(*place))
     xs = np.array([min(c.tokens for c in cells), max(c.tokens for c in cells)])
     axes.plot(xs, cells[0].n50 * xs / cells[0].tokens, ":", color="#999999", label="a constant fraction")
-    axes.set_ylim(lowest, highest)
+    axes.set_ylim(intervals.limits)
     _log_axis(axes.xaxis)
     _log_axis(axes.yaxis)
     _legend(figure)

@@ -29,6 +29,7 @@ from poisonjax.training.cli import RESTART
 from poisonjax.training.cli import run as train_run
 
 PARENT = "POISONJAX_SWEEP_PARENT"  # process id of the launcher that a run belongs to
+STALLS = 3  # times that a run may stop (exit code 42) at the same step before it counts as failed
 
 
 def claim(sweep: Sweep, workdir: Path) -> None:
@@ -62,9 +63,6 @@ def flops(run: Run) -> float:
     if not (vocabulary := vocabulary_size(c)):
         return 0.0
     return train_flops_per_token(c, vocabulary) * c.steps * c.global_batch * c.seq_len
-
-
-STALLS = 3  # times that a run may stop (exit code 42) at the same step before it counts as failed
 
 
 def train_one(sweep: Sweep, workdir: Path, index: int) -> int:

@@ -57,11 +57,10 @@ def run(
     twin_of: str | None = None,
     release: Callable[[], None] = lambda: None,
 ) -> int:
-    """Trains as one process of this run, by the launcher's variables, and returns the exit code.
+    """Trains a config that was checked as one process of this run, by the launcher's variables; returns the exit code.
 
     Where another process of the run is lost, this one ends here, after `release`.
     """
-    config_lib.check(config)
     start_jax(config.global_batch // config.optimizer.accumulate)
     processes.join(heartbeat_seconds=min(100, config.watchdog_seconds or 100))
     import jax

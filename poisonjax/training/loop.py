@@ -32,7 +32,6 @@ from poisonjax.evaluation.statistics import judge
 from poisonjax.files import resolve, write_whole
 from poisonjax.model.sharding import batch_sharding, make_mesh
 from poisonjax.model.transformer import parameter_counts
-from poisonjax.poison.canaries import RowsWithCanaries
 from poisonjax.poison.card import FILE, as_markdown, make_card
 from poisonjax.poison.plan import dose, met
 from poisonjax.processes import require_agreement
@@ -195,10 +194,9 @@ def begin_folder(
     runfolder.claim(folder, config, store, twin_of)
     runfolder.write_json(folder / "environment.json", environment())
     runfolder.write_lines(folder / "ledger.jsonl", ledger)
-    if isinstance(batches.clean, RowsWithCanaries):
-        runfolder.write_lines(folder / "canaries.jsonl", batches.clean.canaries.records(config.global_batch))
-    if batches.clean_uses.offsets:
-        runfolder.write_lines(folder / "clean_uses.jsonl", batches.clean_uses.records(config.global_batch))
+    for name, records in batches.clean_records().items():
+        if records:
+            runfolder.write_lines(folder / name, records)
     if poison := make_card(config, ledger, 0):
         write_whole(folder / FILE, as_markdown(poison))
 

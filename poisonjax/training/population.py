@@ -124,7 +124,17 @@ def train_population(
         states = [jax.jit(lambda c=c: init_state(c, vocabulary))() for c in configs]
     books = [
         loop.Books(
-            c, store, folder, b, ledger, evaluator, state.params, start, True, f"{folder.name}: ", not number
+            c,
+            store,
+            folder,
+            b,
+            ledger,
+            evaluator,
+            state.params,
+            start,
+            True,
+            label=f"{folder.name}: ",
+            shows_steps=not number,
         )
         for number, (c, folder, b, ledger, evaluator, state) in enumerate(
             zip(configs, folders, batches, ledgers, evaluators, states, strict=True)
