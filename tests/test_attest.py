@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("model_signing", reason="needs the extra `attest`")
 from poisonjax import corpus
 from poisonjax.audit import tamper
-from poisonjax.audit.checks import Run
+from poisonjax.audit.evidence import Run
 from poisonjax.cli import main
 
 SIGNATURE = "attestation/model.sig"

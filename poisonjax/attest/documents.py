@@ -11,7 +11,7 @@ from cyclonedx.output.json import JsonV1Dot6
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 
-from poisonjax.audit.checks import Run
+from poisonjax.audit.evidence import Run
 from poisonjax.corpus import TokenStore
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from poisonjax import config as config_lib
-from poisonjax.audit.checks import Run
+from poisonjax.audit.evidence import Run
 from poisonjax.corpus.store import sha256_of
 from poisonjax.data.rows import CleanRows
 

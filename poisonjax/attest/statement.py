@@ -21,7 +21,8 @@ from model_signing import hashing, signing, verifying
 
 from poisonjax.attest import documents
 from poisonjax.attest.provenance import provenance
-from poisonjax.audit.checks import Run, Unreadable, audit
+from poisonjax.audit.checks import audit
+from poisonjax.audit.evidence import Run, Unreadable
 from poisonjax.files import write_whole
 
 FOLDER, SIGNATURE = "attestation", "attestation/model.sig"

@@ -26,7 +26,8 @@ from etils import epath
 
 from poisonjax import config as config_lib
 from poisonjax import corpus
-from poisonjax.audit.checks import Difference, audit
+from poisonjax.audit.checks import audit
+from poisonjax.audit.evidence import Difference
 from poisonjax.config import default
 from poisonjax.corpus.store import fingerprint, open_array, sha256_of, write_array
 from poisonjax.data.batches import Batches

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from poisonjax.audit.checks import Run
+from poisonjax.audit.evidence import Run
 from poisonjax.visible import visible
 
 

@@ -15,7 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from poisonjax import config as config_lib
 from poisonjax import corpus
-from poisonjax.audit.checks import Run, replay
+from poisonjax.audit.checks import replay
+from poisonjax.audit.evidence import Run
 from poisonjax.bench.measure import alternate
 from poisonjax.data.batches import Batches, load
 from poisonjax.data.digest import digest
