@@ -79,8 +79,8 @@ def test_build_train_kill_resume_evaluate_and_audit_on_objects(server, poisonjax
                 break
             time.sleep(0.002)
         process.send_signal(stop)
-        process.communicate(timeout=120)
-        assert process.returncode == (42 if stop == signal.SIGTERM else -stop)
+        output, errors = process.communicate(timeout=120)
+        assert process.returncode == (42 if stop == signal.SIGTERM else -stop), output + errors
         assert server.writes > before
     finished(poisonjax(*train))
 
