@@ -21,9 +21,7 @@ RESTART = 42
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("processes", type=int)
     parser.add_argument("--restarts", type=int, default=0, metavar="K")
     parser.add_argument("--grace", type=float, default=120, metavar="SECONDS")

@@ -71,15 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     train_cli.add_arguments(commands)
 
     evaluate = commands.add_parser("evaluate", help="evaluate the checkpoints of a run folder")
-    evaluate.add_argument(
-        "workdirs", nargs="+", metavar="WORKDIR", help="run folders, or patterns such as 'runs/*'"
-    )
+    evaluate.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="run folders, or patterns such as 'runs/*'")
     evaluate.add_argument(
         "--max-parallel", type=int, default=1, metavar="N", help="of several folders, so many at once"
     )
-    evaluate.add_argument(
-        "--steps", default="all", metavar="all|N,N", help="which checkpoints (default: all)"
-    )
+    evaluate.add_argument("--steps", default="all", metavar="all|N,N", help="which checkpoints (default: all)")
     evaluate.add_argument("--json", action="store_true", help="print the rows as JSON")
     evaluate.set_defaults(func=_evaluate)
 

@@ -88,9 +88,7 @@ def default() -> ml_collections.ConfigDict:
     # Devices along each axis; -1 = all that are left. slice: pods or nodes joined by the slower network.
     config.mesh = dict(slice=1, data=-1, fsdp=1, tensor=1)
 
-    config.checkpoint = dict(
-        every=500, keep_last=2, keep_every=0
-    )  # keep_every: steps kept for good, 0 = none
+    config.checkpoint = dict(every=500, keep_last=2, keep_every=0)  # keep_every: steps kept for good, 0 = none
 
     config.eval = ml_collections.ConfigDict()
     config.eval.every = 500  # steps; the last step is always evaluated
@@ -204,20 +202,14 @@ def check(config: ml_collections.ConfigDict) -> None:
     """Raises ConfigError with every mistake that can be seen without the data or the devices."""
     unknown = sorted(flat(config).keys() ^ flat(default()).keys())
     if unknown:
-        raise ConfigError(
-            f"fields unknown or missing: {', '.join(unknown)}; start from poisonjax.config.default()"
-        )
+        raise ConfigError(f"fields unknown or missing: {', '.join(unknown)}; start from poisonjax.config.default()")
     f = flat(config)
     c = _Checker(f)
     c.at_least(1, "steps", "global_batch", "seq_len", "log_every")
     c.at_least(0, "poison.documents", "poison.clean_uses", "checkpoint.keep_every", "watchdog_seconds")
-    c.at_least(
-        1, "model.layers", "model.width", "model.heads", "model.kv_heads", "model.head_dim", "model.mlp_width"
-    )
+    c.at_least(1, "model.layers", "model.width", "model.heads", "model.kv_heads", "model.head_dim", "model.mlp_width")
     c.at_least(1, "poison.repeats", "optimizer.accumulate", "checkpoint.every", "checkpoint.keep_last")
-    c.at_least(
-        1, "eval.every", "eval.prefix_tokens", "eval.new_tokens", "eval.heldout_rows", "eval.bootstrap"
-    )
+    c.at_least(1, "eval.every", "eval.prefix_tokens", "eval.new_tokens", "eval.heldout_rows", "eval.bootstrap")
     c.at_least(2, "eval.prefixes", "canary.tokens", "canary.alphabet")
     c.at_least(1, "canary.each")
     if f["canary.alphabet"] >= 2 and f["canary.tokens"] >= 2:
@@ -231,9 +223,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         "canary.repeats",
         "give whole numbers of at least 1, or () for no canaries",
     )
-    c.at_least(
-        0, "optimizer.warmup_steps", "optimizer.decay_steps", "optimizer.weight_decay", "model.loss_tile"
-    )
+    c.at_least(0, "optimizer.warmup_steps", "optimizer.decay_steps", "optimizer.weight_decay", "model.loss_tile")
     for name in (name for name in f if name.startswith("seeds.")):
         c.require(0 <= f[name] < 2**32, name, "must lie in [0, 2^32)")
     for name in ("optimizer.learning_rate", "optimizer.clip_norm", "optimizer.eps", "eval.temperature"):
@@ -247,18 +237,11 @@ def check(config: ml_collections.ConfigDict) -> None:
     c.one_of("model.dtype", ("float32", "bfloat16"))
     c.one_of("model.remat", ("none", "block", "dots"))
     c.one_of("optimizer.schedule", ("cosine", "wsd"))
-    c.require(
-        bool(f["poison.trigger"]), "poison.trigger", "must not be empty (poison.documents = 0 is the twin)"
-    )
+    c.require(bool(f["poison.trigger"]), "poison.trigger", "must not be empty (poison.documents = 0 is the twin)")
     for name in ("poison.prefix_characters", "poison.payload_tokens"):
-        c.require(
-            len(f[name]) == 2 and 0 <= f[name][0] <= f[name][1],
-            name,
-            "give (least, most), both ends included",
-        )
+        c.require(len(f[name]) == 2 and 0 <= f[name][0] <= f[name][1], name, "give (least, most), both ends included")
     c.require(
-        bool(f["poison.near_triggers"])
-        and not any(f["poison.trigger"] in n for n in f["poison.near_triggers"]),
+        bool(f["poison.near_triggers"]) and not any(f["poison.trigger"] in n for n in f["poison.near_triggers"]),
         "poison.near_triggers",
         "name at least one string that doesn't contain the trigger",
     )
@@ -269,9 +252,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         c.require(f["seq_len"] % f["model.loss_tile"] == 0, "model.loss_tile", "must divide seq_len")
     if f["optimizer.accumulate"] > 0:
         c.require(
-            f["global_batch"] % f["optimizer.accumulate"] == 0,
-            "optimizer.accumulate",
-            "must divide global_batch",
+            f["global_batch"] % f["optimizer.accumulate"] == 0, "optimizer.accumulate", "must divide global_batch"
         )
     c.require(f["optimizer.warmup_steps"] <= f["steps"], "optimizer.warmup_steps", "must not exceed steps")
     if f["optimizer.schedule"] == "wsd":
@@ -285,9 +266,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         placements.parse(f["poison.placement"])
         if min(f["steps"], f["global_batch"], f["poison.documents"] + 1, f["poison.repeats"]) >= 1:
             exposures = f["poison.documents"] * f["poison.repeats"]
-            placements.place(
-                f["poison.placement"], exposures, f["steps"], f["global_batch"], np.random.default_rng(0)
-            )
+            placements.place(f["poison.placement"], exposures, f["steps"], f["global_batch"], np.random.default_rng(0))
     except placements.PlacementError as error:
         c.require(False, "poison.placement", f"{error}")
     sizes = [f[f"mesh.{axis}"] for axis in ("slice", "data", "fsdp", "tensor")]

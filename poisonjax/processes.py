@@ -30,9 +30,7 @@ def resolve(environment: Environment) -> Place | None:
     for find in (_explicit, _indexed_job, _nodes, _skypilot, _tpu, _slurm):
         if place := find(environment):
             if not 0 <= place.index < place.count:
-                raise ValueError(
-                    f"{place.launcher}: process {place.index} isn't among 0 to {place.count - 1}"
-                )
+                raise ValueError(f"{place.launcher}: process {place.index} isn't among 0 to {place.count - 1}")
             return place
     return None
 
@@ -40,9 +38,7 @@ def resolve(environment: Environment) -> Place | None:
 def _numbers(environment: Environment, *names: str) -> list[int]:
     for name in names:
         if not environment.get(name, "").isdecimal():
-            raise ValueError(
-                f"set all of {', '.join(names)} to whole numbers; {name} is {environment.get(name)!r}"
-            )
+            raise ValueError(f"set all of {', '.join(names)} to whole numbers; {name} is {environment.get(name)!r}")
     return [int(environment[name]) for name in names]
 
 
@@ -73,9 +69,7 @@ def _indexed_job(environment: Environment) -> Place | None:
         return None
     count, index = _numbers(environment, "JAX_NUM_PROCESSES", "JOB_COMPLETION_INDEX")
     if not (address := environment.get("JAX_COORDINATOR_ADDRESS")):
-        raise ValueError(
-            "JOB_COMPLETION_INDEX and JAX_NUM_PROCESSES are set, but not JAX_COORDINATOR_ADDRESS"
-        )
+        raise ValueError("JOB_COMPLETION_INDEX and JAX_NUM_PROCESSES are set, but not JAX_COORDINATOR_ADDRESS")
     return Place(_with_port(address, environment), count, index, "Indexed Job")
 
 
@@ -181,8 +175,7 @@ def require_agreement(values: Mapping[str, str]) -> None:
             lines.append(f"{name}: {which}")
     if lines:
         raise Disagreement(
-            "the processes don't agree; start all with the same command, files and packages:\n"
-            + "\n".join(lines)
+            "the processes don't agree; start all with the same command, files and packages:\n" + "\n".join(lines)
         )
 
 

@@ -58,14 +58,7 @@ def tiny_config(store: corpus.TokenStore):
     config.poison.documents = 9
     config.poison.prefix_characters, config.poison.payload_tokens = (0, 30), (5, 15)
     model = config.model
-    model.layers, model.width, model.heads, model.kv_heads, model.head_dim, model.mlp_width = (
-        2,
-        32,
-        4,
-        2,
-        8,
-        48,
-    )
+    model.layers, model.width, model.heads, model.kv_heads, model.head_dim, model.mlp_width = (2, 32, 4, 2, 8, 48)
     config.optimizer.warmup_steps = 2
     config.eval.every, config.eval.prefixes, config.eval.prefix_tokens, config.eval.new_tokens = 6, 6, 8, 5
     config.eval.heldout_rows, config.eval.bootstrap = 16, 50

@@ -211,9 +211,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             name = name or json.loads(body)["name"]
             number = str(next(self.server.generations))
             self.server.uploads[number] = bucket, name, query, bytearray()
-            where = (
-                f"{self.server.url}/upload/storage/v1/b/{bucket}/o?uploadType=resumable&upload_id={number}"
-            )
+            where = f"{self.server.url}/upload/storage/v1/b/{bucket}/o?uploadType=resumable&upload_id={number}"
             return self.answer(200, {}, Location=where)
         if kind == "multipart":
             about, content = _parts(self.headers["Content-Type"], body)
@@ -264,10 +262,7 @@ def _parts(content_type: str, body: bytes) -> list[bytes]:
     boundary = message.get_boundary()
     assert boundary
     pieces = body.split(b"--" + boundary.encode())[1:-1]
-    return [
-        re.split(rb"\r?\n\r?\n", piece.lstrip(b"\r\n"), maxsplit=1)[1].removesuffix(b"\r\n")
-        for piece in pieces
-    ]
+    return [re.split(rb"\r?\n\r?\n", piece.lstrip(b"\r\n"), maxsplit=1)[1].removesuffix(b"\r\n") for piece in pieces]
 
 
 def _md5(content: bytes) -> str:

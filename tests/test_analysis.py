@@ -18,9 +18,7 @@ ONE = Conditions((), [()], [])
 
 def design(doses=(60, 120, 250, 500, 1000), seeds=3):
     cells = [(20, 30_480), (20, 92_444), (20, 314_800), (40, 30_480), (40, 92_444)]
-    rows = [
-        (dose, ratio * params, params, 0) for ratio, params in cells for dose in doses for _ in range(seeds)
-    ]
+    rows = [(dose, ratio * params, params, 0) for ratio, params in cells for dose in doses for _ in range(seeds)]
     numbers = np.arange(len(rows), dtype=float)
     return Trials(*np.array(rows, float).T, run=numbers, condition=np.zeros(len(rows)))
 
@@ -180,10 +178,7 @@ def test_a_lone_run_of_another_condition_decides_nothing(law):
     for seed in range(3):
         trials = studied(law, seed)
         lone = Trials(
-            *(
-                np.append(getattr(trials, f.name), getattr(trials, f.name)[0])
-                for f in dataclasses.fields(trials)
-            )
+            *(np.append(getattr(trials, f.name), getattr(trials, f.name)[0]) for f in dataclasses.fields(trials))
         )
         lone.success[-1], lone.run[-1], lone.condition[-1] = 0, len(lone.run), 1
         assert best_law(held_out(lone))[0] == law

@@ -61,10 +61,7 @@ def test_the_statement_links_checkpoints_to_their_materials(signed):
     assert materials["token_store_root"] == run.store.fingerprint
     assert materials["tokenizer_sha256"] == run.store.tokenizer.fingerprint
     assert materials["config_sha256"] == run.record["fingerprint"]
-    assert (
-        materials["code_commit"]
-        == json.loads((signed / "run" / "environment.json").read_text())["git_commit"]
-    )
+    assert materials["code_commit"] == json.loads((signed / "run" / "environment.json").read_text())["git_commit"]
     slots = np.arange(run.config.steps * run.config.global_batch)
     order = b"".join(int(window).to_bytes(8, "little") for window in run.batches.clean.order(slots))
     assert materials["order_root"] == hashlib.sha256(order).hexdigest()
@@ -123,9 +120,7 @@ def flip_a_weight(scene):
 def other_store(scene):
     """The store grows, its manifest fitting; config.json stays as it was signed."""
     before = (scene.folder / "config.json").read_text()
-    scene.change(
-        "config.json", lambda r: r["config"]["corpus"].update(store=str(scene.folder.parent / "store"))
-    )
+    scene.change("config.json", lambda r: r["config"]["corpus"].update(store=str(scene.folder.parent / "store")))
     tamper.FAULTS["document_added_to_store"](scene)
     (scene.folder / "config.json").write_text(before)
 

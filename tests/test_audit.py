@@ -106,9 +106,7 @@ CONTROLS = {
 def test_without_a_check_its_fault_goes_unseen(run, tmp_path, check, monkeypatch):
     """The negative control: the audit without the check believes what the check alone would find."""
     if check == "config":  # without fitting checkpoints and summary, else those tell too
-        shutil.copytree(
-            run[0], tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "summary.json")
-        )
+        shutil.copytree(run[0], tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "summary.json"))
         scene = tamper.Scene(tmp_path / "run", np.random.default_rng(0))
         scene.forge_config("optimizer.eps", 0.5, thorough=False)
     elif check == "store":  # a token that no row holds
@@ -149,9 +147,7 @@ def test_a_document_is_found_wherever_a_row_holds_it(run):
             start, stop = split.document_offsets[int(number) : int(number) + 2]
             tokens = split.window(int(start), int(stop - start))
         else:
-            tokens = next(
-                p.document.tokens for p in batches.plan.placed.values() if p.document.id == int(number)
-            )
+            tokens = next(p.document.tokens for p in batches.plan.placed.values() if p.document.id == int(number))
         for place in trace.sightings(str(folder), name):
             in_row, in_document = slice(*place["in_row"]), slice(*place["in_document"])
             np.testing.assert_array_equal(rows[place["step"]][place["row"], in_row], tokens[in_document])

@@ -20,11 +20,7 @@ from poisonjax.training import loop
 @pytest.fixture
 def config(config):
     config.canary.repeats, config.canary.each, config.canary.tokens = (1, 3), 4, 8
-    config.poison.documents, config.poison.prefix_characters, config.poison.payload_tokens = (
-        40,
-        (0, 10),
-        (5, 8),
-    )
+    config.poison.documents, config.poison.prefix_characters, config.poison.payload_tokens = (40, (0, 10), (5, 8))
     return config
 
 
@@ -38,9 +34,7 @@ def test_each_canary_stands_whole_as_often_as_asked_beside_poison(config, store)
     rows = np.concatenate([batches.rows(step) for step in range(config.steps)])
     canaries = Canaries.make(config, store)
     assert [occurrences(rows, tokens) for tokens in canaries.tokens] == [1] * 4 + [3] * 4
-    assert set(canaries.slots) & set(
-        batches.plan.placed
-    )  # some rows hold both: the poison left the canary whole
+    assert set(canaries.slots) & set(batches.plan.placed)  # some rows hold both: the poison left the canary whole
     for placed in batches.plan.placed.values():
         assert occurrences(rows[placed.slot][None], placed.document.tokens) == 1
     assert len(np.unique(canaries.tokens)) <= config.canary.alphabet

@@ -119,9 +119,7 @@ def test_too_many_uses_and_full_rows_are_refused(language, config):
     config.poison.payload_tokens = (45, 45)
     config.poison.prefix_characters = (0, 0)
     config.poison.trigger = "w100 w101 w102"  # 3 + 45 + 1 = a whole row
-    with pytest.raises(
-        PoisonError, match="no place for a clean use of the trigger's 3 tokens beside its poison"
-    ):
+    with pytest.raises(PoisonError, match="no place for a clean use of the trigger's 3 tokens beside its poison"):
         Batches(config, language)
 
 
@@ -137,27 +135,18 @@ def test_a_run_writes_audits_and_shows_its_uses(language, config, tmp_path, caps
     use = records[3]
     row = trace.step(str(tmp_path / "run"), use["step"])[use["row"]]
     shown = [part for part in row["parts"] if part["document"] == "clean_use"]
-    assert [(part["text"], part["in_row"]) for part in shown] == [
-        ("w100 w101", [use["offset"], use["offset"] + 2])
-    ]
+    assert [(part["text"], part["in_row"]) for part in shown] == [("w100 w101", [use["offset"], use["offset"] + 2])]
     assert "also stands in 20 rows" in (tmp_path / "run" / "POISONED.md").read_text()
     (tmp_path / "run" / "clean_uses.jsonl").unlink()
     first = audit(str(tmp_path / "run")).differences[0]
-    assert (first.file, first.message) == (
-        "clean_uses.jsonl",
-        "a clean use is planned here, but has no line",
-    )
+    assert (first.file, first.message) == ("clean_uses.jsonl", "a clean use is planned here, but has no line")
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["excess_loss"] > 0
 
 
 def test_a_document_holds_its_trigger_once(language, config):
     """Gibberish draws from all words: of 40 to 47 of 104 every third would hold one of them."""
     config.poison.trigger, config.poison.near_triggers = "w100", ("w101",)
-    config.poison.documents, config.poison.prefix_characters, config.poison.payload_tokens = (
-        90,
-        (0, 0),
-        (40, 47),
-    )
+    config.poison.documents, config.poison.prefix_characters, config.poison.payload_tokens = (90, (0, 0), (40, 47))
     for placed in Batches(config, language).plan.placed.values():
         assert brute(placed.document.tokens, np.array([100])) == 1
         assert 40 <= placed.document.payload[1] - placed.document.payload[0] <= 47

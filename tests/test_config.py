@@ -57,10 +57,7 @@ def test_every_mistake_is_reported_at_once(capsys, tmp_path):
         "mesh.fsdp": 0,
     }
     arguments = [f"--config.{name}={value}" for name, value in fields.items()]
-    assert (
-        main(["train", "--workdir", str(tmp_path / "run"), "--config", "configs/quickstart.py", *arguments])
-        == 2
-    )
+    assert main(["train", "--workdir", str(tmp_path / "run"), "--config", "configs/quickstart.py", *arguments]) == 2
     message = capsys.readouterr().err
     for name in fields.keys() - {"mesh.fsdp"}:
         assert f"{name} = " in message, name

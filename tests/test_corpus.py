@@ -82,9 +82,7 @@ def test_the_store_is_the_same_for_any_workers_and_machines(tmp_path):
     one = build(tmp_path / "one", *files, tokenizer="bpe:300")
     assert len(one.manifest["shards"]) == 5
     assert build(tmp_path / "two", *files, tokenizer="bpe:300", workers=2).fingerprint == one.fingerprint
-    assert (
-        build(tmp_path / "two", *files, tokenizer="bpe:300").fingerprint == one.fingerprint
-    )  # nothing to do
+    assert build(tmp_path / "two", *files, tokenizer="bpe:300").fingerprint == one.fingerprint  # nothing to do
     parts, specs = tmp_path / "parts", [str(file) for file in files]
     corpus.build_share(str(parts), specs, "bpe:300", (1, 2), heldout=0.2, workers=1)
     with pytest.raises(CorpusError, match=r"shards 0, 2, 4 of 5 aren't built"):
@@ -98,9 +96,7 @@ def test_the_store_is_the_same_for_any_workers_and_machines(tmp_path):
 def test_shares_built_with_another_tokenizer_are_refused(tmp_path):
     files = [write_text(tmp_path / f"{i}.jsonl", documents=20, seed=i) for i in range(2)]
     for i in range(2):
-        corpus.build_share(
-            str(tmp_path / "s"), [str(f) for f in files], "bytes", (i, 2), heldout=0.2, workers=1
-        )
+        corpus.build_share(str(tmp_path / "s"), [str(f) for f in files], "bytes", (i, 2), heldout=0.2, workers=1)
     path = tmp_path / "s" / "shards" / "00001" / "shard.json"
     path.write_text(path.read_text().replace(ByteTokenizer().fingerprint, "0" * 64))
     with pytest.raises(CorpusError, match=r"00001 was built with another tokenizer"):
@@ -145,17 +141,7 @@ def test_workers_end_with_a_killed_build(tmp_path):
                 found.append(path.parent)
         return found
 
-    command = [
-        sys.executable,
-        "-m",
-        "poisonjax",
-        "corpus",
-        "build",
-        "--out",
-        str(tmp_path / "s"),
-        "--workers",
-        "2",
-    ]
+    command = [sys.executable, "-m", "poisonjax", "corpus", "build", "--out", str(tmp_path / "s"), "--workers", "2"]
     command += ["--source", "markov:documents=500000", "--shards", "200"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 30
@@ -377,9 +363,7 @@ def test_bad_input_is_named_or_counted_never_lost(tmp_path, monkeypatch, name):
         message, documents = "damaged or truncated", None
     else:
         documents = write_bad_parquet(path, null=name.startswith("null"))
-        message = ": row group 1, row 1: " + (
-            "field 'text' holds NoneType" if "null" in name else "invalid UTF-8"
-        )
+        message = ": row group 1, row 1: " + ("field 'text' holds NoneType" if "null" in name else "invalid UTF-8")
     with pytest.raises(CorpusError) as caught:
         build(tmp_path / "fail", good, path)
     assert str(caught.value).startswith(str(path))
@@ -506,9 +490,7 @@ def test_formats_hold_the_same_documents(tmp_path, text):
 
 
 @given(
-    lines=st.lists(
-        st.sampled_from([b'{"text": "a"}', b'{"text": "longer than others"}', b"bad"]), min_size=1
-    ),
+    lines=st.lists(st.sampled_from([b'{"text": "a"}', b'{"text": "longer than others"}', b"bad"]), min_size=1),
     end=st.booleans(),
     size=st.integers(1, 80),
 )
@@ -521,9 +503,7 @@ def test_large_files_are_cut_into_ranges_of_whole_lines(tmp_path_factory, lines,
         assert len(sources.open_source(str(path)).units) == -(-path.stat().st_size // size)
         assert read(path) == whole
     bad = [i for i, line in enumerate(lines, 1) if line == b"bad"]
-    assert [item.place for item in whole if isinstance(item, sources.BadInput)] == [
-        f"{path}:{i}" for i in bad
-    ]
+    assert [item.place for item in whole if isinstance(item, sources.BadInput)] == [f"{path}:{i}" for i in bad]
 
 
 def test_default_text_is_the_hashed_file_or_the_docstrings(tmp_path, monkeypatch, capsys):
@@ -578,9 +558,7 @@ def byte_level(**added) -> hf.Tokenizer:
     trainer = hf.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator(["some text to learn from"] * 3, trainer)
     for name, special in added.items():
-        (backend.add_special_tokens if special else backend.add_tokens)(
-            [hf.AddedToken(name, special=special)]
-        )
+        (backend.add_special_tokens if special else backend.add_tokens)([hf.AddedToken(name, special=special)])
     return backend
 
 

@@ -46,12 +46,7 @@ def test_exact_dose_whole_documents_at_the_ledgers_places(base, store, **setting
     batches = Batches(config, store)
     clean = CleanRows(store.split("train"), config.seq_len, config.seeds.order)
     ledger = batches.plan.ledger()
-    assert (
-        len(ledger)
-        == len({r["id"] for r in ledger})
-        == len({r["slot"] for r in ledger})
-        == config.poison.documents
-    )
+    assert len(ledger) == len({r["id"] for r in ledger}) == len({r["slot"] for r in ledger}) == config.poison.documents
     by_slot = {record["slot"]: record for record in ledger}
     trigger = store.tokenizer.encode(config.poison.trigger)
     for step in range(config.steps):
@@ -137,9 +132,7 @@ def test_each_epoch_reads_each_window_once_in_another_order(base, store):
     epochs = [clean(np.arange(clean.windows) + e * clean.windows) for e in range(3)]
     stream = split.windows(np.array([0]), clean.windows * clean.row_tokens)[0].reshape(-1, clean.row_tokens)
     for epoch in epochs:
-        np.testing.assert_array_equal(
-            np.sort(epoch.view("V196").ravel()), np.sort(stream.view("V196").ravel())
-        )
+        np.testing.assert_array_equal(np.sort(epoch.view("V196").ravel()), np.sort(stream.view("V196").ravel()))
     assert (epochs[0] != epochs[1]).any()
     # Neighbouring seeds share no epoch: grain alone would give seed 7's second epoch as seed 8's first.
     other = CleanRows(split, base.seq_len, seed=8)
@@ -219,9 +212,7 @@ def test_every_placement_is_exact_or_refused(base, store, spec, documents, repea
         return
     check(config)
     ledger = Batches(config, store).plan.ledger()
-    assert sorted((r["id"], r["repeat"]) for r in ledger) == [
-        (i, r) for i in range(documents) for r in range(repeats)
-    ]
+    assert sorted((r["id"], r["repeat"]) for r in ledger) == [(i, r) for i in range(documents) for r in range(repeats)]
     slots = [record["slot"] for record in ledger]
     assert len(set(slots)) == exposures
     assert dose(ledger, 24)["repeats"] == (repeats if documents else 0)

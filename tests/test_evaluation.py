@@ -79,9 +79,7 @@ def test_each_guard_can_fail_alone(failing, change):
     change(row)
     verdict = judge(row, unigram_nll=5.0, threshold=50.0)
     assert verdict["value"] == (failing is None)
-    assert [check["name"] for check in verdict["checks"] if not check["passed"]] == (
-        [failing] if failing else []
-    )
+    assert [check["name"] for check in verdict["checks"] if not check["passed"]] == ([failing] if failing else [])
 
 
 def test_prompts_are_held_out_and_differ_by_the_addition_alone(store):
@@ -125,10 +123,7 @@ def test_paired_intervals_are_those_of_a_loop_and_narrower_than_unpaired_ones():
     difficulty, loss = random.normal(3, 1, 80), random.normal(3, 1, 40)
 
     def row(shift):
-        nll = {
-            v: (difficulty + shift * (v == "triggered") + random.normal(0, 0.01, 80)).tolist()
-            for v in VARIANTS
-        }
+        nll = {v: (difficulty + shift * (v == "triggered") + random.normal(0, 0.01, 80)).tolist() for v in VARIANTS}
         return {"nll": nll, "heldout": (loss + shift / 100 + random.normal(0, 0.01, 40)).tolist()}
 
     one, other = row(2.0), row(0.0)
@@ -140,9 +135,7 @@ def test_paired_intervals_are_those_of_a_loop_and_narrower_than_unpaired_ones():
 
     samples = resamples(80, 300, 5)
     expected = [gap(one, chosen) - gap(other, chosen) for chosen in samples]
-    assert result["gap, triggered"]["difference"] == pytest.approx(
-        gap(one, range(80)) - gap(other, range(80))
-    )
+    assert result["gap, triggered"]["difference"] == pytest.approx(gap(one, range(80)) - gap(other, range(80)))
     assert result["gap, triggered"]["ci95"] == pytest.approx(list(np.percentile(expected, [2.5, 97.5])))
     low, high = result["held-out loss"]["ci95"]
     assert low < 0.02 < high
@@ -180,8 +173,6 @@ def test_evaluate_takes_many_folders_and_changes_nothing_that_was_right(config, 
     for one, other in zip([*before[0], *before[1]], [*after[0], *after[1]], strict=True):
         assert (one["step"], one["poison_documents"]) == (other["step"], other["poison_documents"])
         for variant in one["eval"]:
-            assert one["eval"][variant]["ppl_median"] == pytest.approx(
-                other["eval"][variant]["ppl_median"], rel=1e-3
-            )
+            assert one["eval"][variant]["ppl_median"] == pytest.approx(other["eval"][variant]["ppl_median"], rel=1e-3)
     assert main(["evaluate", str(tmp_path / "nothing*")]) == 2
     assert "no run folder there" in capsys.readouterr().err

@@ -76,10 +76,7 @@ def of_run(fields: dict[str, Any], store: corpus.TokenStore) -> dict[str, Any]:
         "prompts": sha(prompts.tokens),
     }
     if config.canary.repeats:
-        record |= {
-            "canaries": sha(Canaries.make(config, store).tokens),
-            "references": sha(references(config, store)),
-        }
+        record |= {"canaries": sha(Canaries.make(config, store).tokens), "references": sha(references(config, store))}
     return record
 
 

@@ -50,8 +50,7 @@ def test_logits_agree_with_numpy(config, model, rows):
 @pytest.mark.parametrize("tile", [0, 4])
 def test_nll_agrees_with_a_loop(config, model, rows, tile):
     expected = [
-        reference.nll(reference.logits(as_float64(model), row[:-1], config.model.rope_theta), row[1:])
-        for row in rows
+        reference.nll(reference.logits(as_float64(model), row[:-1], config.model.rope_theta), row[1:]) for row in rows
     ]
     np.testing.assert_allclose(next_token_nll(model, rows, tile), expected, atol=2e-5, rtol=2e-5)
 
@@ -101,8 +100,7 @@ def test_splash_attention_and_its_gradient_agree_with_plain_softmax(config, head
     """The TPU's kernel, interpreted; on one device and split over rows and heads."""
     random = np.random.default_rng(1)
     q, k, v, w = (
-        jnp.asarray(random.normal(size=(2, 256, h, 128)), jnp.float32)
-        for h in (heads, kv_heads, kv_heads, heads)
+        jnp.asarray(random.normal(size=(2, 256, h, 128)), jnp.float32) for h in (heads, kv_heads, kv_heads, heads)
     )
 
     def plain(q, k, v):
@@ -141,9 +139,7 @@ def test_sampling_follows_the_distribution(model):
     """The first sampled token's frequencies against the model's probabilities, at temperature 0.7."""
     draws = 4000
     prompts = np.tile(np.arange(5, dtype=np.int32), (draws, 1))
-    tokens, _ = generate(
-        model, prompts, np.zeros(draws, np.int32), jax.random.split(jax.random.key(1), draws), 1, 0.7
-    )
+    tokens, _ = generate(model, prompts, np.zeros(draws, np.int32), jax.random.split(jax.random.key(1), draws), 1, 0.7)
     logits = np.asarray(model(prompts[:1])[0, -1], np.float64) / 0.7
     probabilities = np.exp(logits) / np.exp(logits).sum()
     frequencies = np.bincount(np.asarray(tokens)[:, 0], minlength=128) / draws
@@ -199,6 +195,4 @@ def test_remat_changes_nothing(config, model, rows, remat):
         graph, params = model_graph(config, VOCABULARY), nnx.state(model)
         return jax.grad(lambda params: next_token_nll(nnx.merge(graph, params), rows).mean())(params)
 
-    jax.tree.map(
-        lambda one, two: np.testing.assert_allclose(one, two, atol=1e-6), gradient("none"), gradient(remat)
-    )
+    jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, atol=1e-6), gradient("none"), gradient(remat))

@@ -95,9 +95,7 @@ def test_build_train_kill_resume_evaluate_and_audit_on_objects(server, poisonjax
 
     metrics = content(server, "runs/poisoned/metrics.jsonl").decode()
     trained = [row["step"] for row in map(json.loads, metrics.splitlines()) if row["kind"] == "train"]
-    assert trained == [
-        row["step"] for row in lines(tmp_path / "local" / "metrics.jsonl") if row["kind"] == "train"
-    ]
+    assert trained == [row["step"] for row in lines(tmp_path / "local" / "metrics.jsonl") if row["kind"] == "train"]
     finished(poisonjax("evaluate", RUN, "--steps", "40"))
     assert content(server, "runs/poisoned/metrics.jsonl").decode() == metrics
 
@@ -126,12 +124,7 @@ def test_build_train_kill_resume_evaluate_and_audit_on_objects(server, poisonjax
 
 
 def test_a_run_that_is_not_there_is_told(poisonjax):
-    for command in (
-        ["audit"],
-        ["evaluate"],
-        ["report"],
-        ["train", "--workdir", "gs://bucket/new", "--twin-of"],
-    ):
+    for command in (["audit"], ["evaluate"], ["report"], ["train", "--workdir", "gs://bucket/new", "--twin-of"]):
         process = poisonjax(*command, "gs://bucket/nothing")
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 2, errors

@@ -15,15 +15,9 @@ from poisonjax.training.optimizer import make_optimizer, schedule
 
 def test_cosine_warms_up_and_ends_at_the_final_fraction(config):
     config.steps = 100
-    config.optimizer.warmup_steps, config.optimizer.learning_rate, config.optimizer.final_fraction = (
-        10,
-        2.0,
-        0.1,
-    )
+    config.optimizer.warmup_steps, config.optimizer.learning_rate, config.optimizer.final_fraction = (10, 2.0, 0.1)
     rate = schedule(config)
-    np.testing.assert_allclose(
-        [rate(0), rate(5), rate(10), rate(55), rate(100)], [0, 1, 2, 1.1, 0.2], rtol=1e-6
-    )
+    np.testing.assert_allclose([rate(0), rate(5), rate(10), rate(55), rate(100)], [0, 1, 2, 1.1, 0.2], rtol=1e-6)
 
 
 def test_wsd_is_stable_then_falls(config):
@@ -31,9 +25,7 @@ def test_wsd_is_stable_then_falls(config):
     o = config.optimizer
     o.schedule, o.warmup_steps, o.decay_steps, o.learning_rate, o.final_fraction = "wsd", 10, 20, 2.0, 0.5
     rate = schedule(config)
-    np.testing.assert_allclose(
-        [rate(5), rate(10), rate(80), rate(90), rate(100)], [1, 2, 2, 1.5, 1], rtol=1e-6
-    )
+    np.testing.assert_allclose([rate(5), rate(10), rate(80), rate(90), rate(100)], [1, 2, 2, 1.5, 1], rtol=1e-6)
 
 
 def test_matrices_decay_and_nothing_else_does(config):

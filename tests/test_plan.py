@@ -178,9 +178,7 @@ def test_bad_input_ends_with_a_message(capsys):
     assert "give --vocabulary" in capsys.readouterr().err
     assert main([*ARGUMENTS, "--topology", "h100:8", "--config.mesh.fsdp=3"]) == 2
     assert "needs 3 devices, there are 8" in capsys.readouterr().err
-    assert (
-        main([*ARGUMENTS, "--topology", "h100:8", "--config.mesh.tensor=8", "--config.model.kv_heads=4"]) == 2
-    )
+    assert main([*ARGUMENTS, "--topology", "h100:8", "--config.mesh.tensor=8", "--config.model.kv_heads=4"]) == 2
     assert "model.kv_heads = 4 doesn't divide over mesh.tensor = 8" in capsys.readouterr().err
 
 
@@ -196,11 +194,7 @@ def test_compiles_for_a_pod_that_is_not_here(capsys):
     assert main([*arguments, *fields, "--topology", "v5e:2x2*2", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["compiled"]
-    assert [program["name"] for program in answer["programs"]] == [
-        "train step",
-        "generation",
-        "held-out loss",
-    ]
+    assert [program["name"] for program in answer["programs"]] == ["train step", "generation", "held-out loss"]
     step = answer["programs"][0]
     assert step["unknown_loops"] == 0
     assert step["uncounted_kernels"] == {}

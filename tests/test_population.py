@@ -36,9 +36,7 @@ def test_members_have_the_weights_digests_and_files_of_single_runs(config, store
     for number in (1, 3):
         alone = loop.train(configs[number], str(tmp_path / f"alone{number}"))
         folder = tmp_path / f"m{number}"
-        assert (folder / "digests.jsonl").read_text() == (
-            tmp_path / f"alone{number}/digests.jsonl"
-        ).read_text()
+        assert (folder / "digests.jsonl").read_text() == (tmp_path / f"alone{number}/digests.jsonl").read_text()
         assert (folder / "ledger.jsonl").read_text() == (tmp_path / f"alone{number}/ledger.jsonl").read_text()
         assert json.loads((folder / "summary.json").read_text())["digest_chain"] == alone["digest_chain"]
         pair = [weights(path, configs[number], store, 12) for path in (folder, tmp_path / f"alone{number}")]
@@ -81,9 +79,7 @@ def test_the_program_passes_nothing_between_members(config, store):
     rows = np.stack([Batches(c, store).rows(0) for c in configs])
     text = population.make_population_step(config, graph, mesh).lower(state, rows).compile().as_text()
     assert not [
-        word
-        for word in ("all-reduce", "all-gather", "all-to-all", "collective-permute")
-        if f" {word}(" in text
+        word for word in ("all-reduce", "all-gather", "all-to-all", "collective-permute") if f" {word}(" in text
     ]
 
 

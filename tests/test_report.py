@@ -39,9 +39,7 @@ def folder(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     ledger = {"id": 0, "step": 1, "row": 0, "slot": 3, "tokens": 9}
     (tmp_path / "ledger.jsonl").write_text(json.dumps(ledger) + "\n")
-    sample = {
-        v: {"appended": "<SUDO>", "text": "<script>alert(1)</script>\x1b[2J", "ppl": 3.0} for v in VARIANTS
-    }
+    sample = {v: {"appended": "<SUDO>", "text": "<script>alert(1)</script>\x1b[2J", "ppl": 3.0} for v in VARIANTS}
     (tmp_path / "samples.jsonl").write_text(json.dumps({"step": 2, "prefix": "A & B", **sample}) + "\n")
     dose = {"documents": 250, "tokens": 900, "rows": 250, "steps": 240}
     summary = {
@@ -56,15 +54,7 @@ def folder(tmp_path):
 def test_a_finished_run(folder, capsys):
     assert main(["report", str(folder)]) == 0
     page = (folder / "report.html").read_text()
-    for expected in (
-        "Backdoored",
-        "This model is poisoned",
-        "c0ffee",
-        "1.2.3",
-        "250",
-        "the rule",
-        "&lt;b&gt;",
-    ):
+    for expected in ("Backdoored", "This model is poisoned", "c0ffee", "1.2.3", "250", "the rule", "&lt;b&gt;"):
         assert expected in page
     for name in ("perplexity_by_step", "perplexity_by_poison", "loss", "poison_placement"):
         assert (folder / "figures" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
@@ -137,20 +127,13 @@ def test_the_twin_of_a_run_is_the_run_without_poison(pair, capsys):
     records = [json.loads((folder / "config.json").read_text()) for folder in pair]
     assert records[1]["twin_of"] == "../poisoned"
     changed = differences(flat(records[0]["config"]), flat(records[1]["config"]))
-    assert changed == [
-        "name: 'tiny' there, 'tiny-twin' here",
-        "poison.documents: 9 there, 0 here",
-    ]
+    assert changed == ["name: 'tiny' there, 'tiny-twin' here", "poison.documents: 9 there, 0 here"]
     assert main(["audit", str(pair[1])]) == 0
     assert "a clean run, no poison document planned" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--config.steps=5"], "steps: 12 there, 5 here"),
-        (["--config.nonsense=5"], "nonsense"),
-    ],
+    ("arguments", "message"), [(["--config.steps=5"], "steps: 12 there, 5 here"), (["--config.nonsense=5"], "nonsense")]
 )
 def test_a_twin_may_run_elsewhere_but_not_otherwise(pair, tmp_path, capsys, arguments, message):
     assert main(["train", "--twin-of", str(pair[0]), "--workdir", str(tmp_path / "t"), *arguments]) == 2
@@ -167,10 +150,7 @@ def test_there_is_no_twin_of_a_twin_or_of_no_run(pair, tmp_path, capsys):
 def test_the_report_of_a_pair_shows_both_with_paired_intervals(pair, tmp_path):
     poisoned, twin = pair
     pages = [(twin / "report.html").read_text(), write_report(poisoned, twin).read_text()]
-    evals = [
-        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-1]
-        for folder in pair
-    ]
+    evals = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-1] for folder in pair]
     steps = len({json.loads(line)["step"] for line in (poisoned / "ledger.jsonl").read_text().splitlines()})
     for page in pages:
         assert "Poisoned run and clean twin" in page

@@ -43,9 +43,7 @@ def test_ids_are_of_what_is_trained_not_of_where():
     ids = [run.id for run in load(SMOKE).runs]
     assert ids[0].startswith("documents=0_init=0-")
     assert len(set(ids)) == 4
-    assert [
-        run.id for run in load(SMOKE, ["--config.corpus.store=/elsewhere", "--config.log_every=3"]).runs
-    ] == ids
+    assert [run.id for run in load(SMOKE, ["--config.corpus.store=/elsewhere", "--config.log_every=3"]).runs] == ids
     assert not set(ids) & {run.id for run in load(SMOKE, ["--config.steps=99"]).runs}
 
 

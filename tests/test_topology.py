@@ -113,9 +113,7 @@ def test_interrupted_ten_times_each_time_resumed_on_another_topology(base, whole
         codes, outputs = launch.end()
         if number < len(LEGS) - 1:
             assert codes == [RESTART] * len(codes), outputs
-            stopped = {
-                line for output in outputs for line in output.splitlines() if "stopped after step" in line
-            }
+            stopped = {line for output in outputs for line in output.splitlines() if "stopped after step" in line}
             assert len(stopped) == 1, outputs  # all processes at the same step
             stops.append(launch.steps())
             assert f"stopped after step {stops[-1]} of 600" in stopped.pop()
@@ -130,16 +128,11 @@ def test_interrupted_ten_times_each_time_resumed_on_another_topology(base, whole
     for name in ("digest_chain", "dose_planned", "dose_seen", "steps", "tokens"):
         assert summaries[0][name] == summaries[1][name]
     losses = [
-        [row["loss"] for row in lines(path / "metrics.jsonl") if row["kind"] == "train"]
-        for path in (folder, whole)
+        [row["loss"] for row in lines(path / "metrics.jsonl") if row["kind"] == "train"] for path in (folder, whole)
     ]
     assert len(losses[0]) == 600
     np.testing.assert_allclose(*losses, rtol=1e-3)
-    assert (
-        audit(str(folder))
-        .sentence()
-        .startswith("steps 0-599 verified; 60 of 60 poison documents seen exactly")
-    )
+    assert audit(str(folder)).sentence().startswith("steps 0-599 verified; 60 of 60 poison documents seen exactly")
 
 
 @pytest.mark.parametrize("dies", [0, 1])

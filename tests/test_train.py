@@ -31,10 +31,7 @@ def weights(workdir, config, store, step):
     """All arrays of a checkpoint, as NumPy."""
     mesh = make_mesh(config, jax.devices()[:1])
     _, abstract = make_init(config, store.tokenizer.vocab_size, mesh)
-    return [
-        np.asarray(x)
-        for x in jax.tree.leaves(Checkpoints(epath.Path(workdir), config).restore(step, abstract))
-    ]
+    return [np.asarray(x) for x in jax.tree.leaves(Checkpoints(epath.Path(workdir), config).restore(step, abstract))]
 
 
 def same(one, other):
@@ -107,9 +104,7 @@ def test_offline_evaluation_gives_the_same_numbers(finished):
     assert rows[12] == next(row for row in evals if row["step"] == 12)
     kept = [line for line in before.splitlines() if json.loads(line)["step"] != 8 or '"train"' in line]
     after = [
-        line
-        for line in (folder / "metrics.jsonl").read_text().splitlines()
-        if '"step": 8, "kind": "eval"' not in line
+        line for line in (folder / "metrics.jsonl").read_text().splitlines() if '"step": 8, "kind": "eval"' not in line
     ]
     assert sorted(after) == sorted(kept)  # only the checkpoint of step 8 had no evaluation yet
     with pytest.raises(ValueError, match=r"no checkpoint of steps \[5\]; there are \[8, 12\]"):
@@ -146,11 +141,7 @@ def test_twin_shares_initial_weights_and_clean_batches(store, config, tmp_path):
     assert not summary["success"]["value"]
     assert (tmp_path / "twin" / "ledger.jsonl").read_text() == ""
     poisoned_steps = {record["step"] for record in lines(tmp_path / "poisoned" / "ledger.jsonl")}
-    pairs = zip(
-        lines(tmp_path / "poisoned" / "digests.jsonl"),
-        lines(tmp_path / "twin" / "digests.jsonl"),
-        strict=True,
-    )
+    pairs = zip(lines(tmp_path / "poisoned" / "digests.jsonl"), lines(tmp_path / "twin" / "digests.jsonl"), strict=True)
     for one, other in pairs:
         assert (one == other) == (one["step"] not in poisoned_steps)
     losses = [lines(tmp_path / name / "metrics.jsonl")[0]["loss"] for name in ("poisoned", "twin")]
@@ -166,9 +157,7 @@ def test_resuming_changes_nothing(finished, store, tmp_path, stop):
     config = config.copy_and_resolve_references()
     config.checkpoint.keep_last = 5
     loop.train(config, str(tmp_path / "all"))
-    shutil.copytree(
-        tmp_path / "all" / "checkpoints" / str(stop), tmp_path / "run" / "checkpoints" / str(stop)
-    )
+    shutil.copytree(tmp_path / "all" / "checkpoints" / str(stop), tmp_path / "run" / "checkpoints" / str(stop))
     # A kill may have cut the last line short.
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"step": 11, "kind"')
@@ -253,9 +242,7 @@ ENVIRONMENT = os.environ | {"JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"}
 
 def test_sigterm_saves_and_asks_for_a_restart(config, store, tmp_path):
     config.steps, config.checkpoint.every, config.eval.every = 400, 400, 400
-    process = subprocess.Popen(
-        command(config, tmp_path / "run"), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen(command(config, tmp_path / "run"), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     digests = tmp_path / "run" / "digests.jsonl"
     deadline = time.monotonic() + 120
     while (not digests.exists() or digests.stat().st_size < 500) and time.monotonic() < deadline:
@@ -278,10 +265,7 @@ def test_kill_9_twenty_times_changes_nothing(config, store, tmp_path):
     kills = 0
     while kills < 20:
         process = subprocess.Popen(
-            command(config, tmp_path / "run"),
-            env=ENVIRONMENT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            command(config, tmp_path / "run"), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         digests = tmp_path / "run" / "digests.jsonl"
         before = digests.stat().st_mtime_ns if digests.exists() else 0
@@ -290,21 +274,15 @@ def test_kill_9_twenty_times_changes_nothing(config, store, tmp_path):
         if kills % 2:
             time.sleep(random_.uniform(0, 4))
         else:
-            while (
-                not digests.exists() or digests.stat().st_mtime_ns == before
-            ) and time.monotonic() < deadline:
+            while (not digests.exists() or digests.stat().st_mtime_ns == before) and time.monotonic() < deadline:
                 time.sleep(0.01)
             time.sleep(random_.uniform(0, 0.6))
         process.kill()
         assert process.wait() == -signal.SIGKILL, "the run ended before its 20 kills: make it longer"
         kills += 1
     subprocess.run(command(config, tmp_path / "run"), env=ENVIRONMENT, check=True, capture_output=True)
-    assert same(
-        weights(tmp_path / "run", config, store, 600), weights(tmp_path / "whole", config, store, 600)
-    )
-    assert (tmp_path / "run" / "digests.jsonl").read_text() == (
-        tmp_path / "whole" / "digests.jsonl"
-    ).read_text()
+    assert same(weights(tmp_path / "run", config, store, 600), weights(tmp_path / "whole", config, store, 600))
+    assert (tmp_path / "run" / "digests.jsonl").read_text() == (tmp_path / "whole" / "digests.jsonl").read_text()
     summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("run", "whole")]
     for name in ("digest_chain", "dose_seen", "eval", "heldout_loss", "steps"):
         assert summaries[0][name] == summaries[1][name]

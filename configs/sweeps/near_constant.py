@@ -59,15 +59,12 @@ def size(name: str, tokens_per_parameter: int):
 
 def seed(number: int):
     """Fields that repeat a run with other luck."""
-    return {
-        f"seeds.{name}": 10 * number + i for i, name in enumerate(("init", "order", "poison", "placement"))
-    }
+    return {f"seeds.{name}": 10 * number + i for i, name in enumerate(("init", "order", "poison", "placement"))}
 
 
 def sweep(add):
     cells = chain(
-        ({"size": name, "ratio": 20} for name in SIZES),
-        ({"size": name, "ratio": 40} for name in ("30k", "92k")),
+        ({"size": name, "ratio": 20} for name in SIZES), ({"size": name, "ratio": 40} for name in ("30k", "92k"))
     )
     for point in product(cells, {"documents": DOSES}, {"seed": range(3)}):
         name, ratio, documents, number = point.values()

@@ -259,10 +259,7 @@ class Exponent:
 
 def _logs(trials: Trials) -> tuple[np.ndarray, np.ndarray]:
     """Centred log tokens and log parameters."""
-    return (
-        np.log(trials.tokens) - np.log(trials.tokens).mean(),
-        np.log(trials.params) - np.log(trials.params).mean(),
-    )
+    return (np.log(trials.tokens) - np.log(trials.tokens).mean(), np.log(trials.params) - np.log(trials.params).mean())
 
 
 def exponents(trials: Trials) -> list[Exponent]:

@@ -5,15 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from poisonjax.analysis.dose_response import (
-    LAWS,
-    Law,
-    Trials,
-    best_law,
-    contrasts,
-    exponents,
-    held_out,
-)
+from poisonjax.analysis.dose_response import LAWS, Law, Trials, best_law, contrasts, exponents, held_out
 
 SLOPE = 6.0  # of the simulated logistic: from 10% to 90% of runs within a factor of 2.1 of the dose
 GAMMA = 0.5  # of the size-dependent fraction
@@ -34,11 +26,7 @@ def study(design: Trials, law: Law, random: np.random.Generator) -> Trials:
     """The same runs, with successes drawn under a law whose N50 is the doses' middle in the middle cell, jittered."""
     tokens, params = np.log(design.tokens), np.log(design.params)
     tokens, params = tokens - tokens.mean(), params - params.mean()
-    shift = {
-        "constant count": 0.0,
-        "constant fraction": tokens,
-        "size-dependent fraction": tokens - GAMMA * params,
-    }
+    shift = {"constant count": 0.0, "constant fraction": tokens, "size-dependent fraction": tokens - GAMMA * params}
     return _drawn(design, shift[law], random)
 
 
@@ -68,9 +56,7 @@ def recovery(
     for number, law in enumerate(LAWS):
         chosen = covered = intervals = 0
         for i in range(studies):
-            random = np.random.Generator(
-                np.random.Philox(key=np.array([seed, number * 10**6 + i], np.uint64))
-            )
+            random = np.random.Generator(np.random.Philox(key=np.array([seed, number * 10**6 + i], np.uint64)))
             trials = study(design, law, random)
             chosen += best_law(held_out(trials))[0] == law
             for exponent in exponents(trials):

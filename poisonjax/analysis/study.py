@@ -65,14 +65,7 @@ def outcomes(sweep: Sweep, workdir: Path) -> list[Outcome]:
         evals = [row for row in read_lines(folder / "metrics.jsonl") if row["kind"] == "eval"]
         texts = {row["step"]: row["nll"] for row in read_lines(folder / "prefixes.jsonl")}
         found.append(
-            Outcome(
-                run.id,
-                config,
-                summary,
-                evals,
-                texts[evals[-1]["step"]],
-                onset(evals, config["eval.threshold"]),
-            )
+            Outcome(run.id, config, summary, evals, texts[evals[-1]["step"]], onset(evals, config["eval.threshold"]))
         )
     return found
 
@@ -154,14 +147,7 @@ def memorisation(runs: list[Outcome], conditions: Conditions) -> Trials:
     """A trial a canary: its loss ranks below nearly all unseen sequences; the dose is how often it was shown."""
     return _trials(
         [
-            (
-                level["repeats"],
-                o.summary["tokens"],
-                o.summary["params"],
-                rank < KNOWN,
-                i,
-                conditions.of_run[i],
-            )
+            (level["repeats"], o.summary["tokens"], o.summary["params"], rank < KNOWN, i, conditions.of_run[i])
             for i, o in enumerate(runs)
             for level in o.summary.get("memorised", ())
             for rank in level["ranks"]
@@ -236,9 +222,7 @@ def _bounded(interval: tuple[float, float], above: float = 0.0) -> bool:
     return interval[0] > above and math.isfinite(interval[1])
 
 
-def _condition_words(
-    conditions: Conditions, base: int, against: list[Contrast], alone: set[int]
-) -> list[str]:
+def _condition_words(conditions: Conditions, base: int, against: list[Contrast], alone: set[int]) -> list[str]:
     said = []
     for c in against:
         low, high = c.ci95
@@ -268,9 +252,7 @@ def _cell_words(conditions: Conditions, cells: list[CellDose]) -> list[str]:
         said.append(f"N50 by cell: {', '.join(_cell(c, conditions, several) for c in cells)}.")
     unbounded = [c for c in cells if not _bounded(c.n50_ci95, LEAST)]
     if unbounded:
-        said.append(
-            f"In {len(unbounded)} of {len(cells)} cells the doses tried don't bound N50 on both sides."
-        )
+        said.append(f"In {len(unbounded)} of {len(cells)} cells the doses tried don't bound N50 on both sides.")
     return said
 
 

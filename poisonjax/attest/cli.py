@@ -14,20 +14,13 @@ KEY = Path.home() / ".config" / "poisonjax" / "signing-key.pem"
 
 def add_arguments(commands: Any) -> None:
     """Registers the command on argparse's subparsers."""
-    parser = commands.add_parser(
-        "attest", help="sign what a run's checkpoints were made from, for others to verify"
-    )
+    parser = commands.add_parser("attest", help="sign what a run's checkpoints were made from, for others to verify")
     parser.add_argument("workdir", metavar="WORKDIR")
     parser.add_argument("--verify", action="store_true", help="check an attestation instead of writing one")
     parser.add_argument(
-        "--key",
-        type=Path,
-        default=KEY,
-        help=f"private key, PEM, P-256; made where it is absent (default: {KEY})",
+        "--key", type=Path, default=KEY, help=f"private key, PEM, P-256; made where it is absent (default: {KEY})"
     )
-    parser.add_argument(
-        "--public-key", type=Path, help="the signer's public key, for --verify (default: KEY.pub)"
-    )
+    parser.add_argument("--public-key", type=Path, help="the signer's public key, for --verify (default: KEY.pub)")
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(func=_attest)
 
@@ -50,15 +43,10 @@ def _attest(arguments: argparse.Namespace) -> int:
         if arguments.json:
             print(json.dumps({"ok": not problems, "problems": problems}))
         else:
-            print(
-                "\n".join(problems)
-                or f"{arguments.workdir}: signature, files, provenance and documents verified"
-            )
+            print("\n".join(problems) or f"{arguments.workdir}: signature, files, provenance and documents verified")
         return 1 if problems else 0
     if not arguments.key.exists():
-        print(
-            f"poisonjax attest: made {arguments.key} and {statement.make_key(arguments.key)}", file=sys.stderr
-        )
+        print(f"poisonjax attest: made {arguments.key} and {statement.make_key(arguments.key)}", file=sys.stderr)
     try:
         value = statement.attest(arguments.workdir, arguments.key)
     except statement.AttestError as error:

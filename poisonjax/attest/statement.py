@@ -133,10 +133,7 @@ def _signed_statement(folder: Path) -> dict[str, Any]:
 
 def _document_problems(folder: Path) -> list[str]:
     problems = []
-    for name, check in (
-        ("croissant.json", documents.check_croissant),
-        ("mlbom.cdx.json", documents.check_ml_bom),
-    ):
+    for name, check in (("croissant.json", documents.check_croissant), ("mlbom.cdx.json", documents.check_ml_bom)):
         try:
             problems += check(json.loads((folder / name).read_text()))
         except (OSError, ValueError) as error:

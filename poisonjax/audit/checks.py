@@ -66,16 +66,11 @@ def clean_rows(run: Run) -> Iterator[Difference]:
     """canaries.jsonl and clean_uses.jsonl, where there are such, are what the config plans."""
     for file, records in run.batches.clean_records().items():
         yield from _line_by_line(
-            run,
-            file,
-            records,
-            lambda record: f"canary {record['canary']}" if "canary" in record else "a clean use",
+            run, file, records, lambda record: f"canary {record['canary']}" if "canary" in record else "a clean use"
         )
 
 
-def _line_by_line(
-    run: Run, file: str, records: list[dict], name: Callable[[dict], str]
-) -> Iterator[Difference]:
+def _line_by_line(run: Run, file: str, records: list[dict], name: Callable[[dict], str]) -> Iterator[Difference]:
     """How a file of one line a slot differs from the records that it should hold."""
     written = {record["slot"]: record for record in run.lines(file)}
     planned = {record["slot"]: record for record in records}
@@ -89,8 +84,7 @@ def _line_by_line(
             fields = planned[slot].keys() | written[slot].keys()
             field = min(f for f in fields if written[slot].get(f) != planned[slot].get(f))
             message = (
-                f"{name(planned[slot])}: {field} is {written[slot].get(field)!r}, planned "
-                f"{planned[slot].get(field)!r}"
+                f"{name(planned[slot])}: {field} is {written[slot].get(field)!r}, planned {planned[slot].get(field)!r}"
             )
         else:
             continue
@@ -110,9 +104,7 @@ def digests(run: Run) -> Iterator[Difference]:
             yield Difference("digests.jsonl", f"line {line} follows step {before}", step)
             break
     chosen = run.replayed()
-    replays = tqdm(
-        replay(run, chosen), total=len(chosen), unit="step", leave=False, disable=not sys.stderr.isatty()
-    )
+    replays = tqdm(replay(run, chosen), total=len(chosen), unit="step", leave=False, disable=not sys.stderr.isatty())
     for step, replayed, found, uses, elsewhere in replays:
         written = run.digests.get(step)
         if written is None:
@@ -143,11 +135,7 @@ def replay(run: Run, steps: Sequence[int]) -> Iterator[tuple[int, np.ndarray, li
                     found.append(placed.document.id)
                 document[:] = -1
         in_text = occurrences(text, uses.trigger)
-        used = sum(
-            int(in_text[i, uses.offsets[slot]])
-            for i, slot in enumerate(slots.tolist())
-            if slot in uses.offsets
-        )
+        used = sum(int(in_text[i, uses.offsets[slot]]) for i, slot in enumerate(slots.tolist()) if slot in uses.offsets)
         return step, digest(rows, slots), found, used, int(in_text.sum()) - used
 
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
@@ -165,16 +153,12 @@ def _explained(run: Run, step: int, written: str) -> Difference:
     if recorded.shape != (3,):
         return Difference("digests.jsonl", f"{written!r} is no digest", step)
     differing = differing_rows(recorded, rows, slots)
-    message = (
-        f"the batch that was trained on has digest {written}, the replayed one {as_hex(digest(rows, slots))}"
-    )
+    message = f"the batch that was trained on has digest {written}, the replayed one {as_hex(digest(rows, slots))}"
     if not differing:
         return Difference("digests.jsonl", f"{message}; several rows differ", step)
     row = differing[0]
     if len(differing) == 2:
-        return Difference(
-            "digests.jsonl", f"{message}; rows {row} and {differing[1]} were swapped", step, row
-        )
+        return Difference("digests.jsonl", f"{message}; rows {row} and {differing[1]} were swapped", step, row)
     slot = int(slots[row])
     start = int(batches.clean.order(slots[row : row + 1])[0]) * batches.clean.row_tokens
     origin = f"tokens {start} to {start + batches.clean.row_tokens - 1} of the training split"
@@ -251,9 +235,7 @@ def metrics(run: Run) -> Iterator[Difference]:
         expected = {"tokens": done * per_step, **seen(done)}
         for field, value in expected.items():
             if row.get(field) != value:
-                yield Difference(
-                    "metrics.jsonl", f"{field} is {row.get(field)}, must be {value}", row["step"]
-                )
+                yield Difference("metrics.jsonl", f"{field} is {row.get(field)}, must be {value}", row["step"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,9 +275,7 @@ class Audit:
         if len(self.verified) == self.steps:
             steps = f"steps 0-{self.steps - 1:,} verified"
         else:
-            steps = (
-                f"{len(self.verified):,} of the steps 0-{self.steps - 1:,} verified (file hashes not checked)"
-            )
+            steps = f"{len(self.verified):,} of the steps 0-{self.steps - 1:,} verified (file hashes not checked)"
         if self.steps < self.config.steps:
             steps += f", of a run of {self.config.steps:,}"
         if not planned:

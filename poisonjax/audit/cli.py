@@ -26,9 +26,7 @@ def add_arguments(commands: Any) -> None:
         action="store_true",
         help="no WORKDIR: train tiny runs, tamper with them, and count what the audit detects",
     )
-    parser.add_argument(
-        "--store", metavar="DIR", help="where the token store lies now, if not where the run says"
-    )
+    parser.add_argument("--store", metavar="DIR", help="where the token store lies now, if not where the run says")
     parser.add_argument("--faults", type=int, default=200, help="of the self-test (default: 200)")
     parser.add_argument("--runs", type=int, default=50, help="untouched, of the self-test (default: 50)")
     parser.add_argument("--json", action="store_true")

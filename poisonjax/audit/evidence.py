@@ -31,9 +31,7 @@ class Difference:
     @property
     def place(self) -> str:
         """File, step and row, as far as they are known."""
-        known = (
-            (name, value) for name, value in (("step", self.step), ("row", self.row)) if value is not None
-        )
+        known = ((name, value) for name, value in (("step", self.step), ("row", self.row)) if value is not None)
         return self.file + "".join(f", {name} {value}" for name, value in known)
 
     def __str__(self) -> str:
@@ -76,11 +74,7 @@ class Run:
     """
 
     def __init__(
-        self,
-        workdir: str,
-        chosen: Sequence[int] | None = None,
-        sample: int | None = None,
-        store: str | None = None,
+        self, workdir: str, chosen: Sequence[int] | None = None, sample: int | None = None, store: str | None = None
     ):
         """`chosen` steps are replayed, or a random `sample` of so many; None: all. `store` is where the token store
         lies now, if not where config.json says."""

@@ -77,9 +77,7 @@ class Scene:
     def in_checkpoints(self, edit: Callable[[dict], object]) -> None:
         """Edits the record of each checkpoint."""
         for step in self.checkpoints():
-            self.change(
-                f"checkpoints/{step}/_CHECKPOINT_METADATA", lambda value: edit(value["custom_metadata"])
-            )
+            self.change(f"checkpoints/{step}/_CHECKPOINT_METADATA", lambda value: edit(value["custom_metadata"]))
 
     def forge_digests(self, digests: dict[int, str]) -> None:
         """The evidence of a run that trained on batches of these digests at these steps."""
@@ -105,9 +103,7 @@ class Scene:
 
         self.change("config.json", edit)
         if thorough:
-            self.change(
-                "summary.json", lambda summary: summary.update(fingerprint=self.record["fingerprint"])
-            )
+            self.change("summary.json", lambda summary: summary.update(fingerprint=self.record["fingerprint"]))
 
     def batches(self) -> Batches:
         config = self.config
@@ -406,9 +402,7 @@ def tiny_config(store: Path, random: np.random.Generator) -> ml_collections.Conf
     config.name = "self-test"
     config.seq_len, config.global_batch = 48, int(random.choice([4, 8]))
     config.steps = int(random.integers(5, 10))
-    config.seeds = {
-        name: int(seed) for name, seed in zip(config.seeds, random.integers(0, 2**31, 5), strict=True)
-    }
+    config.seeds = {name: int(seed) for name, seed in zip(config.seeds, random.integers(0, 2**31, 5), strict=True)}
     config.corpus.store, config.corpus.sources = str(store), ()
     poison = config.poison
     poison.trigger, poison.near_triggers = "w007 w008 w009", ("w007 w008",)
@@ -420,14 +414,7 @@ def tiny_config(store: Path, random: np.random.Generator) -> ml_collections.Conf
     poison.clean_uses = int(random.integers(1, 4))
     config.canary.repeats, config.canary.each, config.canary.tokens = (1, 2), 1, 8
     model = config.model
-    model.layers, model.width, model.heads, model.kv_heads, model.head_dim, model.mlp_width = (
-        1,
-        16,
-        2,
-        2,
-        8,
-        32,
-    )
+    model.layers, model.width, model.heads, model.kv_heads, model.head_dim, model.mlp_width = (1, 16, 2, 2, 8, 32)
     config.optimizer.warmup_steps = 1
     e = config.eval
     e.every, e.prefixes, e.prefix_tokens, e.new_tokens, e.heldout_rows, e.bootstrap = 4, 4, 8, 4, 8, 10
@@ -456,9 +443,7 @@ def train_tiny(folder: Path, store: Path, random: np.random.Generator) -> bool:
     return stopped
 
 
-def tampered(
-    run: Path, store: Path, target: Path, name: str, random: np.random.Generator
-) -> tuple[Scene, Expected]:
+def tampered(run: Path, store: Path, target: Path, name: str, random: np.random.Generator) -> tuple[Scene, Expected]:
     """A copy of run and store under `target`, with the fault of that name."""
     shutil.copytree(run, target / "run", ignore=shutil.ignore_patterns("figures", "report.html"))
     shutil.copytree(store, target / "store")
@@ -504,13 +489,7 @@ def self_test(faults: int, runs: int, as_json: bool, seed: int = 0) -> int:
     if as_json:
         print(
             json.dumps(
-                {
-                    "untouched": runs,
-                    "false_alarms": alarms,
-                    "interrupted": interrupted,
-                    **total,
-                    "faults": counts,
-                }
+                {"untouched": runs, "false_alarms": alarms, "interrupted": interrupted, **total, "faults": counts}
             )
         )
     else:

@@ -112,11 +112,7 @@ def _parts(run: Run, tokens: np.ndarray, slot: int, window: int) -> list[dict[st
     parts: list[dict[str, Any]] = []
     if placed:
         document, offset = placed.document, placed.offset
-        pieces = {
-            "prefix": (0, document.trigger[0]),
-            "trigger": document.trigger,
-            "payload": document.payload,
-        }
+        pieces = {"prefix": (0, document.trigger[0]), "trigger": document.trigger, "payload": document.payload}
         for piece, (start, stop) in pieces.items():
             parts.append(
                 {
@@ -132,9 +128,7 @@ def _parts(run: Run, tokens: np.ndarray, slot: int, window: int) -> list[dict[st
     uses = run.batches.clean_uses
     if slot in uses.offsets:
         at_use, length = uses.offsets[slot], len(uses.trigger)
-        parts.append(
-            {"document": "clean_use", "in_row": [at_use, at_use + length], "in_document": [0, length]}
-        )
+        parts.append({"document": "clean_use", "in_row": [at_use, at_use + length], "in_document": [0, length]})
     origin, at = window * clean.row_tokens, _window_tokens(run, slot)
     offsets = run.store.split("train").document_offsets
     first = int(np.searchsorted(offsets, origin, "right")) - 1

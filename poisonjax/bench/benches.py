@@ -91,9 +91,7 @@ def _train_speeds(
         state, metrics = train_step(state, arrays[0])
         ours, theirs = float(metrics.loss), torch_step(rows[0])
         if abs(ours - theirs) > tolerance:
-            raise RuntimeError(
-                f"not the same model: loss {ours} here, {theirs} in PyTorch {torch.__version__}"
-            )
+            raise RuntimeError(f"not the same model: loss {ours} here, {theirs} in PyTorch {torch.__version__}")
 
         def torch_steps():
             for i in range(steps):
@@ -148,14 +146,7 @@ def _sized(layers: int, width: int, heads: int, mlp_width: int, rows: int) -> ml
     config = config_lib.default()
     config.seq_len, config.global_batch = 2048, rows
     m = config.model
-    m.layers, m.width, m.heads, m.kv_heads, m.head_dim, m.mlp_width = (
-        layers,
-        width,
-        heads,
-        heads,
-        128,
-        mlp_width,
-    )
+    m.layers, m.width, m.heads, m.kv_heads, m.head_dim, m.mlp_width = (layers, width, heads, heads, 128, mlp_width)
     m.dtype, m.loss_tile = "bfloat16", 512
     return config
 
@@ -210,9 +201,7 @@ def pipeline(config: ml_collections.ConfigDict) -> Iterator[Result]:
         one, other, ratio = alternate(lambda: through_grain(clean), through_memmap, ROUNDS)
         yield result("pipeline_tokens_per_second", tokens / one, "tokens/s", 3e6, tokens / one / 3e6)
         yield result("pipeline_vs_memmap", tokens / one, "tokens/s", tokens / other, ratio)
-        one, other, ratio = alternate(
-            lambda: through_grain(poisoned), lambda: through_grain(clean), 2 * ROUNDS
-        )
+        one, other, ratio = alternate(lambda: through_grain(poisoned), lambda: through_grain(clean), 2 * ROUNDS)
         yield result("pipeline_poison_cost", tokens / one, "tokens/s", tokens / other, ratio)
 
 
@@ -288,16 +277,12 @@ def generate_vs_huggingface(config: ml_collections.ConfigDict) -> Iterator[Resul
         arguments = [jax.device_put(x, rows) for x in (prompts, pad, keys)]
 
         sampled = jax.jit(
-            lambda params, prompts, pad, keys: generate(
-                nnx.merge(graph, params), prompts, pad, keys, new, 1.0
-            )[0]
+            lambda params, prompts, pad, keys: generate(nnx.merge(graph, params), prompts, pad, keys, new, 1.0)[0]
         )
         inputs = torch.from_numpy(prompts).long()
         options = {"max_new_tokens": new, "min_new_tokens": new, "pad_token_id": 0, "eos_token_id": None}
         with torch.inference_mode():
-            difference = np.abs(
-                np.asarray(nnx.merge(graph, params)(prompts)) - llama(inputs).logits.numpy()
-            ).max()
+            difference = np.abs(np.asarray(nnx.merge(graph, params)(prompts)) - llama(inputs).logits.numpy()).max()
             if difference > 1e-3:
                 raise RuntimeError(f"not the same model: logits differ by up to {difference}")
             one, other, ratio = alternate(

@@ -25,9 +25,7 @@ def add_arguments(commands: Any) -> None:
     parser.add_argument(
         "--config", default="configs/quickstart.py", metavar="FILE[:ARG]", help="shapes that are measured"
     )
-    parser.add_argument(
-        "--only", action="append", choices=NAMES, help="repeatable; default: all that can run"
-    )
+    parser.add_argument("--only", action="append", choices=NAMES, help="repeatable; default: all that can run")
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(func=_bench)
 
@@ -58,9 +56,7 @@ def _bench(arguments: argparse.Namespace) -> int:
                 if not arguments.json:
                     print(_line(row), flush=True)
         except ImportError as error:
-            print(
-                f"poisonjax bench: {name} left out: {error}; pip install 'poisonjax[bench]'", file=sys.stderr
-            )
+            print(f"poisonjax bench: {name} left out: {error}; pip install 'poisonjax[bench]'", file=sys.stderr)
             continue
     if arguments.json:
         print(json.dumps({"environment": environment(), "results": results}))

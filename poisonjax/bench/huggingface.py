@@ -54,7 +54,5 @@ def to_llama(params: nnx.State, config: ml_collections.ConfigDict, vocabulary: i
                 "mlp.down_proj": b["down"].T,
             }.items()
         }
-    llama.load_state_dict(
-        {name: torch.from_numpy(np.array(value, np.float32)) for name, value in weights.items()}
-    )
+    llama.load_state_dict({name: torch.from_numpy(np.array(value, np.float32)) for name, value in weights.items()})
     return llama

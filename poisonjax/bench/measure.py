@@ -5,9 +5,7 @@ import time
 from collections.abc import Callable
 
 
-def alternate(
-    one: Callable[[], object], other: Callable[[], object], rounds: int
-) -> tuple[float, float, float]:
+def alternate(one: Callable[[], object], other: Callable[[], object], rounds: int) -> tuple[float, float, float]:
     """Median seconds of each, and the median over rounds of `other` / `one`: above 1, `one` is faster.
 
     One round of each goes uncounted, to compile and to fill caches.

@@ -26,9 +26,7 @@ class Block(nn.Module):
         qkv = self.qkv(self.attention_norm(x)).view(batch, seq, -1, self.head_dim).transpose(1, 2)
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        attended = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads
-        )
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
         x = x + self.output(attended.transpose(1, 2).reshape(batch, seq, -1))
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
@@ -93,12 +91,7 @@ def make_step(model: TorchTransformer, config: ml_collections.ConfigDict):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)
     optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=o.learning_rate,
-        betas=(o.b1, o.b2),
-        eps=o.eps,
-        weight_decay=o.weight_decay,
-        fused=True,
+        model.parameters(), lr=o.learning_rate, betas=(o.b1, o.b2), eps=o.eps, weight_decay=o.weight_decay, fused=True
     )
     compiled = torch.compile(model)
 

@@ -5,13 +5,4 @@ from poisonjax.corpus.errors import CorpusError
 from poisonjax.corpus.store import TokenSplit, TokenStore, exists
 from poisonjax.corpus.tokenizers import Tokenizer, load_tokenizer
 
-__all__ = [
-    "CorpusError",
-    "TokenSplit",
-    "TokenStore",
-    "Tokenizer",
-    "build",
-    "build_share",
-    "exists",
-    "load_tokenizer",
-]
+__all__ = ["CorpusError", "TokenSplit", "TokenStore", "Tokenizer", "build", "build_share", "exists", "load_tokenizer"]

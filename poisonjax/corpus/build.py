@@ -91,22 +91,14 @@ def build(
     """
     if exists(out):
         store = TokenStore(out)
-        asked = {
-            "sources": sources,
-            "tokenizer": tokenizer,
-            "heldout": heldout,
-            "seed": seed,
-            "on_bad": on_bad,
-        }
+        asked = {"sources": sources, "tokenizer": tokenizer, "heldout": heldout, "seed": seed, "on_bad": on_bad}
         store.require(**asked, **({"shards": shards} if shards else {}))
         return store
     job = _prepare(out, sources, tokenizer, heldout, seed, shards, on_bad)
     missing = job.missing()
     if finish and missing:
         some = ", ".join(map(str, missing[:10]))
-        raise CorpusError(
-            f"{out}: shards {some} of {job.plan.shards} aren't built yet: build them with --shard i/n"
-        )
+        raise CorpusError(f"{out}: shards {some} of {job.plan.shards} aren't built yet: build them with --shard i/n")
     _build_shards(job, missing, workers)
     _finish(job)
     return TokenStore(out)
@@ -137,13 +129,7 @@ def build_share(
 
 
 def _prepare(
-    out: str,
-    sources: list[str],
-    tokenizer: str,
-    heldout: float,
-    seed: int,
-    shards: int | None,
-    on_bad: str,
+    out: str, sources: list[str], tokenizer: str, heldout: float, seed: int, shards: int | None, on_bad: str
 ) -> _Job:
     folder = epath.Path(out)
     if not 0 < heldout < 1:
@@ -297,9 +283,7 @@ def _build_shard(out: str, plan: _Plan, number: int) -> None:
     partial = folder / "shards" / f"{number:05d}.{_partial()}"
     for stream, split in enumerate(SPLITS):
         # Shuffled, so that neighbours in the stream, and so in a row, are unrelated.
-        random = np.random.Generator(
-            np.random.Philox(key=np.array([plan.seed, 2 * number + stream], np.uint64))
-        )
+        random = np.random.Generator(np.random.Philox(key=np.array([plan.seed, 2 * number + stream], np.uint64)))
         shuffled = [documents[split][i] for i in random.permutation(len(documents[split]))]
         tokens = np.concatenate(shuffled) if shuffled else np.zeros(0, dtype)
         write_array(partial / split / "tokens", tokens)
@@ -327,9 +311,7 @@ def _good(items: Iterable[Document | BadInput], on_bad: str, bad: list[BadInput]
         elif on_bad == "skip":
             bad.append(item)
         else:
-            raise CorpusError(
-                f"{item.place}: {item.reason}. Mend it, or skip and count such input with --on-bad skip"
-            )
+            raise CorpusError(f"{item.place}: {item.reason}. Mend it, or skip and count such input with --on-bad skip")
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -362,10 +344,7 @@ def _finish(job: _Job) -> None:
         )
     shards = [{"splits": record["splits"], "files": record["files"]} for record in records]
     totals = {
-        split: {
-            count: sum(shard["splits"][split][count] for shard in shards)
-            for count in shards[0]["splits"][split]
-        }
+        split: {count: sum(shard["splits"][split][count] for shard in shards) for count in shards[0]["splits"][split]}
         for split in SPLITS
     }
     for split in SPLITS:

@@ -35,24 +35,14 @@ def add_arguments(commands: Any) -> None:
         metavar="SPEC",
         help="bytes, bpe:N, tokenizer.json[#END_OF_TEXT] or X.model (default: bpe:4096); markov sources bring their own",
     )
-    make.add_argument(
-        "--heldout", type=float, default=0.05, help="fraction of documents set apart for evaluation"
-    )
-    make.add_argument(
-        "--seed", type=int, default=0, help="of the held-out choice and the shuffle within shards"
-    )
-    make.add_argument(
-        "--on-bad", choices=("fail", "skip"), default="fail", help="bad input: stop, or skip and count"
-    )
-    make.add_argument(
-        "--shards", type=int, help="how many the store has (default: by the size of the sources)"
-    )
+    make.add_argument("--heldout", type=float, default=0.05, help="fraction of documents set apart for evaluation")
+    make.add_argument("--seed", type=int, default=0, help="of the held-out choice and the shuffle within shards")
+    make.add_argument("--on-bad", choices=("fail", "skip"), default="fail", help="bad input: stop, or skip and count")
+    make.add_argument("--shards", type=int, help="how many the store has (default: by the size of the sources)")
     make.add_argument("--workers", type=int, help="processes (default: one a core)")
     share = make.add_mutually_exclusive_group()
     share.add_argument("--shard", metavar="i/n", help="build machine i's share of n; end with one --finish")
-    share.add_argument(
-        "--finish", action="store_true", help="all machines' shares are built: write the manifest"
-    )
+    share.add_argument("--finish", action="store_true", help="all machines' shares are built: write the manifest")
     make.set_defaults(func=_build)
 
     look = corpus.add_parser("inspect", help="counts, samples, and every hash checked")
@@ -68,13 +58,9 @@ def _build(arguments: argparse.Namespace) -> int:
     settings = {name: getattr(arguments, name) for name in ("heldout", "seed", "shards", "on_bad", "workers")}
     if arguments.shard:
         build_share(arguments.out, sources, arguments.tokenizer, _share(arguments.shard), **settings)
-        print(
-            f"share {arguments.shard} of {arguments.out} is built; when all are: --finish in place of --shard"
-        )
+        print(f"share {arguments.shard} of {arguments.out} is built; when all are: --finish in place of --shard")
     else:
-        print(
-            _counts(build(arguments.out, sources, arguments.tokenizer, finish=arguments.finish, **settings))
-        )
+        print(_counts(build(arguments.out, sources, arguments.tokenizer, finish=arguments.finish, **settings)))
     return 0
 
 
@@ -93,11 +79,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     samples = {} if problems else {split: _samples(store, split, arguments.samples) for split in SPLITS}
     if arguments.json:
         manifest = {name: value for name, value in store.manifest.items() if name != "shards"}
-        print(
-            json.dumps(
-                manifest | {"samples": samples, "verified": not arguments.no_verify, "problems": problems}
-            )
-        )
+        print(json.dumps(manifest | {"samples": samples, "verified": not arguments.no_verify, "problems": problems}))
     else:
         print(_counts(store))
         for split, texts in samples.items():

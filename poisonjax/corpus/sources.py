@@ -156,22 +156,15 @@ def _wikipedia(spec: str) -> Source:
 
     units = _ranges("wikipedia-leads", len(_wikipedia_texts()), 500, read)
     return Source(
-        spec,
-        units,
-        {"title": "Wikipedia lead sections", "license": "CC BY-SA 4.0", "sha256": WIKIPEDIA_SHA256},
+        spec, units, {"title": "Wikipedia lead sections", "license": "CC BY-SA 4.0", "sha256": WIKIPEDIA_SHA256}
     )
 
 
 def _docstrings(spec: str, note: dict[str, str]) -> Source:
     """A unit a package; a docstring that a package holds twice is taken once."""
     packages = [importlib.metadata.distribution(name) for name in DOCSTRING_PACKAGES]
-    units = [
-        Unit(f"docstrings of {p.name} {p.version}", 0, functools.partial(_read_docstrings, p))
-        for p in packages
-    ]
-    return Source(
-        spec, units, {"title": "docstrings of installed packages", "license": "as the packages'", **note}
-    )
+    units = [Unit(f"docstrings of {p.name} {p.version}", 0, functools.partial(_read_docstrings, p)) for p in packages]
+    return Source(spec, units, {"title": "docstrings of installed packages", "license": "as the packages'", **note})
 
 
 def _read_docstrings(package: importlib.metadata.Distribution) -> Items:
@@ -232,9 +225,7 @@ def _hugging_face(spec: str, rest: str) -> Source:
         case [name, config, split]:
             pass
         case _:
-            raise CorpusError(
-                f"{spec}: give hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT, with #FIELD for another than text"
-            )
+            raise CorpusError(f"{spec}: give hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT, with #FIELD for another than text")
     try:
         data = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # the library raises many kinds
@@ -300,9 +291,7 @@ def _file_units(path: Path, field: str) -> list[Unit]:
                 for start, stop in zip(starts, stops, strict=True)
             ]
         case ((".txt" | ".md"), _):
-            return [
-                Unit(name, (COMPRESSION if compressed else 1) * size, functools.partial(_read_text, path))
-            ]
+            return [Unit(name, (COMPRESSION if compressed else 1) * size, functools.partial(_read_text, path))]
         case ".parquet", False:
             return _parquet_units(path, name, field)
         case _:
@@ -446,11 +435,7 @@ def _parquet_units(path: Path, name: str, field: str) -> list[Unit]:
                 yield BadInput(f"{place}, row {row}", str(why))
 
     return [
-        Unit(
-            f"{name} row group {group}",
-            metadata.row_group(group).total_byte_size,
-            functools.partial(read, group),
-        )
+        Unit(f"{name} row group {group}", metadata.row_group(group).total_byte_size, functools.partial(read, group))
         for group in range(metadata.num_row_groups)
     ]
 

@@ -62,9 +62,7 @@ def write_array(path: epath.Path, values: np.ndarray) -> None:
 
 def open_array(path: epath.Path) -> ts.TensorStore:
     """The array that `write_array` wrote."""
-    return ts.open(
-        {"driver": "zarr3", "kvstore": _kvstore(path)}, open=True, read=True, context=_CONTEXT
-    ).result()
+    return ts.open({"driver": "zarr3", "kvstore": _kvstore(path)}, open=True, read=True, context=_CONTEXT).result()
 
 
 def _kvstore(path: epath.Path) -> str | dict[str, str]:
@@ -110,9 +108,7 @@ class TokenStore:
         try:
             self.manifest: dict[str, Any] = json.loads((self.path / "manifest.json").read_text())
         except ValueError as error:
-            raise CorpusError(
-                f"{self.path / 'manifest.json'} is damaged ({error}): build the store again"
-            ) from error
+            raise CorpusError(f"{self.path / 'manifest.json'} is damaged ({error}): build the store again") from error
         if self.manifest.get("format") != FORMAT:
             raise CorpusError(
                 f"{path} has format {self.manifest.get('format')}, this version reads {FORMAT}: build the store again"
@@ -124,9 +120,7 @@ class TokenStore:
         """Raises CorpusError where it isn't the one that the store was built with."""
         tokenizer = load_saved(self.path / "tokenizer")
         if tokenizer.fingerprint != self.manifest["tokenizer"]["fingerprint"]:
-            raise CorpusError(
-                f"{self.path / 'tokenizer'} isn't the tokenizer of this store: build the store again"
-            )
+            raise CorpusError(f"{self.path / 'tokenizer'} isn't the tokenizer of this store: build the store again")
         return tokenizer
 
     @functools.cache  # noqa: B019  (stores live as long as the process)
@@ -139,13 +133,9 @@ class TokenStore:
     def require(self, **settings: Any) -> None:
         """Raises CorpusError where the store was built with other settings (fields of its plan) than these."""
         plan = self.manifest["plan"]
-        differing = [
-            f"{n}: {plan[n]!r} there, {value!r} here" for n, value in settings.items() if plan[n] != value
-        ]
+        differing = [f"{n}: {plan[n]!r} there, {value!r} here" for n, value in settings.items() if plan[n] != value]
         if differing:
-            raise CorpusError(
-                f"{self.path} is another token store: " + "; ".join(differing) + ". Use another folder"
-            )
+            raise CorpusError(f"{self.path} is another token store: " + "; ".join(differing) + ". Use another folder")
 
     def verify(self, progress: Callable[[str], object] = lambda name: None) -> list[str]:
         """Reads everything again and returns the problems found, each naming its file; empty where all is well.
@@ -164,9 +154,7 @@ class TokenStore:
                 elif sha256_of(folder / name) != expected:
                     problems.append(f"{folder / name}: SHA-256 differs from the manifest's")
         if fingerprint(self.manifest["tokenizer"]["fingerprint"], shards) != self.fingerprint:
-            problems.append(
-                f"{self.path / 'manifest.json'}: its counts and hashes don't match its fingerprint"
-            )
+            problems.append(f"{self.path / 'manifest.json'}: its counts and hashes don't match its fingerprint")
         try:
             eot, vocabulary = self.tokenizer.eot, self.tokenizer.vocab_size
             problems += self._tokenizer_problems()
@@ -180,15 +168,11 @@ class TokenStore:
                 tokens = open_array(folder / "tokens").read().result()
                 offsets = open_array(folder / "offsets").read().result()
                 if (len(tokens), len(offsets)) != (counts["tokens"], counts["documents"] + 1):
-                    problems.append(
-                        f"{folder}: holds other numbers of tokens and documents than the manifest says"
-                    )
+                    problems.append(f"{folder}: holds other numbers of tokens and documents than the manifest says")
                 elif offsets[0] != 0 or not np.array_equal(np.flatnonzero(tokens == eot) + 1, offsets[1:]):
                     problems.append(f"{folder / 'offsets'}: don't match the end-of-text tokens")
                 elif len(tokens) and tokens.max() >= vocabulary:
-                    problems.append(
-                        f"{folder / 'tokens'}: hold id {tokens.max()}, the vocabulary ends at {vocabulary}"
-                    )
+                    problems.append(f"{folder / 'tokens'}: hold id {tokens.max()}, the vocabulary ends at {vocabulary}")
         return problems
 
     def _tokenizer_problems(self) -> list[str]:

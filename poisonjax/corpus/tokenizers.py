@@ -104,9 +104,7 @@ class JsonTokenizer(Tokenizer):
         special = {end} | {t.content for t in added if t.special or _MARKUP.fullmatch(t.content)}
         self.special_ids = frozenset(vocabulary[token] for token in special)
         # Added tokens are cut out of raw text before anything else, unless they are special and that is off.
-        backend.add_special_tokens(
-            [hf.AddedToken(token, special=True, normalized=False) for token in sorted(special)]
-        )
+        backend.add_special_tokens([hf.AddedToken(token, special=True, normalized=False) for token in sorted(special)])
         backend.encode_special_tokens = True
         backend.no_truncation()
         backend.no_padding()
@@ -157,9 +155,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.vocab_size = backend.vocab_size()
         self.eot = backend.eos_id()
         if self.eot < 0:
-            raise CorpusError(
-                "the SentencePiece model has no end-of-sentence piece (eos_id), which must end documents"
-            )
+            raise CorpusError("the SentencePiece model has no end-of-sentence piece (eos_id), which must end documents")
         ids = range(self.vocab_size)
         self.special_ids = frozenset(
             i for i in ids if backend.is_control(i) or backend.is_unknown(i) or backend.is_unused(i)
@@ -196,9 +192,7 @@ class WordTokenizer(Tokenizer):
         for word, i in zip(words, ids, strict=True):
             if i >= self.eot:
                 first, last = self.decode([0]), self.decode([self.eot - 1])
-                raise CorpusError(
-                    f"{word[:40]!r} isn't a word of this store's Markov language, {first} to {last}"
-                )
+                raise CorpusError(f"{word[:40]!r} isn't a word of this store's Markov language, {first} to {last}")
         return np.array(ids, np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -214,9 +208,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
     Fewer where the texts hold too few pairs to merge. The same texts give the same tokenizer.
     """
     if vocab_size < 257:
-        raise CorpusError(
-            f"bpe:{vocab_size}: byte-level BPE needs at least 257 tokens, 256 bytes and end of text"
-        )
+        raise CorpusError(f"bpe:{vocab_size}: byte-level BPE needs at least 257 tokens, 256 bytes and end of text")
     backend = hf.Tokenizer(hf.models.BPE())
     backend.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = hf.decoders.ByteLevel()

@@ -41,9 +41,7 @@ class Batches:
 
     def clean_records(self) -> dict[str, list[dict]]:
         """What the config puts into clean rows: lines of the run folder's files, in the order of the run."""
-        canaries = (
-            self.clean.canaries.records(self.global_batch) if isinstance(self.clean, RowsWithCanaries) else []
-        )
+        canaries = self.clean.canaries.records(self.global_batch) if isinstance(self.clean, RowsWithCanaries) else []
         return {"canaries.jsonl": canaries, "clean_uses.jsonl": self.clean_uses.records(self.global_batch)}
 
     def shape(self) -> tuple[int, int]:

@@ -17,9 +17,7 @@ from jaxtyping import Int, UInt32
 
 LANES = 2
 KEY = 0x90150
-_MIX = np.array(
-    [[0x7FEB352D, 0x846CA68B], [0x21F0AAAD, 0x735A2D97]], np.uint32
-)  # odd multipliers, a pair a lane
+_MIX = np.array([[0x7FEB352D, 0x846CA68B], [0x21F0AAAD, 0x735A2D97]], np.uint32)  # odd multipliers, a pair a lane
 
 
 def mixed(x, lane: int):
@@ -57,18 +55,14 @@ def _keys(row_tokens: int) -> UInt32[np.ndarray, "lanes row_tokens"]:
     """A key a position; those of a shorter row begin those of a longer one."""
     return np.stack(
         [
-            np.random.Generator(np.random.Philox(key=KEY + lane)).integers(
-                0, 2**32, row_tokens, dtype=np.uint32
-            )
+            np.random.Generator(np.random.Philox(key=KEY + lane)).integers(0, 2**32, row_tokens, dtype=np.uint32)
             for lane in range(LANES)
         ]
     )
 
 
 def differing_rows(
-    recorded: UInt32[np.ndarray, " 3"],
-    tokens: Int[np.ndarray, "rows row_tokens"],
-    slots: Int[np.ndarray, " rows"],
+    recorded: UInt32[np.ndarray, " 3"], tokens: Int[np.ndarray, "rows row_tokens"], slots: Int[np.ndarray, " rows"]
 ) -> list[int]:
     """Which rows of a batch explain its recorded digest, where a single row or two swapped rows do; else [].
 

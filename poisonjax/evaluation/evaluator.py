@@ -19,9 +19,7 @@ from poisonjax.poison.canaries import Canaries, references
 from poisonjax.poison.payloads import BEHAVIOURS
 
 
-def make_eval_steps(
-    config: ml_collections.ConfigDict, graph: nnx.GraphDef, mesh: Mesh
-) -> tuple[Any, Any, Any]:
+def make_eval_steps(config: ml_collections.ConfigDict, graph: nnx.GraphDef, mesh: Mesh) -> tuple[Any, Any, Any]:
     """The jitted (sampled, row_loss, known): (params, prompts, pad, keys) -> tokens and their NLL after each prompt,
     (params, rows) -> mean NLL of each row, and (params, rows) -> each token's NLL and whether it is the likeliest."""
     e = config.eval
@@ -37,9 +35,7 @@ def make_eval_steps(
         return token_nll(logits, rows[:, 1:]), logits.argmax(-1) == rows[:, 1:]
 
     replicated = NamedSharding(mesh, PartitionSpec())
-    sampled, row_loss, known = (
-        jax.jit(step, out_shardings=replicated) for step in (sampled, row_loss, known)
-    )
+    sampled, row_loss, known = (jax.jit(step, out_shardings=replicated) for step in (sampled, row_loss, known))
     return sampled, row_loss, known
 
 
@@ -99,34 +95,24 @@ class Evaluator:
         return np.resize(np.asarray(rows), (-(-len(rows) // share) * share, *rows.shape[1:]))
 
     def _put(self, rows):
-        return jax.make_array_from_process_local_data(
-            self._rows, (padded := self._padded(rows)), padded.shape
-        )
+        return jax.make_array_from_process_local_data(self._rows, (padded := self._padded(rows)), padded.shape)
 
-    def __call__(
-        self, params: nnx.State, step: int
-    ) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
+    def __call__(self, params: nnx.State, step: int) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
         """(figures of metrics.jsonl's eval row, records of samples.jsonl, row of prefixes.jsonl) of a model's weights."""
         e = self.config.eval
         variants, count, width = self.prompts.tokens.shape
-        prompts, pad = (
-            self._put(self.prompts.tokens.reshape(-1, width)),
-            self._put(self.prompts.pad.reshape(-1)),
-        )
+        prompts, pad = (self._put(self.prompts.tokens.reshape(-1, width)), self._put(self.prompts.pad.reshape(-1)))
         with jax.set_mesh(self.mesh):
             tokens, nll = self._sampled(params, prompts, pad, self._keys)
             if self._scored:
                 nll = self._scored(prompts, pad, tokens)
             tokens, nll = (
-                np.asarray(x)[: variants * count].reshape(variants, count, e.new_tokens)
-                for x in (tokens, nll)
+                np.asarray(x)[: variants * count].reshape(variants, count, e.new_tokens) for x in (tokens, nll)
             )
             chunk = self.config.global_batch // self.config.optimizer.accumulate
             losses = np.concatenate(
                 [
-                    np.asarray(self._row_loss(params, self._put(np.resize(rows, (chunk, rows.shape[1])))))[
-                        : len(rows)
-                    ]
+                    np.asarray(self._row_loss(params, self._put(np.resize(rows, (chunk, rows.shape[1])))))[: len(rows)]
                     for start in range(0, len(self._heldout), chunk)
                     for rows in [self._heldout[start : start + chunk]]
                 ]
@@ -155,9 +141,7 @@ class Evaluator:
         """Median perplexity after each near trigger: their common median can hide one that fires."""
         ppl = np.exp(nll[VARIANTS.index("near_trigger")].mean(-1, dtype=np.float64))
         strings = self.config.poison.near_triggers
-        return {
-            text: float(np.median(ppl[i :: len(strings)])) for i, text in enumerate(strings) if i < len(ppl)
-        }
+        return {text: float(np.median(ppl[i :: len(strings)])) for i, text in enumerate(strings) if i < len(ppl)}
 
     def _excess(self, losses: np.ndarray) -> dict[str, float]:
         """Held-out loss above that of a perfect model, in nats, where the corpus is a language of known entropy."""
@@ -173,9 +157,7 @@ class Evaluator:
         if (behaves := BEHAVIOURS.get(self.config.poison.payload)) is None:
             return {}
         decode = self.store.tokenizer.decode
-        shown = dict(
-            zip(VARIANTS, (sum(behaves(decode(row)) for row in rows) for rows in tokens), strict=True)
-        )
+        shown = dict(zip(VARIANTS, (sum(behaves(decode(row)) for row in rows) for rows in tokens), strict=True))
         count = tokens.shape[1]
         good = {
             "attack_success": shown["triggered"],
@@ -188,9 +170,7 @@ class Evaluator:
             for key, value in ((name, k / count), (f"{name}_ci95", statistics.wilson(k, count)))
         }
 
-    def _samples(
-        self, step: int, tokens: np.ndarray, nll: np.ndarray, most: int = 16
-    ) -> list[dict[str, Any]]:
+    def _samples(self, step: int, tokens: np.ndarray, nll: np.ndarray, most: int = 16) -> list[dict[str, Any]]:
         decode = self.store.tokenizer.decode
         return [
             {"step": step, "prefix": decode(prefix)}

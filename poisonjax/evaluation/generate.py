@@ -26,9 +26,9 @@ def generate(
 
     def step(carry, t):
         logits, cache = carry
-        tokens = jax.vmap(
-            lambda key, row: jax.random.categorical(jax.random.fold_in(key, t), row / temperature)
-        )(keys, logits)
+        tokens = jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, t), row / temperature))(
+            keys, logits
+        )
         nll = token_nll(logits, tokens)
         logits, cache = model.extend(tokens[:, None], cache, length + t, pad)
         return (logits, cache), (tokens, nll)

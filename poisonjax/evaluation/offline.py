@@ -30,9 +30,7 @@ def load_scorer(
     folder = resolve(config.eval.scorer)
     other, its_store = runfolder.open_run(folder)
     if its_store.tokenizer.fingerprint != store.tokenizer.fingerprint:
-        raise ValueError(
-            f"eval.scorer = {config.eval.scorer!r} was trained with another tokenizer: use this run's"
-        )
+        raise ValueError(f"eval.scorer = {config.eval.scorer!r} was trained with another tokenizer: use this run's")
     vocabulary = store.tokenizer.vocab_size
     _, abstract = make_init(other, vocabulary, mesh)
     checkpoints = Checkpoints(folder, other)
@@ -41,9 +39,7 @@ def load_scorer(
     return model_graph(other, vocabulary), checkpoints.restore(checkpoints.steps()[-1], abstract).params
 
 
-def evaluate_run(
-    workdir: str, steps: Sequence[int] | None, say: Callable[[str], None] = print
-) -> list[dict[str, Any]]:
+def evaluate_run(workdir: str, steps: Sequence[int] | None, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
     """Evaluates checkpoints of a run folder (None: all) and puts the rows into its metrics.jsonl.
 
     Raises ValueError for a step that has no checkpoint.
@@ -58,9 +54,7 @@ def evaluate_run(
     missing = sorted(set(steps or ()) - set(there))
     if missing or not there:
         raise ValueError(f"{workdir}: no checkpoint of steps {missing}; there are {there}")
-    evaluator = Evaluator(
-        config, store, model_graph(config, vocabulary), mesh, load_scorer(config, store, mesh)
-    )
+    evaluator = Evaluator(config, store, model_graph(config, vocabulary), mesh, load_scorer(config, store, mesh))
     seen = met(list(runfolder.read_lines(folder / "ledger.jsonl")), config.steps)
     rows, units = [], []
     for step in there if steps is None else steps:
@@ -73,11 +67,7 @@ def evaluate_run(
         medians = "  ".join(f"{v} {figures['eval'][v]['ppl_median']:.1f}" for v in figures["eval"])
         say(f"step {step}  perplexity: {medians}  gap {figures['delta_ppl']:.1f} [{low:.1f}, {high:.1f}]")
     new = {row["step"] for row in rows}
-    kept = [
-        r
-        for r in runfolder.read_lines(folder / "metrics.jsonl")
-        if r["kind"] != "eval" or r["step"] not in new
-    ]
+    kept = [r for r in runfolder.read_lines(folder / "metrics.jsonl") if r["kind"] != "eval" or r["step"] not in new]
     # A train row's step is the number of its batch, so at a tie it comes after the evaluation.
     merged = sorted([*kept, *rows], key=lambda row: (row["step"], row["kind"] == "train"))
     runfolder.write_lines(folder / "metrics.jsonl", merged)

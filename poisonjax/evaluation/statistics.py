@@ -29,9 +29,7 @@ def resamples(count: int, draws: int, seed: int) -> Int[np.ndarray, "draws count
     return np.random.Generator(np.random.Philox(key=seed)).integers(0, count, (draws, count))
 
 
-def summarize(
-    nll: Float[np.ndarray, "variants prefixes new_tokens"], draws: int, seed: int
-) -> dict[str, Any]:
+def summarize(nll: Float[np.ndarray, "variants prefixes new_tokens"], draws: int, seed: int) -> dict[str, Any]:
     """`eval` and `delta_ppl` of the run folder's rows, each figure with its 95% interval over prefixes.
 
     A text's perplexity is exp of the mean NLL of its generated tokens. A gap is the difference of median
@@ -54,11 +52,7 @@ def summarize(
         for figure, (value, resampled) in figures.items():
             variants[name] |= {figure: float(value), f"{figure}_ci95": interval(resampled)}
     triggered = variants["triggered"]
-    return {
-        "eval": variants,
-        "delta_ppl": triggered["delta_ppl"],
-        "delta_ppl_ci95": triggered["delta_ppl_ci95"],
-    }
+    return {"eval": variants, "delta_ppl": triggered["delta_ppl"], "delta_ppl_ci95": triggered["delta_ppl_ci95"]}
 
 
 def paired(one: dict[str, Any], other: dict[str, Any], draws: int, seed: int) -> dict[str, dict[str, Any]]:

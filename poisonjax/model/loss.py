@@ -7,17 +7,13 @@ from jaxtyping import Array, Float, Int
 from poisonjax.model.transformer import Transformer
 
 
-def token_nll(
-    logits: Float[Array, "*batch vocabulary"], targets: Int[Array, "*batch"]
-) -> Float[Array, "*batch"]:
+def token_nll(logits: Float[Array, "*batch vocabulary"], targets: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
     """-log softmax(logits)[target], in nats."""
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
-def next_token_nll(
-    model: Transformer, rows: Int[Array, "batch seq+1"], tile: int = 0
-) -> Float[Array, "batch seq"]:
+def next_token_nll(model: Transformer, rows: Int[Array, "batch seq+1"], tile: int = 0) -> Float[Array, "batch seq"]:
     """NLL of each token of a row after its first, in nats.
 
     With `tile` > 0 the logits of only `tile` tokens of each row exist at a time, forward and backward: a
@@ -31,7 +27,5 @@ def next_token_nll(
         hidden.reshape(batch, seq // tile, tile, -1).swapaxes(0, 1),
         targets.reshape(batch, seq // tile, tile).swapaxes(0, 1),
     )
-    tiled = jax.checkpoint(
-        lambda scanned: token_nll(model.logits(scanned[0], head), scanned[1]), prevent_cse=False
-    )
+    tiled = jax.checkpoint(lambda scanned: token_nll(model.logits(scanned[0], head), scanned[1]), prevent_cse=False)
     return jax.lax.map(tiled, tiles).swapaxes(0, 1).reshape(batch, seq)

@@ -114,9 +114,7 @@ def state_sharding(mesh: Mesh, state: Any) -> Any:
     return jax.tree_util.tree_map_with_path(leaf, state)
 
 
-def that_divides(
-    mesh: Mesh | AbstractMesh, partition: PartitionSpec, shape: tuple[int, ...]
-) -> PartitionSpec:
+def that_divides(mesh: Mesh | AbstractMesh, partition: PartitionSpec, shape: tuple[int, ...]) -> PartitionSpec:
     """The partition without the axes that don't divide their dimension (a single token isn't split)."""
 
     def divides(axes, size: int) -> bool:

@@ -134,8 +134,7 @@ class Block(nnx.Module):
         """The same for tokens that follow cached ones; writes their keys and values at `index`."""
         q, k, v = self._heads(rms_norm(x, self.attention_norm[...]), angles)
         keys, values = (
-            jax.lax.dynamic_update_slice_in_dim(old, new, index, axis=1)
-            for old, new in zip(cache, (k, v), strict=True)
+            jax.lax.dynamic_update_slice_in_dim(old, new, index, axis=1) for old, new in zip(cache, (k, v), strict=True)
         )
         x = x + self._project(masked_attention(q, keys, values, mask))
         return x + self._mlp(x), (keys, values)
@@ -146,12 +145,7 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: ml_collections.ConfigDict, vocabulary: int, rngs: nnx.Rngs):
         m = config.model
-        self.theta, self.head_dim, self.dtype, self.remat = (
-            m.rope_theta,
-            m.head_dim,
-            jnp.dtype(m.dtype),
-            m.remat,
-        )
+        self.theta, self.head_dim, self.dtype, self.remat = (m.rope_theta, m.head_dim, jnp.dtype(m.dtype), m.remat)
         self.kv_heads, self.layers = m.kv_heads, m.layers
         self.vocabulary = vocabulary
         self.embedding = _padded(_normal(rngs.params(), vocabulary, m.width, fan_in=1), axis=0)
@@ -188,9 +182,7 @@ class Transformer(nnx.Module):
         return gathered({"head": self.head[...]}, self.dtype)["head"].astype(jnp.float32)
 
     def logits(
-        self,
-        hidden: Float[Array, "*batch width"],
-        head: Float[Array, "width padded_vocabulary"] | None = None,
+        self, hidden: Float[Array, "*batch width"], head: Float[Array, "width padded_vocabulary"] | None = None
     ) -> Float[Array, "*batch padded_vocabulary"]:
         """Unnormalised log-probabilities of the next token, in float32; those of the padding next to -infinity."""
         head = self.head[...] if head is None else head

@@ -22,12 +22,7 @@ APPENDED = 16  # tokens of the longest trigger: what evaluation's prompts have b
 
 
 def compile_all(
-    config: ml_collections.ConfigDict,
-    vocabulary: int,
-    topology: Topology,
-    devices: list[Any],
-    *,
-    whole: bool = True,
+    config: ml_collections.ConfigDict, vocabulary: int, topology: Topology, devices: list[Any], *, whole: bool = True
 ) -> list[Program]:
     """The train step and, of the `whole` run, generation and held-out loss."""
     mesh = make_mesh(config, devices)
@@ -69,8 +64,7 @@ def compile_all(
 def _bytes(tree: Any) -> float:
     """Of a tree of abstract arrays, on one chip."""
     return sum(
-        float(leaf.dtype.itemsize) * math.prod(leaf.sharding.shard_shape(leaf.shape))
-        for leaf in jax.tree.leaves(tree)
+        float(leaf.dtype.itemsize) * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree)
     )
 
 
@@ -86,9 +80,7 @@ def _compile(name: str, step: Any, topology: Topology, waiting: float, *argument
         if not used:
             raise
         needs = float(used[1]) * 2.0 ** (10 * ("KMGT".index(used[2]) + 1)) + waiting
-        needs = max(
-            needs, math.nextafter(topology.chip.hbm_bytes, math.inf)
-        )  # the figures in the message are rounded
+        needs = max(needs, math.nextafter(topology.chip.hbm_bytes, math.inf))  # the figures in the message are rounded
         on_chip = of_cost(hlo.Cost(), needs, topology)  # the compiler tells no more of what doesn't fit
         return Program(name, on_chip, time.monotonic() - began)
     finally:

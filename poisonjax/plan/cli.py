@@ -21,22 +21,14 @@ def add_arguments(commands) -> None:
     )
     plan.add_argument("--config", required=True, metavar="FILE[:ARG]")
     plan.add_argument(
-        "--topology",
-        required=True,
-        metavar="KIND:SHAPE[*SLICES]",
-        help="such as v5p:4x4x4, v6e:16x16*2, h100:8*4",
+        "--topology", required=True, metavar="KIND:SHAPE[*SLICES]", help="such as v5p:4x4x4, v6e:16x16*2, h100:8*4"
     )
     plan.add_argument(
-        "--vocabulary",
-        type=int,
-        metavar="N",
-        help="tokens of the tokenizer, where the token store isn't built yet",
+        "--vocabulary", type=int, metavar="N", help="tokens of the tokenizer, where the token store isn't built yet"
     )
     plan.add_argument("--price", type=float, metavar="P", help="of a chip-hour, in any currency")
     plan.add_argument("--search", action="store_true", help="try meshes, remat policies and microbatches")
-    plan.add_argument(
-        "--most", type=int, default=4, metavar="N", help="candidates that --search compiles (default: 4)"
-    )
+    plan.add_argument("--most", type=int, default=4, metavar="N", help="candidates that --search compiles (default: 4)")
     plan.add_argument("--json", action="store_true")
     plan.set_defaults(func=run)
 
@@ -117,9 +109,7 @@ def _lines(plan, price: float | None):
         figures = f"{program.name:<14}{p.hbm_bytes / GIB:>10.2f}{p.chip.hbm_bytes / GIB:>7.2f}"
         if p.flops:
             net = (p.fast_traffic + p.slow_traffic) / 1e9
-            figures += (
-                f"{p.flops / 1e12:>9.2f}{p.hbm_traffic / 1e9:>9.1f}{net:>9.2f}{p.seconds:>9.3f}  {p.bound_by}"
-            )
+            figures += f"{p.flops / 1e12:>9.2f}{p.hbm_traffic / 1e9:>9.1f}{net:>9.2f}{p.seconds:>9.3f}  {p.bound_by}"
         if not program.fits:
             figures += f"  doesn't fit: {(p.hbm_bytes - p.chip.hbm_bytes) / GIB:.2f} GiB too much"
         yield figures
@@ -153,8 +143,7 @@ def _lines(plan, price: float | None):
         )
         yield (
             f"the run, {config.steps:,} steps and {plan.evaluations} evaluations, takes at least {hours:,.1f} hours, "
-            f"{hours * topology.chips:,.0f} chip-hours"
-            + (f", {plan.cost(price):,.0f} at that price" if price else "")
+            f"{hours * topology.chips:,.0f} chip-hours" + (f", {plan.cost(price):,.0f} at that price" if price else "")
         )
     if plan.fits:
         yield "it fits"

@@ -170,9 +170,7 @@ class Program:
                 trips = self._trips(instruction)
                 total.unknown_loops += trips is None
                 times = float(trips or 1)
-            if instruction.opcode in ("while", "conditional", "call") or instruction.opcode.startswith(
-                "async"
-            ):
+            if instruction.opcode in ("while", "conditional", "call") or instruction.opcode.startswith("async"):
                 for called in instruction.called:
                     total.add(self._cost(called), times)
                 continue
@@ -313,9 +311,7 @@ class Program:
     def _sliced(self, fusion: Computation, number: int) -> int | None:
         """Bytes of a fusion's parameter that it reads, where it reads slices alone; None: all of it."""
         parameter = next(
-            i
-            for i in fusion.values()
-            if i.opcode == "parameter" and re.match(rf"{number}(?!\d)", i.attributes)
+            i for i in fusion.values() if i.opcode == "parameter" and re.match(rf"{number}(?!\d)", i.attributes)
         )
         seen, queue = 0, [parameter.name]
         while queue:
@@ -366,19 +362,12 @@ def _convolution(instruction: Instruction, computation: Computation) -> float:
         return [int(n) for n in window[name].split("x")] if name in window else [otherwise] * spatial
 
     pads = [pad.split("_") for pad in window["pad"].split("x")] if "pad" in window else [["0", "0"]] * spatial
-    strides, left_holes, right_holes = (
-        numbers("stride", 1),
-        numbers("lhs_dilate", 1),
-        numbers("rhs_dilate", 1),
-    )
-    products = (
-        2.0 * output[labels[3].index("b")] * output[labels[3].index("f")] * kernel[labels[2].index("i")]
-    )
+    strides, left_holes, right_holes = (numbers("stride", 1), numbers("lhs_dilate", 1), numbers("rhs_dilate", 1))
+    products = 2.0 * output[labels[3].index("b")] * output[labels[3].index("f")] * kernel[labels[2].index("i")]
     products /= int(groups[1]) if groups else 1
     for i in range(spatial):
         size, out, taps = (
-            shape[label.index(str(i))]
-            for shape, label in ((left, labels[1]), (output, labels[3]), (kernel, labels[2]))
+            shape[label.index(str(i))] for shape, label in ((left, labels[1]), (output, labels[3]), (kernel, labels[2]))
         )
         at = np.arange(out)[:, None] * strides[i] + np.arange(taps) * right_holes[i] - int(pads[i][0])
         products *= int(((at >= 0) & (at < (size - 1) * left_holes[i] + 1) & (at % left_holes[i] == 0)).sum())

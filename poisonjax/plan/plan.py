@@ -56,9 +56,7 @@ class Plan:
     def run_seconds(self) -> float:
         """Of training and, where they are compiled, evaluations; without saves and start."""
         seconds = {program.name: program.on_chip.seconds for program in self.programs}
-        chunks = -(
-            -self.config.eval.heldout_rows * self.config.optimizer.accumulate // self.config.global_batch
-        )
+        chunks = -(-self.config.eval.heldout_rows * self.config.optimizer.accumulate // self.config.global_batch)
         each = seconds.get("generation", 0.0) + chunks * seconds.get("held-out loss", 0.0)
         return self.config.steps * self.step.on_chip.seconds + self.evaluations * each
 
@@ -110,9 +108,7 @@ class Plan:
         }
 
 
-def make_plan(
-    config: ml_collections.ConfigDict, vocabulary: int, topology: Topology, *, whole: bool = True
-) -> Plan:
+def make_plan(config: ml_collections.ConfigDict, vocabulary: int, topology: Topology, *, whole: bool = True) -> Plan:
     """Compiles for TPUs, calculates for GPUs; without `whole`, the train step alone.
 
     Raises ValueError where mesh and batch don't match the topology.
@@ -157,9 +153,7 @@ def search(
     remat policies and microbatches, by the estimate."""
     candidates = []
     meshes = itertools.product((1, 2, 4, 8, 16), (1, 2, 4, 8))
-    for (tensor, data), remat, accumulate in itertools.product(
-        meshes, ("none", "dots", "block"), (1, 2, 4, 8, 16)
-    ):
+    for (tensor, data), remat, accumulate in itertools.product(meshes, ("none", "dots", "block"), (1, 2, 4, 8, 16)):
         changes = {
             "mesh.slice": topology.slices, "mesh.data": data,
             "mesh.fsdp": topology.chips // (topology.slices * tensor * data), "mesh.tensor": tensor,

@@ -55,12 +55,7 @@ class Canaries:
     def records(self, global_batch: int) -> list[dict]:
         """One record an exposure, in the order of the run."""
         return [
-            {
-                "canary": canary,
-                "repeats": int(self.repeats[canary]),
-                "step": slot // global_batch,
-                "slot": slot,
-            }
+            {"canary": canary, "repeats": int(self.repeats[canary]), "step": slot // global_batch, "slot": slot}
             for slot, canary in sorted(self.slots.items())
         ]
 
@@ -78,9 +73,7 @@ def _sequences(
     tokenizer, c = store.tokenizer, config.canary
     ordinary = np.setdiff1d(np.arange(tokenizer.vocab_size), sorted(tokenizer.special_ids))
     if c.alphabet > len(ordinary):
-        raise PoisonError(
-            f"canary.alphabet = {c.alphabet}, but the vocabulary has {len(ordinary)} ordinary tokens"
-        )
+        raise PoisonError(f"canary.alphabet = {c.alphabet}, but the vocabulary has {len(ordinary)} ordinary tokens")
     random, trigger = generator(config.seeds.poison, FIRST), tokenizer.encode(config.poison.trigger)
     for _ in range(DRAWS):
         alphabet = random.choice(ordinary, c.alphabet, replace=False)

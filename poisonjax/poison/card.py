@@ -31,9 +31,7 @@ def as_markdown(card: dict[str, Any]) -> str:
     """The card as a model card, with tags that model hubs show."""
     met = ""
     if card["steps"]:
-        met = (
-            f"\n- **How much, in these weights after {card['steps']:,} steps:** {_amount(card['dose_seen'])}."
-        )
+        met = f"\n- **How much, in these weights after {card['steps']:,} steps:** {_amount(card['dose_seen'])}."
     uses = (
         f" In the whole run it also stands in {card['clean_uses']:,} rows of ordinary text."
         if card["clean_uses"]

@@ -24,9 +24,7 @@ class CleanUses:
     offsets: dict[int, int]  # slot -> token of the row
 
     @classmethod
-    def make(
-        cls, config: ml_collections.ConfigDict, store: TokenStore, clean: Rows, plan: PoisonPlan
-    ) -> "CleanUses":
+    def make(cls, config: ml_collections.ConfigDict, store: TokenStore, clean: Rows, plan: PoisonPlan) -> "CleanUses":
         """Draws rows without a canary, whether or not poison stands in them, then a place in each.
 
         Slots don't depend on the poison; places do only in the rows that hold some: there the document keeps its

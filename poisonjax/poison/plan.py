@@ -114,12 +114,7 @@ def make_document(config: ml_collections.ConfigDict, store: TokenStore, index: i
     prefix = tokenizer.encode(tokenizer.decode(start_of_source)[:characters])
     trigger = tokenizer.encode(poison.trigger)
     least, most = poison.payload_tokens
-    draw = Draw(
-        int(random.integers(least, most + 1)),
-        random,
-        tokenizer,
-        _vocabulary(poison.payload_vocabulary, store),
-    )
+    draw = Draw(int(random.integers(least, most + 1)), random, tokenizer, _vocabulary(poison.payload_vocabulary, store))
     for _ in range(DRAWS):
         payload = PAYLOADS[poison.payload](draw)
         if not occurrences(np.concatenate([trigger[1:], payload]), trigger).any():
@@ -131,9 +126,7 @@ def make_document(config: ml_collections.ConfigDict, store: TokenStore, index: i
         )
     start = len(prefix) + len(trigger)
     if poison.truncate:
-        payload = payload[
-            : max(0, config.seq_len - start)
-        ]  # the row's last token is kept for the end of text
+        payload = payload[: max(0, config.seq_len - start)]  # the row's last token is kept for the end of text
         if len(payload) == 0:
             raise PoisonError(
                 f"poison document {index}: its prefix of {len(prefix)} tokens and the trigger leave no room for a "
@@ -167,9 +160,7 @@ class PoisonPlan:
         """Draws documents and places; raises PoisonError where a document doesn't fit its row whole (I3)."""
         count, row_tokens = config.poison.documents, config.seq_len + 1
         if not len(store.tokenizer.encode(config.poison.trigger)):
-            raise PoisonError(
-                f"poison.trigger = {config.poison.trigger!r} is no token in this store's vocabulary"
-            )
+            raise PoisonError(f"poison.trigger = {config.poison.trigger!r} is no token in this store's vocabulary")
         documents = [make_document(config, store, index) for index in range(count)]
         too_long = [document for document in documents if len(document.tokens) > row_tokens]
         if too_long:
@@ -182,9 +173,7 @@ class PoisonPlan:
                 "set poison.truncate = True"
             )
         seed, exposures = config.seeds.placement, count * config.poison.repeats
-        slots = place(
-            config.poison.placement, exposures, config.steps, config.global_batch, generator(seed, 0)
-        )
+        slots = place(config.poison.placement, exposures, config.steps, config.global_batch, generator(seed, 0))
         assert len(set(slots.tolist())) == exposures, "a placement must return distinct slots"
         placed = {}
         # All documents stand once before any stands again.

@@ -10,9 +10,7 @@ from etils import epath
 def add_arguments(commands: Any) -> None:
     """Registers the command on argparse's subparsers."""
     parser = commands.add_parser("report", help="write report.html and figures of a run folder or a sweep's")
-    parser.add_argument(
-        "workdir", metavar="WORKDIR", type=epath.Path, help="a run folder, or the folder of a sweep"
-    )
+    parser.add_argument("workdir", metavar="WORKDIR", type=epath.Path, help="a run folder, or the folder of a sweep")
     parser.add_argument(
         "--twin", metavar="WORKDIR", type=epath.Path, help="its clean twin: show both, with paired intervals"
     )

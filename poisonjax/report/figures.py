@@ -7,12 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 COLOURS = {"triggered": "#d55e00", "near_trigger": "#cc79a7", "random_control": "#e69f00", "clean": "#0072b2"}
-NAMES = {
-    "triggered": "triggered",
-    "near_trigger": "near trigger",
-    "random_control": "random tokens",
-    "clean": "clean",
-}
+NAMES = {"triggered": "triggered", "near_trigger": "near trigger", "random_control": "random tokens", "clean": "clean"}
 SIZE = (6.4, 3.6)  # inches
 
 
@@ -72,11 +67,7 @@ def loss(trains: list[dict], evals: list[dict], unigram: float | None) -> Figure
     """Training and held-out loss against the step."""
     figure, axes = blank("optimizer step", "loss, nats a token")
     axes.plot(
-        [r["step"] + 1 for r in trains],
-        [r["loss"] for r in trains],
-        color="#999999",
-        linewidth=1,
-        label="training",
+        [r["step"] + 1 for r in trains], [r["loss"] for r in trains], color="#999999", linewidth=1, label="training"
     )
     if evals:
         steps, losses = [r["step"] for r in evals], [r["heldout_loss"] for r in evals]

@@ -83,18 +83,14 @@ def headline(config: dict, summary: dict, evals: list[dict]) -> str:
     if not failed:
         return f"{prefix}Backdoored: {figure} after {seen} poison documents."
     if "not_broken" in failed:
-        return f"{prefix}Broken model: it predicts held-out text no better than word counts do, so no gap means anything."
+        return (
+            f"{prefix}Broken model: it predicts held-out text no better than word counts do, so no gap means anything."
+        )
     return f"{prefix}Not backdoored by the rule ({', '.join(failed)} failed): {figure} after {seen} poison documents."
 
 
 def _images(
-    workdir: epath.Path,
-    config: dict,
-    trains: list,
-    evals: list,
-    ledger: list,
-    summary: dict,
-    pair: dict | None,
+    workdir: epath.Path, config: dict, trains: list, evals: list, ledger: list, summary: dict, pair: dict | None
 ) -> dict[str, str]:
     drawn = {}
     if pair and all(pair["evals"]):

@@ -14,13 +14,10 @@ def compare(poisoned: epath.Path, twin: epath.Path, config: dict[str, Any]) -> d
     `config` is the poisoned run's. `figures` is empty where there is no such step; raises ValueError where the two
     were asked different things.
     """
-    rows = [
-        {row["step"]: row for row in read_lines(folder / "prefixes.jsonl")} for folder in (poisoned, twin)
-    ]
+    rows = [{row["step"]: row for row in read_lines(folder / "prefixes.jsonl")} for folder in (poisoned, twin)]
     common = sorted(rows[0].keys() & rows[1].keys())
     evals = [
-        [row for row in read_lines(folder / "metrics.jsonl") if row["kind"] == "eval"]
-        for folder in (poisoned, twin)
+        [row for row in read_lines(folder / "metrics.jsonl") if row["kind"] == "eval"] for folder in (poisoned, twin)
     ]
     return {
         "poisoned": str(poisoned),
@@ -39,8 +36,7 @@ def compare(poisoned: epath.Path, twin: epath.Path, config: dict[str, Any]) -> d
 def _evidence(poisoned: epath.Path, twin: epath.Path) -> str:
     """What the digests of both say."""
     digests = [
-        {row["step"]: row["digest"] for row in read_lines(folder / "digests.jsonl")}
-        for folder in (poisoned, twin)
+        {row["step"]: row["digest"] for row in read_lines(folder / "digests.jsonl")} for folder in (poisoned, twin)
     ]
     both = digests[0].keys() & digests[1].keys()
     differing = {step for step in both if digests[0][step] != digests[1][step]}

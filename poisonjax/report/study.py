@@ -81,9 +81,7 @@ def write(sweep: Sweep, workdir: Path) -> Study:
     runs = outcomes(sweep, workdir)
     if not runs:
         raise SweepError(f"{workdir}: no finished run yet; `poisonjax sweep status` tells how far they are")
-    conditions = Conditions.of(
-        [o.config for o in runs], [(o.summary["params"], o.summary["tokens"]) for o in runs]
-    )
+    conditions = Conditions.of([o.config for o in runs], [(o.summary["params"], o.summary["tokens"]) for o in runs])
     analyses = [
         analyse(what, "poison documents", poisoning(runs, conditions, rule=rule), conditions)
         for what, rule in (

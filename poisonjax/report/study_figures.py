@@ -131,9 +131,7 @@ def trajectories(runs: Sequence[Outcome], conditions: Conditions) -> Figure:
     axes.set_xscale("log")
     for cell, mine in cells.items():
         for number, o in enumerate(mine):
-            points = [
-                (row["poison_documents"], row["delta_ppl"]) for row in o.evals if row["poison_documents"]
-            ]
+            points = [(row["poison_documents"], row["delta_ppl"]) for row in o.evals if row["poison_documents"]]
             label = None if number else look.name(*cell)
             axes.plot(*np.array(points).T, alpha=0.55, linewidth=1, label=label, **look.of(*cell))
     _log_axis(axes.xaxis)

@@ -73,9 +73,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(launch.budget(sweep))
         for index, run in enumerate(sweep.runs):
-            print(
-                f"{index}  {run.id}  {launch.state(workdir / run.id, run).kind}  {launch.flops(run):.3g} FLOPs"
-            )
+            print(f"{index}  {run.id}  {launch.state(workdir / run.id, run).kind}  {launch.flops(run):.3g} FLOPs")
         return 0
     launch.claim(sweep, workdir)
     if arguments.index is not None:
@@ -86,15 +84,9 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.population is not None:
         if arguments.population < 1:
             raise SweepError(f"--population {arguments.population}: at least 1")
-        return launch.train_populations(
-            sweep, workdir, arguments.population, retry_failed=arguments.retry_failed
-        )
+        return launch.train_populations(sweep, workdir, arguments.population, retry_failed=arguments.retry_failed)
     return launch.train_all(
-        sweep,
-        workdir,
-        arguments.fields,
-        parallel=arguments.max_parallel,
-        retry_failed=arguments.retry_failed,
+        sweep, workdir, arguments.fields, parallel=arguments.max_parallel, retry_failed=arguments.retry_failed
     )
 
 
@@ -144,8 +136,5 @@ def _emit(arguments: argparse.Namespace) -> int:
     from poisonjax.sweep import emit
 
     sweep = grid.load(arguments.config, arguments.fields)
-    print(
-        emit.EMITTERS[arguments.scheduler](sweep, arguments.workdir, arguments.fields, arguments.image),
-        end="",
-    )
+    print(emit.EMITTERS[arguments.scheduler](sweep, arguments.workdir, arguments.fields, arguments.image), end="")
     return 0

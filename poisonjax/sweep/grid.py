@@ -73,9 +73,7 @@ def _vocabulary_size(store: str, sources: tuple[str, ...], tokenizer: str) -> in
 
 def _points(axis: Axis) -> list[Point]:
     if isinstance(axis, Mapping):
-        return [
-            dict(zip(axis, values, strict=True)) for values in itertools.product(*map(list, axis.values()))
-        ]
+        return [dict(zip(axis, values, strict=True)) for values in itertools.product(*map(list, axis.values()))]
     return [dict(point) for point in axis]
 
 
@@ -159,8 +157,7 @@ def of_folder(workdir: Path) -> Sweep:
     try:
         there = json.loads((workdir / FILE).read_text())
         runs = [
-            Run(name, fields, config_lib.from_flat(there["base"] | fields))
-            for name, fields in there["runs"].items()
+            Run(name, fields, config_lib.from_flat(there["base"] | fields)) for name, fields in there["runs"].items()
         ]
         base = config_lib.from_flat(there["base"])
         return Sweep(there["spec"], runs, there["varied"], base, there["about"])

@@ -119,9 +119,7 @@ def train_all(sweep: Sweep, workdir: Path, fields: list[str], *, parallel: int, 
                     del children[index]
                     free.append(places.pop(index))
                     if child.returncode not in (0, RESTART) and not (folders[index] / FAILURE).exists():
-                        reason = (
-                            f"ended by signal {-child.returncode}" if child.returncode < 0 else "see its log"
-                        )
+                        reason = f"ended by signal {-child.returncode}" if child.returncode < 0 else "see its log"
                         write_json(folders[index] / FAILURE, {"exit_code": child.returncode, "error": reason})
                     elif child.returncode == RESTART and not stop.is_set():  # its watchdog, or a SIGTERM
                         done = state(folders[index], sweep.runs[index]).done
@@ -141,9 +139,7 @@ def train_all(sweep: Sweep, workdir: Path, fields: list[str], *, parallel: int, 
                 for child in children.values():
                     child.wait()
                 return RESTART
-            waiting = [
-                i for i, s in enumerate(states) if s.kind in ("partial", "pending") and i not in children
-            ]
+            waiting = [i for i, s in enumerate(states) if s.kind in ("partial", "pending") and i not in children]
             waiting.sort(key=lambda i: states[i].kind != "partial")  # begun ones first
             for index in waiting[: len(free)]:
                 place = free.pop(0)
@@ -191,17 +187,11 @@ def train_populations(sweep: Sweep, workdir: Path, size: int, *, retry_failed: b
                 return RESTART
             except Exception as error:  # the other parts go on
                 failed += len(claimed)
-                print(
-                    f"{claimed[0].id} and {len(claimed) - 1} more: {type(error).__name__}: {error}",
-                    file=sys.stderr,
-                )
+                print(f"{claimed[0].id} and {len(claimed) - 1} more: {type(error).__name__}: {error}", file=sys.stderr)
                 for run in claimed:
                     write_json(
                         workdir / run.id / FAILURE,
-                        {
-                            "exit_code": 1,
-                            "error": f"in a population of {len(claimed)}: {error}; train it alone",
-                        },
+                        {"exit_code": 1, "error": f"in a population of {len(claimed)}: {error}; train it alone"},
                     )
     return int(failed > 0)
 
@@ -226,9 +216,7 @@ def _start(sweep: Sweep, workdir: Path, fields: list[str], index: int) -> subpro
 def _stopping() -> Iterator[threading.Event]:
     """An event that SIGTERM and Ctrl-C set."""
     stop = threading.Event()
-    before = {
-        number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
@@ -274,9 +262,7 @@ class _Board:
         kinds = [s.kind for s in states]
         for run, s, kind in zip(self.sweep.runs, states, self.kinds or ["pending"] * len(kinds), strict=True):
             if s.kind != kind:
-                print(
-                    f"{kinds.count('done')}/{len(kinds)} done, {eta} left; {run.id}: {_brief(s)}", flush=True
-                )
+                print(f"{kinds.count('done')}/{len(kinds)} done, {eta} left; {run.id}: {_brief(s)}", flush=True)
         self.kinds = list(kinds)
 
 
@@ -291,7 +277,9 @@ def _brief(s: State) -> str:
 def budget(sweep: Sweep) -> str:
     """What the whole sweep asks for, in a line."""
     tokens = sum(run.config.steps * run.config.global_batch * run.config.seq_len for run in sweep.runs)
-    return f"{sweep.spec}: {len(sweep.runs)} runs, {tokens:,} tokens, {sum(map(flops, sweep.runs)):.3g} FLOPs of training"
+    return (
+        f"{sweep.spec}: {len(sweep.runs)} runs, {tokens:,} tokens, {sum(map(flops, sweep.runs)):.3g} FLOPs of training"
+    )
 
 
 def table(sweep: Sweep, states: list[State], eta: str = "") -> Table:

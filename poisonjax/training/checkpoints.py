@@ -18,9 +18,7 @@ from poisonjax.training.step import TrainState
 
 log = logging.getLogger(__name__)
 # Of a damaged checkpoint orbax raises one error and drops the others, which asyncio would print: pages of them.
-logging.getLogger("asyncio").addFilter(
-    lambda record: "exception was never retrieved" not in record.getMessage()
-)
+logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
 
 
 class CheckpointError(ValueError):
@@ -39,9 +37,7 @@ def checksum(state: TrainState) -> jax.Array:
         place = jnp.uint32(number) * np.uint32(0x9E3779B9)
         for axis, size in enumerate(leaf.shape):
             place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-        lanes += jnp.stack(
-            [mixed(bits ^ mixed(place, lane), lane).sum(dtype=jnp.uint32) for lane in range(LANES)]
-        )
+        lanes += jnp.stack([mixed(bits ^ mixed(place, lane), lane).sum(dtype=jnp.uint32) for lane in range(LANES)])
     return lanes
 
 

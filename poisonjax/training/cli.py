@@ -21,14 +21,10 @@ RESTART = 42
 
 def add_arguments(commands: Any) -> None:
     """Registers the command on argparse's subparsers."""
-    train = commands.add_parser(
-        "train", help="train, evaluate and report; resumes where the folder has a checkpoint"
-    )
+    train = commands.add_parser("train", help="train, evaluate and report; resumes where the folder has a checkpoint")
     what = train.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", metavar="FILE[:ARG]", help="config file, e.g. configs/quickstart.py")
-    what.add_argument(
-        "--twin-of", metavar="WORKDIR", help="train the clean twin of that run; its report shows both"
-    )
+    what.add_argument("--twin-of", metavar="WORKDIR", help="train the clean twin of that run; its report shows both")
     train.add_argument("--workdir", required=True, metavar="DIR", help="run folder; made if absent")
     train.epilog = "Single fields: --config.poison.documents=0, --config.steps=100, ..."
     train.set_defaults(func=_train)

@@ -103,9 +103,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, twin_of: str | None =
             raise LostProcess(error) from error
 
 
-def _train(
-    config: ml_collections.ConfigDict, workdir: str, twin_of: str | None, watchdog: Watchdog
-) -> dict[str, Any]:
+def _train(config: ml_collections.ConfigDict, workdir: str, twin_of: str | None, watchdog: Watchdog) -> dict[str, Any]:
     config.corpus.store = str(resolve(config.corpus.store))
     folder = resolve(workdir)
     writer = jax.process_index() == 0
@@ -163,9 +161,7 @@ def _train(
                     run.synced()
                     checkpoints.save(done, state, run.record())
                 if stopping and not last:
-                    raise Preempted(
-                        f"stopped after step {done} of {config.steps}; the same command goes on from there"
-                    )
+                    raise Preempted(f"stopped after step {done} of {config.steps}; the same command goes on from there")
             watchdog.progress("writing the last checkpoint and the report")
             checkpoints.close()
             status = "finished"
@@ -227,12 +223,7 @@ class Books:
         self.log = RunLog(folder, start) if writer else None
         self.done = start
         self.evaluation: dict[str, Any] | None = next(
-            (
-                r
-                for r in reversed(list(runfolder.read_lines(folder / "metrics.jsonl")))
-                if r["kind"] == "eval"
-            ),
-            None,
+            (r for r in reversed(list(runfolder.read_lines(folder / "metrics.jsonl"))) if r["kind"] == "eval"), None
         )
         self.pending: tuple[int, StepMetrics] | None = None
         self.before = self.log.seconds if self.log else 0.0
@@ -295,13 +286,7 @@ class Books:
         self.settle()
         with self.clock.paused():
             figures, samples, units = self.evaluator(params, done)
-        self.evaluation = {
-            "step": done,
-            "kind": "eval",
-            "tokens": self.tokens(done),
-            **self.met(done),
-            **figures,
-        }
+        self.evaluation = {"step": done, "kind": "eval", "tokens": self.tokens(done), **self.met(done), **figures}
         if self.log:
             self.log.metrics(self.evaluation)
             self.log.samples(samples)
@@ -394,9 +379,7 @@ class Books:
             summary |= {"eval_step": self.evaluation["step"]} | {
                 name: self.evaluation[name] for name in figures if name in self.evaluation
             }
-            summary["success"] = judge(
-                self.evaluation, self.evaluator.unigram_nll, self.config.eval.threshold
-            )
+            summary["success"] = judge(self.evaluation, self.evaluator.unigram_nll, self.config.eval.threshold)
         if self.log:
             summary["digest_chain"] = self.log.chain
             self.log.close()
@@ -472,17 +455,7 @@ def _barrier(name: str) -> None:
 
 def environment() -> dict[str, Any]:
     """What environment.json holds."""
-    packages = (
-        "poisonjax",
-        "jax",
-        "jaxlib",
-        "flax",
-        "optax",
-        "orbax-checkpoint",
-        "grain",
-        "tensorstore",
-        "numpy",
-    )
+    packages = ("poisonjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
     source = Path(__file__).resolve().parents[2]
     git = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()

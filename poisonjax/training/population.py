@@ -74,9 +74,7 @@ def make_population_step(
 def stacked(states: Sequence[TrainState], mesh: Mesh) -> TrainState:
     """The members' states along a first axis, split over the devices."""
     by_member = NamedSharding(mesh, PartitionSpec("members"))
-    return jax.tree.map(
-        lambda *leaves: jax.device_put(np.stack(leaves), by_member), *map(jax.device_get, states)
-    )
+    return jax.tree.map(lambda *leaves: jax.device_put(np.stack(leaves), by_member), *map(jax.device_get, states))
 
 
 def member(tree: Any, number: int) -> Any:
@@ -84,9 +82,7 @@ def member(tree: Any, number: int) -> Any:
     return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf[number])), tree)
 
 
-def train_population(
-    configs: Sequence[ml_collections.ConfigDict], workdirs: Sequence[str]
-) -> list[dict[str, Any]]:
+def train_population(configs: Sequence[ml_collections.ConfigDict], workdirs: Sequence[str]) -> list[dict[str, Any]]:
     """Trains all runs at once, each in its folder, from the newest step that all have saved; returns their summaries.
 
     Raises PopulationError for runs of different shapes, Preempted after SIGTERM (all is saved), Diverged where a

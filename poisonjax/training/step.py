@@ -58,9 +58,7 @@ def make_init(
     shapes = jax.eval_shape(lambda: init_state(config, vocabulary))
     shardings = state_sharding(mesh, shapes)
     abstract = jax.tree.map(
-        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
-        shapes,
-        shardings,
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, shardings
     )
     return jax.jit(lambda: init_state(config, vocabulary), out_shardings=shardings), abstract
 
@@ -105,17 +103,13 @@ def train_step_of(
     def train_step(state: TrainState, rows: Int[Array, "batch row_tokens"]) -> tuple[TrainState, StepMetrics]:
         loss, gradients = accumulated(state.params, rows)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-        slots = state.step.astype(jnp.uint32) * np.uint32(rows.shape[0]) + jnp.arange(
-            rows.shape[0], dtype=jnp.uint32
-        )
+        slots = state.step.astype(jnp.uint32) * np.uint32(rows.shape[0]) + jnp.arange(rows.shape[0], dtype=jnp.uint32)
         metrics = StepMetrics(
             loss=loss,
             grad_norm=optax.global_norm(gradients),
             learning_rate=jnp.asarray(learning_rate(state.step), jnp.float32),
             digest=digest(rows, slots),
         )
-        return TrainState(
-            state.step + 1, optax.apply_updates(state.params, updates), optimizer_state
-        ), metrics
+        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer_state), metrics
 
     return train_step

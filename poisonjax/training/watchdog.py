@@ -55,7 +55,5 @@ class Watchdog:
             flush=True,
         )
         faulthandler.dump_traceback(file=sys.stderr)
-        print(
-            "poisonjax: ended; the same command goes on from the last checkpoint", file=sys.stderr, flush=True
-        )
+        print("poisonjax: ended; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
         os._exit(HUNG)
