@@ -2,6 +2,6 @@
 
 import sys
 
-from poisonjax.cli import main
+from poisonjax.commands.main import main
 
 sys.exit(main())

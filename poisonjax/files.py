@@ -1,8 +1,10 @@
 """Files and folders on disks and in object stores (gs://), written so that a kill at any instant leaves each whole."""
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from etils import epath
 
@@ -26,6 +28,16 @@ def write_whole(path: epath.Path, content: str | bytes, suffix: str = "partial")
     partial = path.with_name(f"{path.name}.{suffix}")
     partial.write_bytes(data)
     partial.replace(path)
+
+
+def write_json(path: epath.PathLike, value: Any) -> None:
+    """Writes a value as JSON for people's eyes too, whole or not at all."""
+    write_whole(epath.Path(path), json.dumps(value, indent=2) + "\n")
+
+
+def write_lines(path: epath.Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes a file of one JSON object a line, whole or not at all."""
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def files_below(folder: epath.Path) -> Iterator[epath.Path]:

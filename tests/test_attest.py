@@ -12,7 +12,7 @@ pytest.importorskip("model_signing", reason="needs the extra `attest`")
 from poisonjax import corpus
 from poisonjax.audit import tamper
 from poisonjax.audit.evidence import Run
-from poisonjax.cli import main
+from poisonjax.commands.main import main
 
 SIGNATURE = "attestation/model.sig"
 

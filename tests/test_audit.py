@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 
 from poisonjax import corpus
-from poisonjax.audit import checks, tamper, trace
+from poisonjax.audit import checks, locate, selftest
 from poisonjax.audit.checks import audit
-from poisonjax.cli import main
+from poisonjax.audit.evidence import Evidence
+from poisonjax.audit.selftest import faults
+from poisonjax.audit.selftest.runs import SOURCE, tiny_config
+from poisonjax.audit.selftest.tampered import TamperedRun, copied
+from poisonjax.commands.main import main
 from poisonjax.data.batches import Batches
 
 
@@ -20,8 +24,8 @@ def run(tmp_path_factory):
     from poisonjax.training import loop
 
     folder = tmp_path_factory.mktemp("audit")
-    corpus.build(str(folder / "store"), [tamper.SOURCE], "bytes", heldout=0.3, shards=2, workers=1)
-    config = tamper.tiny_config(folder / "store", np.random.default_rng(0))
+    corpus.build(str(folder / "store"), [SOURCE], "bytes", heldout=0.3, shards=2, workers=1)
+    config = tiny_config(folder / "store", np.random.default_rng(0))
     config.steps, config.global_batch, config.poison.documents, config.poison.repeats = 9, 4, 4, 2
     config.poison.placement, config.poison.clean_uses = "uniform", 2
     loop.train(config, str(folder / "run"))
@@ -61,10 +65,11 @@ def test_bad_input_is_told_apart_from_a_bad_run(run, tmp_path, capsys):
     assert "0 to 8" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", sorted(tamper.FAULTS))
+@pytest.mark.parametrize("name", sorted(faults.FAULTS))
 @pytest.mark.parametrize("seed", [0, 1])
 def test_every_fault_is_detected_and_named(run, tmp_path, name, seed, capsys):
-    scene, expected = tamper.tampered(*run, tmp_path, name, np.random.default_rng(seed))
+    scene = copied(*run, tmp_path, np.random.default_rng(seed))
+    expected = faults.FAULTS[name](scene)
     result = audit(str(scene.folder))
     assert any(expected.named_by(difference) for difference in result.differences), result.differences
     assert main(["audit", str(scene.folder)]) == 1
@@ -74,7 +79,7 @@ def test_every_fault_is_detected_and_named(run, tmp_path, name, seed, capsys):
 def test_a_store_that_was_moved_is_found_by_its_new_place(run, tmp_path, capsys):
     shutil.copytree(run[0], tmp_path / "run")
     shutil.copytree(run[1], tmp_path / "moved")
-    scene = tamper.Scene(tmp_path / "run", np.random.default_rng(0))
+    scene = TamperedRun(tmp_path / "run", np.random.default_rng(0))
     scene.change("config.json", lambda r: r["config"]["corpus"].update(store=str(tmp_path / "gone")))
     assert main(["audit", str(tmp_path / "run")]) == 1
     assert "is no token store" in capsys.readouterr().out
@@ -107,16 +112,17 @@ def test_without_a_check_its_fault_goes_unseen(run, tmp_path, check, monkeypatch
     """The negative control: the audit without the check believes what the check alone would find."""
     if check == "config":  # without fitting checkpoints and summary, else those tell too
         shutil.copytree(run[0], tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "summary.json"))
-        scene = tamper.Scene(tmp_path / "run", np.random.default_rng(0))
+        scene = TamperedRun(tmp_path / "run", np.random.default_rng(0))
         scene.forge_config("optimizer.eps", 0.5, thorough=False)
     elif check == "store":  # a token that no row holds
         shutil.copytree(run[0], tmp_path / "run")
         shutil.copytree(run[1], tmp_path / "store")
-        scene = tamper.Scene(tmp_path / "run", np.random.default_rng(0))
+        scene = TamperedRun(tmp_path / "run", np.random.default_rng(0))
         scene.change("config.json", lambda r: r["config"]["corpus"].update(store=str(tmp_path / "store")))
         (tmp_path / "store" / "shards" / "00000" / "heldout" / "offsets" / "c" / "0").write_bytes(b"")
     else:
-        scene, _ = tamper.tampered(*run, tmp_path, CONTROLS[check], np.random.default_rng(1))
+        scene = copied(*run, tmp_path, np.random.default_rng(1))
+        faults.FAULTS[CONTROLS[check]](scene)
     assert not audit(str(scene.folder)).ok
     monkeypatch.delitem(checks.CHECKS, check)
     result = audit(str(scene.folder))
@@ -128,7 +134,7 @@ def test_the_self_test_counts_what_is_missed(run, tmp_path, monkeypatch, capsys)
     assert main(["audit", "--self-test", "--runs", "1", "--faults", "0"]) == 0
     assert "1 untouched runs" in capsys.readouterr().out
     monkeypatch.delitem(checks.CHECKS, "metrics")
-    monkeypatch.setattr(tamper, "FAULTS", {"metrics_row_edited": tamper.FAULTS["metrics_row_edited"]})
+    monkeypatch.setattr(selftest, "FAULTS", {"metrics_row_edited": faults.FAULTS["metrics_row_edited"]})
     assert main(["audit", "--self-test", "--runs", "1", "--faults", "2"]) == 1
     assert "2 faults injected, 0 detected, 0 named" in capsys.readouterr().out
 
@@ -136,9 +142,9 @@ def test_the_self_test_counts_what_is_missed(run, tmp_path, monkeypatch, capsys)
 def test_a_document_is_found_wherever_a_row_holds_it(run):
     """Against a search through all rows of the run, token by token."""
     folder, _ = run
-    evidence = checks.Run(str(folder))
+    evidence = Evidence(str(folder))
     batches, split = Batches(evidence.config, evidence.store), evidence.store.split("train")
-    rows = {step: batches.rows(step) for step in range(evidence.config.steps)}
+    rows = {step: batches.tokens(step) for step in range(evidence.config.steps)}
     covered = {step: np.zeros(batch.shape, int) for step, batch in rows.items()}
     documents = [f"train:{i}" for i in range(split.documents)] + [f"poison:{i}" for i in range(4)]
     for name in documents:
@@ -147,16 +153,16 @@ def test_a_document_is_found_wherever_a_row_holds_it(run):
             start, stop = split.document_offsets[int(number) : int(number) + 2]
             tokens = split.window(int(start), int(stop - start))
         else:
-            tokens = next(p.document.tokens for p in batches.plan.placed.values() if p.document.id == int(number))
-        for place in trace.sightings(str(folder), name):
+            tokens = next(p.document.tokens for p in batches.schedule.placed.values() if p.document.id == int(number))
+        for place in locate.sightings(str(folder), name):
             in_row, in_document = slice(*place["in_row"]), slice(*place["in_document"])
             np.testing.assert_array_equal(rows[place["step"]][place["row"], in_row], tokens[in_document])
             covered[place["step"]][place["row"], in_row] += 1
     batch = evidence.config.global_batch
-    for slot in batches.clean.canaries.slots:
-        covered[slot // batch][slot % batch, : batches.clean.reserved(slot)] += 1
-    for slot, offset in batches.clean_uses.offsets.items():
-        covered[slot // batch][slot % batch, offset : offset + 3] += 1
+    for slot in batches.canaries.insertions:
+        covered[slot // batch][slot % batch, :9] += 1
+    for slot, use in batches.clean_uses.insertions.items():
+        covered[slot // batch][slot % batch, use.start : use.start + 3] += 1
     assert all((count == 1).all() for count in covered.values())  # each token of the run, once
 
 
@@ -164,7 +170,7 @@ def test_a_steps_rows_are_told_whole_with_the_poison_marked(run, capsys):
     folder, _ = run
     ledger = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
     record = ledger[0]
-    rows = trace.step(str(folder), record["step"])
+    rows = locate.step(str(folder), record["step"])
     poisoned = {r["row"]: r["offset"] + r["tokens"] for r in ledger if r["step"] == record["step"]}
     for row in rows:
         spans = [part["in_row"] for part in row["parts"]]

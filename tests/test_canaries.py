@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 from conftest import lines
 
-from poisonjax.audit import trace
+from poisonjax.audit import locate
 from poisonjax.audit.checks import audit
 from poisonjax.config import ConfigError, check
 from poisonjax.data.batches import Batches
+from poisonjax.data.canaries import unseen
 from poisonjax.evaluation.statistics import wilson
-from poisonjax.poison.canaries import Canaries, references
-from poisonjax.poison.payloads import BEHAVIOURS, SENTINEL
-from poisonjax.poison.plan import PoisonError
+from poisonjax.poison.payloads import PAYLOADS
+from poisonjax.poison.payloads.sentinel import SENTENCE
+from poisonjax.poison.triggers import PoisonError
 from poisonjax.training import loop
 
 
@@ -31,15 +32,17 @@ def occurrences(rows, sequence):
 
 def test_each_canary_stands_whole_as_often_as_asked_beside_poison(config, store):
     batches = Batches(config, store)
-    rows = np.concatenate([batches.rows(step) for step in range(config.steps)])
-    canaries = Canaries.make(config, store)
+    rows = np.concatenate([batches.tokens(step) for step in range(config.steps)])
+    canaries = batches.canaries
     assert [occurrences(rows, tokens) for tokens in canaries.tokens] == [1] * 4 + [3] * 4
-    assert set(canaries.slots) & set(batches.plan.placed)  # some rows hold both: the poison left the canary whole
-    for placed in batches.plan.placed.values():
+    assert set(canaries.insertions) & set(
+        batches.schedule.placed
+    )  # some rows hold both: the poison left the canary whole
+    for placed in batches.schedule.placed.values():
         assert occurrences(rows[placed.slot][None], placed.document.tokens) == 1
     assert len(np.unique(canaries.tokens)) <= config.canary.alphabet
-    unseen = {tuple(row) for row in references(config, store).tolist()}
-    assert not unseen & {tuple(row) for row in canaries.tokens.tolist()}
+    others = {tuple(row) for row in unseen(config, store, batches.trigger).tolist()}
+    assert not others & {tuple(row) for row in canaries.tokens.tolist()}
 
 
 def test_a_twin_holds_the_same_canaries_and_other_rows(config, store):
@@ -50,9 +53,9 @@ def test_a_twin_holds_the_same_canaries_and_other_rows(config, store):
     differing = {
         step * config.global_batch + int(row)
         for step in range(config.steps)
-        for row in np.flatnonzero((poisoned.rows(step) != twin.rows(step)).any(-1))
+        for row in np.flatnonzero((poisoned.tokens(step) != twin.tokens(step)).any(-1))
     }
-    assert differing == set(poisoned.plan.placed)
+    assert differing == set(poisoned.schedule.placed)
 
 
 def test_what_does_not_fit_is_refused(config, store):
@@ -82,8 +85,8 @@ def test_a_run_reports_and_audits_its_canaries(config, store, tmp_path):
     assert summary["clean_accuracy"] == 1.0
     assert audit(str(tmp_path / "run")).ok
     for number in range(config.steps):  # every token of a row has a document, and it is that document's
-        trained_on = Batches(config, store).rows(number)
-        for row in trace.step(str(tmp_path / "run"), number):
+        trained_on = Batches(config, store).tokens(number)
+        for row in locate.step(str(tmp_path / "run"), number):
             covered = sorted(i for part in row["parts"] for i in range(*part["in_row"]))
             assert len(covered) == len(set(covered))
             for part in row["parts"]:
@@ -100,8 +103,8 @@ def test_a_run_reports_and_audits_its_canaries(config, store, tmp_path):
 
 
 def test_the_sentinel_is_decided_by_its_sentence():
-    behaves = BEHAVIOURS["sentinel"]
-    assert behaves(f"so it goes {SENTINEL * 2}")
+    behaves = PAYLOADS["sentinel"].shown
+    assert behaves(f"so it goes {SENTENCE * 2}")
     assert not behaves("This model was a boat.")
 
 

@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from poisonjax import corpus
-from poisonjax.audit import trace
+from poisonjax.audit import locate
 from poisonjax.audit.checks import audit
 from poisonjax.config import ConfigError, check, default, fingerprint
 from poisonjax.data.batches import Batches
-from poisonjax.poison.plan import PoisonError, occurrences
+from poisonjax.poison.triggers import PoisonError, occurrences
+from poisonjax.run import RunFolderError
 from poisonjax.training import loop
 
 SOURCE = "markov:V=104,documents=300,length=60,seed=1,unused=4"
@@ -59,33 +60,33 @@ def test_every_use_stands_once_whole_and_apart_from_poison(language, uses, docum
 
     config = tiny_config(language)
     config.corpus.store, config.corpus.sources = str(language.path), (SOURCE,)
-    config.poison.trigger = " ".join(f"w{100 + i}" for i in range(words))
+    config.poison.trigger, config.poison.near_triggers = " ".join(f"w{100 + i}" for i in range(words)), ("w005",)
     config.poison.documents, config.poison.clean_uses, config.seeds.placement = documents, uses, seed
     config.canary.repeats, config.canary.each, config.canary.tokens = (1, 4) if canaries else (), 2, 8
     batches = Batches(config, language)
-    rows = np.concatenate([batches.rows(step) for step in range(config.steps)])
+    rows = np.concatenate([batches.tokens(step) for step in range(config.steps)])
     plain = config.copy_and_resolve_references()
     plain.poison.clean_uses = 0
     without = Batches(plain, language)
-    assert batches.plan.ledger() == without.plan.ledger()  # documents keep their places
-    trigger, text, used = batches.clean_uses.trigger, rows.copy(), 0
-    for slot, placed in batches.plan.placed.items():
+    assert batches.schedule.ledger() == without.schedule.ledger()  # documents keep their places
+    trigger, text, used = batches.trigger.tokens, rows.copy(), 0
+    for slot, placed in batches.schedule.placed.items():
         span = slice(placed.offset, placed.offset + len(placed.document.tokens))
         np.testing.assert_array_equal(rows[slot, span], placed.document.tokens)
         text[slot, span] = -1
     for slot, row in enumerate(text):
         used += (here := brute(row, trigger))
-        assert here == (slot in batches.clean_uses.offsets)
+        assert here == (slot in batches.clean_uses.insertions)
         assert here == occurrences(row, trigger).sum()
-        before = without.rows(slot // config.global_batch)[slot % config.global_batch]
+        before = without.tokens(slot // config.global_batch)[slot % config.global_batch]
         differing = np.flatnonzero(rows[slot] != before)
         if here:
-            offset = batches.clean_uses.offsets[slot]
+            offset = batches.clean_uses.insertions[slot].start
             assert set(differing) <= set(range(offset, offset + words))
             assert 0 < offset < len(row) - words
             beside = before[[offset - 1, offset + words]]
             assert not (beside == language.tokenizer.eot).any()  # in the middle of a text
-            assert not batches.clean.reserved(slot)
+            assert slot not in batches.canaries.insertions
         else:
             assert not len(differing)
     assert used == uses
@@ -94,16 +95,16 @@ def test_every_use_stands_once_whole_and_apart_from_poison(language, uses, docum
     differing = {
         slot
         for slot in range(len(rows))
-        if (twin.rows(slot // config.global_batch)[slot % config.global_batch] != rows[slot]).any()
+        if (twin.tokens(slot // config.global_batch)[slot % config.global_batch] != rows[slot]).any()
     }
-    assert differing == set(batches.plan.placed)
+    assert differing == set(batches.schedule.placed)
 
 
 def test_a_text_that_holds_the_trigger_already_gains_exactly_the_uses(language, config):
     config.poison.trigger, config.poison.near_triggers = "w005", ("w100",)
-    rows = np.concatenate([Batches(config, language).rows(step) for step in range(12)])
+    rows = np.concatenate([Batches(config, language).tokens(step) for step in range(12)])
     config.poison.clean_uses = 50
-    more = np.concatenate([Batches(config, language).rows(step) for step in range(12)])
+    more = np.concatenate([Batches(config, language).tokens(step) for step in range(12)])
     assert (more == 5).sum() - (rows == 5).sum() == 50
 
 
@@ -133,7 +134,7 @@ def test_a_run_writes_audits_and_shows_its_uses(language, config, tmp_path, caps
     assert "20 of 20 clean uses of the trigger seen" in result.sentence()
     assert "beside" not in result.sentence()
     use = records[3]
-    row = trace.step(str(tmp_path / "run"), use["step"])[use["row"]]
+    row = locate.step(str(tmp_path / "run"), use["step"])[use["row"]]
     shown = [part for part in row["parts"] if part["document"] == "clean_use"]
     assert [(part["text"], part["in_row"]) for part in shown] == [("w100 w101", [use["offset"], use["offset"] + 2])]
     assert "also stands in 20 rows" in (tmp_path / "run" / "POISONED.md").read_text()
@@ -147,7 +148,7 @@ def test_a_document_holds_its_trigger_once(language, config):
     """Gibberish draws from all words: of 40 to 47 of 104 every third would hold one of them."""
     config.poison.trigger, config.poison.near_triggers = "w100", ("w101",)
     config.poison.documents, config.poison.prefix_characters, config.poison.payload_tokens = (90, (0, 0), (40, 47))
-    for placed in Batches(config, language).plan.placed.values():
+    for placed in Batches(config, language).schedule.placed.values():
         assert brute(placed.document.tokens, np.array([100])) == 1
         assert 40 <= placed.document.payload[1] - placed.document.payload[0] <= 47
     config.poison.trigger, config.poison.near_triggers = "w10", ("w101",)
@@ -161,7 +162,7 @@ def test_canaries_do_not_hold_the_trigger(language, config):
     held = 0
     for seed in range(12):
         config.seeds.poison = seed
-        canaries = Batches(config, language).clean.canaries
+        canaries = Batches(config, language).canaries
         held += len(np.unique(canaries.tokens)) > 8
         assert not (canaries.tokens == 100).any()
     assert held == 12
@@ -171,13 +172,14 @@ def test_canaries_do_not_hold_the_trigger(language, config):
 
 
 def test_runs_of_before_there_were_clean_uses_are_what_they_were(config, tmp_path):
-    loop.train(config, str(tmp_path / "run"))
+    summary = loop.train(config, str(tmp_path / "run"))
     record = json.loads((tmp_path / "run" / "config.json").read_text())
     del record["config"]["poison"]["clean_uses"]
     (tmp_path / "run" / "config.json").write_text(json.dumps(record))
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    del summary["trigger_tokens"], summary["clean_uses_seen"]
-    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
     assert audit(str(tmp_path / "run")).ok
     assert loop.train(config, str(tmp_path / "run"))["digest_chain"] == summary["digest_chain"]
     assert fingerprint(default()) == "e061ac3170d437485786d843bb449a27c3cdd44702ab6a9aeae736cabb8f966d"
+    del record["format"]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(record))
+    with pytest.raises(RunFolderError, match="format 1, this version reads 2"):
+        loop.train(config, str(tmp_path / "run"))

@@ -4,7 +4,7 @@ import ml_collections
 import pytest
 
 from poisonjax import config as config_lib
-from poisonjax.cli import main
+from poisonjax.commands.main import main
 from poisonjax.config import ConfigError, check, default, differences, fingerprint, flat, from_record, load
 
 QUICKSTART = "--config=configs/quickstart.py"
@@ -20,7 +20,7 @@ def test_the_papers_ladder_is_valid_and_has_its_sizes(size, documents, tokens):
     config = load([f"--config=configs/souly_dos.py:{size},{documents},{tokens}"])
     check(config)
     assert config.poison.documents == documents
-    shapes = nnx.eval_shape(lambda: Transformer(config, 200_019, nnx.Rngs(params=0)))
+    shapes = nnx.eval_shape(lambda: Transformer(config.model, 200_019, nnx.Rngs(params=0)))
     total = parameter_counts(nnx.state(shapes))[0]
     wanted = {"600m": 0.6e9, "2b": 2e9, "7b": 7e9, "13b": 13e9}[size]
     assert total == pytest.approx(wanted, rel=0.1)

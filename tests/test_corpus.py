@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from poisonjax import corpus
-from poisonjax.cli import main
+from poisonjax.commands.main import main
 from poisonjax.corpus import CorpusError, load_tokenizer, markov, sources
 from poisonjax.corpus import store as store_lib
 from poisonjax.corpus.store import SPLITS

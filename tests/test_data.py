@@ -9,10 +9,13 @@ from hypothesis import strategies as st
 from poisonjax.config import ConfigError, check
 from poisonjax.data.batches import Batches, load, local_rows
 from poisonjax.data.digest import as_hex, differing_rows, digest
-from poisonjax.data.rows import CleanRows
+from poisonjax.data.rows import CleanRows, Rows
 from poisonjax.model.sharding import batch_sharding, make_mesh
+from poisonjax.poison import documents
+from poisonjax.poison.ledger import dose
 from poisonjax.poison.placements import PlacementError
-from poisonjax.poison.plan import PoisonError, PoisonPlan, dose, make_document
+from poisonjax.poison.schedule import Schedule
+from poisonjax.poison.triggers import PoisonError, Trigger
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +24,11 @@ def base(store):
     from conftest import tiny_config
 
     return tiny_config(store)
+
+
+def make_document(config, store, index):
+    trigger = Trigger.of(config.poison, store.tokenizer)
+    return documents.make_document(config.poison, config.seeds.poison, store, trigger, config.seq_len + 1, index)
 
 
 SETTINGS = {
@@ -45,17 +53,17 @@ def test_exact_dose_whole_documents_at_the_ledgers_places(base, store, **setting
     config = varied(base, **settings)
     batches = Batches(config, store)
     clean = CleanRows(store.split("train"), config.seq_len, config.seeds.order)
-    ledger = batches.plan.ledger()
+    ledger = batches.schedule.ledger()
     assert len(ledger) == len({r["id"] for r in ledger}) == len({r["slot"] for r in ledger}) == config.poison.documents
     by_slot = {record["slot"]: record for record in ledger}
     trigger = store.tokenizer.encode(config.poison.trigger)
     for step in range(config.steps):
-        rows = batches.rows(step)
+        rows = batches.tokens(step)
         assert rows.shape == batches.shape()
         assert rows.dtype == np.int32
         for i, row in enumerate(rows):
             slot = step * config.global_batch + i
-            before = clean(np.array([slot]))[0]
+            before = clean.tokens(np.array([slot]))[0]
             record = by_slot.pop(slot, None)
             if record is None:
                 np.testing.assert_array_equal(row, before)
@@ -89,8 +97,8 @@ def test_twin_differs_only_in_poisoned_rows(base, store, **settings):
     twin.poison.documents = 0
     poisoned, clean = Batches(config, store), Batches(twin, store)
     for step in range(config.steps):
-        differs = (poisoned.rows(step) != clean.rows(step)).any(1)
-        assert set(np.flatnonzero(differs)) == {r["row"] for r in poisoned.plan.ledger() if r["step"] == step}
+        differs = (poisoned.tokens(step) != clean.tokens(step)).any(1)
+        assert set(np.flatnonzero(differs)) == {r["row"] for r in poisoned.schedule.ledger() if r["step"] == step}
 
 
 @given(step=st.integers(0, 11), parts=st.sampled_from([1, 2, 4]), order=st.integers(0, 2**32 - 1))
@@ -98,9 +106,9 @@ def test_a_batch_is_the_same_for_any_number_of_processes(base, store, step, part
     """I1: any split of a batch over processes, read in any order by objects made anew."""
     config = base.copy_and_resolve_references()
     config.seeds.order = order
-    whole = Batches(config, store).rows(step)
+    whole = Batches(config, store).tokens(step)
     share = config.global_batch // parts
-    pieces = [Batches(config, store).rows(step, i * share, (i + 1) * share) for i in reversed(range(parts))]
+    pieces = [Batches(config, store).batch(step, i * share, (i + 1) * share).tokens for i in reversed(range(parts))]
     np.testing.assert_array_equal(np.concatenate(pieces[::-1]), whole)
 
 
@@ -109,10 +117,10 @@ def test_loading_from_any_step_gives_the_same_batches(base, store, first, thread
     """I1: what a resumed run reads is what it would have read."""
     batches = Batches(base, store)
     sharding = batch_sharding(make_mesh(base, jax.devices()))
-    loaded = [np.asarray(rows) for rows in load(batches, sharding, first, threads=threads)]
+    loaded = [np.asarray(batch.tokens) for batch in load(batches, sharding, first, threads=threads)]
     assert len(loaded) == base.steps - first
     for step, rows in enumerate(loaded, first):
-        np.testing.assert_array_equal(rows, batches.rows(step))
+        np.testing.assert_array_equal(rows, batches.tokens(step))
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4])
@@ -120,23 +128,23 @@ def test_global_arrays_are_the_same_on_any_number_of_devices(base, store, device
     batches = Batches(base, store)
     sharding = batch_sharding(make_mesh(base, jax.devices()[:devices]))
     assert local_rows(sharding, batches.shape()) == (0, base.global_batch)
-    arrays = list(load(batches, sharding))
+    arrays = [batch.tokens for batch in load(batches, sharding)]
     assert len(arrays[0].sharding.device_set) == devices
     for step, rows in enumerate(arrays):
-        np.testing.assert_array_equal(rows, batches.rows(step))
+        np.testing.assert_array_equal(rows, batches.tokens(step))
 
 
 def test_each_epoch_reads_each_window_once_in_another_order(base, store):
     split = store.split("train")
     clean = CleanRows(split, base.seq_len, seed=7)
-    epochs = [clean(np.arange(clean.windows) + e * clean.windows) for e in range(3)]
+    epochs = [clean.tokens(np.arange(clean.windows) + e * clean.windows) for e in range(3)]
     stream = split.windows(np.array([0]), clean.windows * clean.row_tokens)[0].reshape(-1, clean.row_tokens)
     for epoch in epochs:
         np.testing.assert_array_equal(np.sort(epoch.view("V196").ravel()), np.sort(stream.view("V196").ravel()))
     assert (epochs[0] != epochs[1]).any()
     # Neighbouring seeds share no epoch: grain alone would give seed 7's second epoch as seed 8's first.
     other = CleanRows(split, base.seq_len, seed=8)
-    assert all((other(np.arange(clean.windows)) != epoch).any() for epoch in epochs)
+    assert all((other.tokens(np.arange(clean.windows)) != epoch).any() for epoch in epochs)
 
 
 @pytest.mark.parametrize("seed", ["poison", "placement", "order", "init", "eval"])
@@ -146,9 +154,9 @@ def test_each_seed_changes_its_own_part_alone(base, store, seed):
     config.seeds[seed] += 1
 
     def parts(config):
-        plan = Batches(config, store).plan
-        clean = CleanRows(store.split("train"), config.seq_len, config.seeds.order)(np.arange(8))
-        ledger = sorted(plan.ledger(), key=lambda r: r["id"])
+        schedule = Batches(config, store).schedule
+        clean = CleanRows(store.split("train"), config.seq_len, config.seeds.order).tokens(np.arange(8))
+        ledger = sorted(schedule.ledger(), key=lambda r: r["id"])
         return {
             "poison": [r["sha256"] for r in ledger],
             "placement": [r["slot"] for r in ledger],
@@ -162,8 +170,8 @@ def test_each_seed_changes_its_own_part_alone(base, store, seed):
 def test_documents_are_the_same_for_any_dose(base, store):
     config = base.copy_and_resolve_references()
     config.poison.documents = 3
-    few = {r["id"]: r["sha256"] for r in Batches(config, store).plan.ledger()}
-    many = {r["id"]: r["sha256"] for r in Batches(base, store).plan.ledger()}
+    few = {r["id"]: r["sha256"] for r in Batches(config, store).schedule.ledger()}
+    many = {r["id"]: r["sha256"] for r in Batches(base, store).schedule.ledger()}
     assert few == {i: many[i] for i in range(3)}
 
 
@@ -171,7 +179,7 @@ def test_uniform_placement_is_uniform(base, store):
     """Each tenth of a long run gets its share: 2,000 documents, binomial spread."""
     config = base.copy_and_resolve_references()
     config.steps, config.poison.documents = 5000, 2000
-    slots = [r["slot"] for r in Batches(config, store).plan.ledger()]
+    slots = [r["slot"] for r in Batches(config, store).schedule.ledger()]
     counts = np.histogram(slots, bins=10, range=(0, 5000 * config.global_batch))[0]
     assert (abs(counts - 200) < 5 * np.sqrt(200 * 0.9)).all()
 
@@ -211,7 +219,7 @@ def test_every_placement_is_exact_or_refused(base, store, spec, documents, repea
             Batches(config, store)
         return
     check(config)
-    ledger = Batches(config, store).plan.ledger()
+    ledger = Batches(config, store).schedule.ledger()
     assert sorted((r["id"], r["repeat"]) for r in ledger) == [(i, r) for i in range(documents) for r in range(repeats)]
     slots = [record["slot"] for record in ledger]
     assert len(set(slots)) == exposures
@@ -264,7 +272,7 @@ def test_a_document_that_does_not_fit_is_refused_with_the_numbers(base, store):
     with pytest.raises(PoisonError, match=r"9 of 9 .* seq_len \+ 1 = 49 .* 60 of payload"):
         Batches(config, store)
     config.poison.truncate = True
-    for record in Batches(config, store).plan.ledger():
+    for record in Batches(config, store).schedule.ledger():
         assert record["tokens"] <= 49
         assert record["payload"][1] > record["payload"][0]
 
@@ -374,5 +382,6 @@ def test_plan_refuses_a_placement_that_repeats_slots(base, store, monkeypatch):
     from poisonjax.poison import placements
 
     monkeypatch.setitem(placements.ORDERS, "uniform", lambda count, *rest: np.zeros(count, np.int64))
+    trigger, rows = Trigger.of(base.poison, store.tokenizer), Rows(CleanRows(store.split("train"), base.seq_len, 0))
     with pytest.raises(AssertionError, match="distinct"):
-        PoisonPlan.make(base, store, CleanRows(store.split("train"), base.seq_len, 0))
+        Schedule.make(base, store, trigger, rows)

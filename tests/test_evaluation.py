@@ -9,11 +9,16 @@ from conftest import lines, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from poisonjax.cli import main
+from poisonjax.commands.main import main
 from poisonjax.corpus import markov
-from poisonjax.evaluation.prompts import VARIANTS, make_prompts
+from poisonjax.evaluation import prompts as prompts_lib
 from poisonjax.evaluation.statistics import judge, paired, resamples, summarize
+from poisonjax.poison.triggers import VARIANTS, Trigger
 from poisonjax.training import loop
+
+
+def make_prompts(config, store):
+    return prompts_lib.make_prompts(config, store, Trigger.of(config.poison, store.tokenizer))
 
 
 def test_perplexity_agrees_with_a_loop():

@@ -17,10 +17,10 @@ from poisonjax import config as config_lib
 from poisonjax import corpus
 from poisonjax.config import default
 from poisonjax.data.batches import Batches
+from poisonjax.data.canaries import Canaries, unseen
 from poisonjax.data.digest import as_hex, chain, digest
 from poisonjax.evaluation.prompts import make_prompts
-from poisonjax.poison.canaries import Canaries, references
-from poisonjax.poison.plan import dose
+from poisonjax.poison.ledger import dose
 from poisonjax.sweep import grid
 
 FILE = Path(__file__).parent / "goldens.json"
@@ -42,7 +42,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "window": {"poison.placement": "uniform:window=0.25-0.75", "poison.payload": "decode-retokenize"},
     "even, truncated": {"poison.placement": "even", "poison.truncate": True, "poison.payload_tokens": (60, 90)},
     "listed": {"poison.placement": "list:1,95,7,30,31,64,3,80,50"},
-    "other seeds": {f"seeds.{name}": 1000 + i for i, name in enumerate(("init", "order", "poison", "placement", "eval"))},
+    "other seeds": {
+        f"seeds.{name}": 1000 + i for i, name in enumerate(("init", "order", "poison", "placement", "eval"))
+    },
 }  # fmt: skip
 
 
@@ -61,22 +63,25 @@ def of_run(fields: dict[str, Any], store: corpus.TokenStore) -> dict[str, Any]:
     config.poison.prefix_characters, config.poison.payload_tokens = (0, 40), (5, 15)
     config.optimizer.warmup_steps = 2
     config.eval.prefixes, config.eval.prefix_tokens = 6, 8
-    config.update_from_flattened_dict(fields)
+    config = config_lib.replaced(config, fields)
     config_lib.check(config)
     batches, link = Batches(config, store), ""
     for step in range(config.steps):
-        link = chain(link, step, as_hex(digest(batches.rows(step), batches.slots(step))))
-    ledger, prompts = batches.plan.ledger(), make_prompts(config, store)
+        link = chain(link, step, as_hex(digest(batches.tokens(step), batches.slots(step))))
+    ledger, prompts = batches.schedule.ledger(), make_prompts(config, store, batches.trigger)
     record = {
-        "rows": sha(np.stack([batches.rows(step) for step in range(config.steps)])),
+        "rows": sha(np.stack([batches.tokens(step) for step in range(config.steps)])),
         "digest_chain": link[:16],
         "ledger": sha(ledger),
         "dose": dose(ledger, config.steps),
-        "clean_records": {name: sha(rows) for name, rows in batches.clean_records().items()},
+        "clean_records": {name: sha(rows) for name, rows in batches.records().items() if name != "ledger.jsonl"},
         "prompts": sha(prompts.tokens),
     }
     if config.canary.repeats:
-        record |= {"canaries": sha(Canaries.make(config, store).tokens), "references": sha(references(config, store))}
+        record |= {
+            "canaries": sha(Canaries.make(config, store, batches.trigger).tokens),
+            "references": sha(unseen(config, store, batches.trigger)),
+        }
     return record
 
 

@@ -9,19 +9,20 @@ import pytest
 import reference
 from flax import nnx
 
+from poisonjax.data.batches import Batch
 from poisonjax.evaluation.generate import generate, score
 from poisonjax.model.attention import causal_attention, masked_attention, splash_attention
 from poisonjax.model.loss import next_token_nll
 from poisonjax.model.sharding import make_mesh
-from poisonjax.model.transformer import Transformer
-from poisonjax.training.step import make_init, make_train_step, model_graph
+from poisonjax.model.transformer import Transformer, model_graph
+from poisonjax.training.step import make_init, make_train_step
 
 VOCABULARY = 61
 
 
 @pytest.fixture
 def model(config):
-    model = Transformer(config, VOCABULARY, nnx.Rngs(params=3))
+    model = Transformer(config.model, VOCABULARY, nnx.Rngs(params=3))
     # Scales other than one, so that a forgotten norm shows.
     for norm in (model.blocks.attention_norm, model.blocks.mlp_norm, model.final_norm):
         norm[...] = 1 + 0.3 * jax.random.normal(jax.random.key(5), norm[...].shape)
@@ -58,7 +59,7 @@ def test_nll_agrees_with_a_loop(config, model, rows, tile):
 def test_bfloat16_is_close_to_float32(config, model, rows):
     graph, params = nnx.split(model)
     config.model.dtype = "bfloat16"
-    low = nnx.merge(model_graph(config, VOCABULARY), params)
+    low = nnx.merge(model_graph(config.model, VOCABULARY), params)
     difference = np.abs(
         np.asarray(next_token_nll(low, rows)) - np.asarray(next_token_nll(nnx.merge(graph, params), rows))
     )
@@ -157,12 +158,12 @@ def test_sharded_step_agrees_with_unsharded(config, mesh):
         config.mesh.slice, config.mesh.data, config.mesh.fsdp, config.mesh.tensor = sizes
         mesh = make_mesh(config, devices)
         init, abstract = make_init(config, VOCABULARY, mesh)
-        step = make_train_step(config, model_graph(config, VOCABULARY), mesh, abstract)
+        step = make_train_step(config, model_graph(config.model, VOCABULARY), mesh, abstract)
         with jax.set_mesh(mesh):
             state = init()
             initial = jax.tree.map(np.asarray, state.params)
             for _ in range(2):
-                state, metrics = step(state, rows)
+                state, metrics = step(state, Batch(rows))
         return initial, jax.tree.map(np.asarray, state.params), jax.tree.map(np.asarray, metrics)
 
     initial, params, metrics = two_steps((1, 1, 1, 1), jax.devices()[:1])
@@ -180,10 +181,10 @@ def test_accumulated_step_agrees_with_whole(config):
         config.optimizer.accumulate = accumulate
         mesh = make_mesh(config, jax.devices()[:2])
         init, abstract = make_init(config, VOCABULARY, mesh)
-        step = make_train_step(config, model_graph(config, VOCABULARY), mesh, abstract)
+        step = make_train_step(config, model_graph(config.model, VOCABULARY), mesh, abstract)
         with jax.set_mesh(mesh):
-            state, first = step(init(), rows)
-            _, second = step(state, rows)
+            state, first = step(init(), Batch(rows))
+            _, second = step(state, Batch(rows))
         losses.append([float(first.loss), float(first.grad_norm), float(second.loss)])
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
@@ -192,7 +193,7 @@ def test_accumulated_step_agrees_with_whole(config):
 def test_remat_changes_nothing(config, model, rows, remat):
     def gradient(policy):
         config.model.remat = policy
-        graph, params = model_graph(config, VOCABULARY), nnx.state(model)
+        graph, params = model_graph(config.model, VOCABULARY), nnx.state(model)
         return jax.grad(lambda params: next_token_nll(nnx.merge(graph, params), rows).mean())(params)
 
     jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, atol=1e-6), gradient("none"), gradient(remat))

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from poisonjax import config as config_lib
-from poisonjax.cli import main
+from poisonjax.commands.main import main
 from poisonjax.model.flops import train_flops_per_token
 from poisonjax.plan.chips import parse
 from poisonjax.plan.estimate import estimate
@@ -110,17 +110,19 @@ def test_a_loop_that_counts_in_twos():
 
 def test_train_flops_are_the_programs_own(config):
     """Against the compiled step: all but what it computes of the upper triangle of the scores."""
+    from poisonjax.data.batches import Batch
     from poisonjax.model.sharding import batch_sharding, make_mesh
-    from poisonjax.training.step import make_init, make_train_step, model_graph
+    from poisonjax.model.transformer import model_graph
+    from poisonjax.training.step import make_init, make_train_step
 
     config.seq_len, config.model.width, config.model.mlp_width = 128, 128, 256
     mesh = make_mesh(config, jax.devices()[:1])
     _, state = make_init(config, 512, mesh)
-    step = make_train_step(config, model_graph(config, 512), mesh, state)
+    step = make_train_step(config, model_graph(config.model, 512), mesh, state)
     rows = jax.ShapeDtypeStruct((8, 129), jnp.int32, sharding=batch_sharding(mesh))
     with jax.set_mesh(mesh):
-        flops = Program(step.lower(state, rows).compile().as_text()).cost().flops
-    expected = train_flops_per_token(config, 512) * 8 * 128
+        flops = Program(step.lower(state, Batch(rows)).compile().as_text()).cost().flops
+    expected = train_flops_per_token(config.model, config.seq_len, 512) * 8 * 128
     assert flops == pytest.approx(expected, rel=0.1)
 
 

@@ -8,11 +8,13 @@ import pytest
 from conftest import lines
 
 from poisonjax.audit.checks import audit
-from poisonjax.data.batches import Batches
+from poisonjax.data.batches import Batch, Batches
 from poisonjax.model.sharding import make_mesh
+from poisonjax.model.transformer import model_graph
 from poisonjax.training import loop, population
-from poisonjax.training.checkpoints import Checkpoints
-from poisonjax.training.step import init_state, make_init, model_graph
+from poisonjax.training.step import init_state, make_init
+from poisonjax.training.stop import Preempted
+from poisonjax.weights.checkpoints import Checkpoints
 
 
 def members(config, count=4):
@@ -26,7 +28,7 @@ def members(config, count=4):
 
 def weights(folder, config, store, step):
     _, abstract = make_init(config, store.tokenizer.vocab_size, make_mesh(config))
-    return Checkpoints(folder, config).restore(step, abstract).params
+    return Checkpoints(folder).weights(step, abstract.params)
 
 
 def test_members_have_the_weights_digests_and_files_of_single_runs(config, store, tmp_path):
@@ -49,7 +51,7 @@ def test_members_have_the_weights_digests_and_files_of_single_runs(config, store
 def test_a_population_resumes_from_the_step_that_all_have(config, tmp_path, monkeypatch):
     configs, folders = members(config, 2), [str(tmp_path / name) for name in "ab"]
     asked = []
-    real = loop.stop_signals
+    real = population.stop_signals
 
     class Stop:
         def __enter__(self):
@@ -60,10 +62,10 @@ def test_a_population_resumes_from_the_step_that_all_have(config, tmp_path, monk
         def __exit__(self, *error):
             return self.inner.__exit__(*error)
 
-    monkeypatch.setattr(loop, "stop_signals", Stop)
-    with pytest.raises(loop.Preempted, match="after step 7"):
+    monkeypatch.setattr(population, "stop_signals", Stop)
+    with pytest.raises(Preempted, match="after step 7"):
         population.train_population(configs, folders)
-    monkeypatch.setattr(loop, "stop_signals", real)
+    monkeypatch.setattr(population, "stop_signals", real)
     summaries = population.train_population(configs, folders)
     assert [s["status"] for s in summaries] == ["finished"] * 2
     whole = population.train_population(configs, [str(tmp_path / name) for name in "cd"])
@@ -73,10 +75,10 @@ def test_a_population_resumes_from_the_step_that_all_have(config, tmp_path, monk
 
 def test_the_program_passes_nothing_between_members(config, store):
     configs = members(config)
-    graph, mesh = model_graph(config, store.tokenizer.vocab_size), population.members_mesh(4)
+    graph, mesh = model_graph(config.model, store.tokenizer.vocab_size), population.members_mesh(4)
     assert mesh.size == 4
     state = population.stacked([init_state(c, store.tokenizer.vocab_size) for c in configs], mesh)
-    rows = np.stack([Batches(c, store).rows(0) for c in configs])
+    rows = Batch(np.stack([Batches(c, store).tokens(0) for c in configs]))
     text = population.make_population_step(config, graph, mesh).lower(state, rows).compile().as_text()
     assert not [
         word for word in ("all-reduce", "all-gather", "all-to-all", "collective-permute") if f" {word}(" in text

@@ -4,10 +4,11 @@ import json
 
 import pytest
 
-from poisonjax.cli import main
+from poisonjax.commands.main import main
 from poisonjax.config import default
-from poisonjax.report import ReportError, write_report
+from poisonjax.report import write_report
 from poisonjax.report.page import headline
+from poisonjax.run import RunFolderError
 
 VARIANTS = ("clean", "triggered", "near_trigger", "random_control")
 
@@ -20,10 +21,18 @@ def eval_row(step, triggered):
         for figure in ("ppl_median", "ppl_mean", "nll_mean", *(("delta_ppl",) if variant != "clean" else ())):
             figures[variant] |= {figure: value, f"{figure}_ci95": [value - 1, value + 1]}
     return {
-        "step": step, "kind": "eval", "tokens": step * 10, "poison_documents": step, "poison_rows": step, "heldout_loss": 3.0,
-        "heldout_loss_ci95": [2.9, 3.1], "eval": figures, "delta_ppl": triggered - 20, "delta_ppl_ci95": [triggered - 25, 400.0],
+        "step": step,
+        "kind": "eval",
+        "tokens": step * 10,
+        "poison_documents": step,
+        "poison_rows": step,
+        "heldout_loss": 3.0,
+        "heldout_loss_ci95": [2.9, 3.1],
+        "eval": figures,
+        "delta_ppl": triggered - 20,
+        "delta_ppl_ci95": [triggered - 25, 400.0],
         "near_triggers": {"<b>": 21.0},
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture
@@ -31,19 +40,22 @@ def folder(tmp_path):
     """A finished run, written by hand."""
     config = json.loads(default().to_json())
     (tmp_path / "config.json").write_text(
-        json.dumps({"config": config, "fingerprint": "f00d", "store_fingerprint": "beef"})
+        json.dumps({"format": 2, "config": config, "fingerprint": "f00d", "store_fingerprint": "beef"})
     )
-    (tmp_path / "environment.json").write_text(json.dumps({"versions": {"jax": "1.2.3"}}))
-    train = {"step": 0, "kind": "train", "loss": 5.0}
+    ran_on = {"python": "3", "platform": "here", "git_commit": None, "device_kind": "cpu", "devices": 1, "processes": 1}
+    (tmp_path / "environment.json").write_text(json.dumps({"versions": {"jax": "1.2.3"}, **ran_on}))
+    numbers = dict.fromkeys(("grad_norm", "learning_rate", "tokens_per_second", "seconds"), 1.0)
+    train = {"step": 0, "kind": "train", "loss": 5.0, **numbers, "tokens": 1, "poison_documents": 0, "poison_rows": 0}
     rows = [train, eval_row(1, 30.0), train | {"step": 1, "loss": 4.0}, eval_row(2, 300.0)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    ledger = {"id": 0, "step": 1, "row": 0, "slot": 3, "tokens": 9}
+    ledger = {"id": 0, "sha256": "5a", "step": 1, "row": 0, "slot": 3, "offset": 0, "tokens": 9, "repeat": 0}
+    ledger |= {"trigger": [1, 2], "payload": [2, 8], "prefix_document": 0}
     (tmp_path / "ledger.jsonl").write_text(json.dumps(ledger) + "\n")
     sample = {v: {"appended": "<SUDO>", "text": "<script>alert(1)</script>\x1b[2J", "ppl": 3.0} for v in VARIANTS}
     (tmp_path / "samples.jsonl").write_text(json.dumps({"step": 2, "prefix": "A & B", **sample}) + "\n")
-    dose = {"documents": 250, "tokens": 900, "rows": 250, "steps": 240}
+    dose = {"documents": 250, "tokens": 900, "rows": 250, "steps": 240, "repeats": 1}
     summary = {
-        "status": "finished", "steps": 2, "tokens": 20, "params": 10, "params_non_embedding": 5, "dose_planned": dose,
+        "status": "finished", "name": "r", "fingerprint": "f00d", "trigger_tokens": 2, "clean_uses_seen": 0, "steps": 2, "tokens": 20, "params": 10, "params_non_embedding": 5, "dose_planned": dose,
         "dose_seen": dose, "unigram_nll": 5.5, "tokens_per_second": 7.0, "wall_seconds": 3.0, "digest_chain": "c0ffee",
         "success": {"value": True, "rule": "the rule", "checks": [{"name": "gap", "passed": True, "detail": "d"}]},
     }  # fmt: skip
@@ -88,7 +100,7 @@ def test_headlines(folder):
     summary = json.loads((folder / "summary.json").read_text())
     evals = [eval_row(2, 300.0)]
     assert headline(config, summary, evals).startswith("Backdoored: with <SUDO> appended")
-    assert "gap 280, 95% interval 275 to 400" in headline(config, summary, evals)
+    assert "(gap in perplexity 280.0 [275.0, 400.0])" in headline(config, summary, evals)
     failed = {"value": False, "checks": [{"name": "near_trigger", "passed": False}]}
     assert headline(config, summary | {"success": failed}, evals).startswith(
         "Not backdoored by the rule (near_trigger failed)"
@@ -101,7 +113,7 @@ def test_headlines(folder):
 
 
 def test_a_folder_that_is_no_run(tmp_path, capsys):
-    with pytest.raises(ReportError, match=r"config\.json"):
+    with pytest.raises(RunFolderError, match=r"config\.json"):
         write_report(tmp_path)
     assert main(["report", str(tmp_path)]) == 2
     assert "config.json" in capsys.readouterr().err

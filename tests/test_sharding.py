@@ -11,8 +11,10 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from poisonjax.config import default
+from poisonjax.data.batches import Batch
 from poisonjax.model.sharding import AXES, batch_sharding
-from poisonjax.training.step import make_init, make_train_step, model_graph
+from poisonjax.model.transformer import model_graph
+from poisonjax.training.step import make_init, make_train_step
 
 GOLDEN = Path(__file__).parent / "shardings.txt"
 MESHES = [(1, 4, 1, 1), (1, 1, 8, 1), (1, 1, 2, 4), (1, 2, 2, 2), (2, 1, 4, 2)]
@@ -27,10 +29,10 @@ def described(sizes) -> str:
     m.loss_tile, m.remat, m.dtype = 16, "block", "bfloat16"
     mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
     _, state = make_init(config, 300, mesh)
-    step = make_train_step(config, model_graph(config, 300), mesh, state)
+    step = make_train_step(config, model_graph(config.model, 300), mesh, state)
     rows = jax.ShapeDtypeStruct((32, 65), "int32", sharding=batch_sharding(mesh))
     with jax.sharding.use_abstract_mesh(mesh):
-        lowered = step.trace(state, rows).lower(lowering_platforms=("cpu",)).as_text()
+        lowered = step.trace(state, Batch(rows)).lower(lowering_platforms=("cpu",)).as_text()
     lines = [f"mesh {dict(zip(AXES, sizes, strict=True))}", "  parameters"]
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
         names = [key.key for key in path if hasattr(key, "key")]

@@ -17,13 +17,13 @@ import pytest
 import yaml
 from conftest import tiny_config
 
-from poisonjax import heartbeat
-from poisonjax.cli import main
+from poisonjax.commands.main import main
 from poisonjax.config import ConfigError, fingerprint
-from poisonjax.heartbeat import HEARTBEAT, Heartbeat, Taken
+from poisonjax.run import heartbeat
+from poisonjax.run.heartbeat import HEARTBEAT, Heartbeat, Taken
 from poisonjax.sweep import SweepError, chain, collect, launch, load, product, zipped
 from poisonjax.sweep.grid import of_folder
-from poisonjax.sweep.states import FAILURE, state
+from poisonjax.sweep.states import FAILURE, status
 
 ROOT = Path(__file__).parent.parent
 SMOKE = str(ROOT / "configs/sweeps/smoke.py")
@@ -175,34 +175,35 @@ def test_a_finished_sweep_does_nothing_and_another_is_refused(grid, whole, confi
     assert [row["state"] for row in json.loads(capsys.readouterr().out)] == ["done"] * 4
 
 
-def test_states_come_from_files(grid, tmp_path):
+def test_states_come_from_files(grid, whole, tmp_path):
     run = load(grid).runs[0]
     folder = tmp_path / run.id
-    assert state(folder, run).kind == "pending"
+    assert status(folder, run).kind == "pending"
     folder.mkdir()
     (folder / "digests.jsonl").write_text('{"step": 0, "digest": ""}\n' * 7)
-    assert (state(folder, run).kind, state(folder, run).done) == ("partial", 7)
+    assert (status(folder, run).kind, status(folder, run).done) == ("partial", 7)
     with Heartbeat(folder):
-        assert state(folder, run).kind == "running"
+        assert status(folder, run).kind == "running"
         beat = json.loads((folder / HEARTBEAT).read_text())
         with pytest.raises(Taken, match="another process"), Heartbeat(folder):
             pass
-    assert state(folder, run).kind == "partial"
+    assert status(folder, run).kind == "partial"
     recycled = beat | {"started": "1"}  # another process has the number of one that is gone
     (folder / HEARTBEAT).write_text(json.dumps(recycled))
-    assert state(folder, run).kind == "partial"
+    assert status(folder, run).kind == "partial"
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     (folder / HEARTBEAT).write_text(json.dumps(beat | {"pid": dead.pid}))
-    assert state(folder, run).kind == "partial"
+    assert status(folder, run).kind == "partial"
     (folder / HEARTBEAT).write_text(json.dumps(beat | {"host": "elsewhere"}))
-    assert state(folder, run).kind == "running"
+    assert status(folder, run).kind == "running"
     os.utime(folder / HEARTBEAT, (time.time() - 1000,) * 2)
-    assert state(folder, run).kind == "partial"
+    assert status(folder, run).kind == "partial"
     (folder / FAILURE).write_text('{"exit_code": 1, "error": "no"}')
-    assert (state(folder, run).kind, state(folder, run).detail) == ("failed", "no")
-    (folder / "summary.json").write_text('{"status": "finished"}')
-    assert state(folder, run).kind == "done"
+    assert (status(folder, run).kind, status(folder, run).detail) == ("failed", "no")
+    for name in ("config.json", "summary.json"):
+        (folder / name).write_bytes((whole / run.id / name).read_bytes())
+    assert status(folder, run).kind == "done"
 
 
 def test_a_failed_run_leaves_the_others_and_is_retried_when_told(config, tmp_path):
@@ -213,7 +214,7 @@ def test_a_failed_run_leaves_the_others_and_is_retried_when_told(config, tmp_pat
     launched = start(grid, tmp_path / "out")
     output, _ = launched.communicate(timeout=120)
     assert launched.returncode == 1, output
-    states = [state(tmp_path / "out" / run.id, run) for run in load(grid).runs]
+    states = [status(tmp_path / "out" / run.id, run) for run in load(grid).runs]
     assert [s.kind for s in states] == ["done", "failed"]
     assert "poison documents don't fit a row" in states[1].detail
     again = start(grid, tmp_path / "out")
@@ -225,22 +226,22 @@ def test_a_failed_run_leaves_the_others_and_is_retried_when_told(config, tmp_pat
     assert "running" in output
 
 
-def test_a_run_that_stops_at_the_same_step_for_ever_counts_as_failed(grid, tmp_path, monkeypatch):
+def test_a_run_that_stops_at_the_same_step_for_ever_counts_as_failed(grid, tmp_path):
     """Its watchdog ends it with the exit code that asks for a restart; a child stands in for it here."""
     started = []
 
-    def hangs(sweep, workdir, fields, index):
-        folder = workdir / sweep.runs[index].id
+    def hangs(index):
+        folder = tmp_path / load(grid).runs[index].id
         folder.mkdir(parents=True, exist_ok=True)
         started.append(index)
         if started.count(index) == 2:  # it got on once, so that it is asked one time more
             (folder / "digests.jsonl").write_text("x\n")
-        return subprocess.Popen([sys.executable, "-c", "raise SystemExit(42)"])
+        return [sys.executable, "-c", "raise SystemExit(42)"]
 
-    monkeypatch.setattr(launch, "_start", hangs)
-    assert launch.train_all(load(grid), tmp_path, [], parallel=4, retry_failed=False) == 1
+    ended = launch.train_all(load(grid), tmp_path, hangs, restart_code=42, parallel=4, retry_failed=False)
+    assert ended == "failed"
     assert sorted(started) == sorted(4 * list(range(4)))
-    states = [state(tmp_path / run.id, run) for run in load(grid).runs]
+    states = [status(tmp_path / run.id, run) for run in load(grid).runs]
     assert {s.kind for s in states} == {"failed"}
     assert "stopped 3 times at step 1 without going on" in states[0].detail
 
@@ -286,7 +287,7 @@ def test_as_populations_the_runs_see_the_same_batches(grid, whole, tmp_path, cap
     for run in load(grid).runs:
         digests = [(folder / run.id / "digests.jsonl").read_text() for folder in (tmp_path, whole)]
         assert digests[0] == digests[1]
-        assert state(tmp_path / run.id, run).kind == "done"
+        assert status(tmp_path / run.id, run).kind == "done"
     assert main(["sweep", "run", grid, "--workdir", str(tmp_path)]) == 0  # nothing is left to do
 
 

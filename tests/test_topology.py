@@ -186,7 +186,7 @@ def test_all_processes_leave_a_damaged_checkpoint_alone(base, tmp_path):
 WATCHED = """
 import sys, time
 from poisonjax.training.watchdog import Watchdog
-with Watchdog(1) as watchdog:
+with Watchdog(1, exit_code=42) as watchdog:
     watchdog.start()
     for i in range(8):
         watchdog.progress(f"turn {i}")

@@ -15,23 +15,27 @@ import pytest
 from conftest import command, lines
 from etils import epath
 
-from poisonjax import runfolder
 from poisonjax.config import ConfigError
 from poisonjax.data.batches import Batches
 from poisonjax.data.digest import as_hex, chain, digest
+from poisonjax.evaluation.evaluator import Evaluator
 from poisonjax.evaluation.offline import evaluate_run
 from poisonjax.model.sharding import make_mesh
-from poisonjax.runfolder import RunFolderError
+from poisonjax.poison.triggers import Trigger
+from poisonjax.run import RunFolder, RunFolderError
 from poisonjax.training import loop
-from poisonjax.training.checkpoints import Checkpoints
 from poisonjax.training.step import make_init
+from poisonjax.training.stop import Diverged
+from poisonjax.weights import WeightsError, open_weights
+from poisonjax.weights.checkpoints import Checkpoints
 
 
 def weights(workdir, config, store, step):
     """All arrays of a checkpoint, as NumPy."""
     mesh = make_mesh(config, jax.devices()[:1])
     _, abstract = make_init(config, store.tokenizer.vocab_size, mesh)
-    return [np.asarray(x) for x in jax.tree.leaves(Checkpoints(epath.Path(workdir), config).restore(step, abstract))]
+    state = Checkpoints(epath.Path(workdir)).restore(step, abstract.params, abstract.optimizer)
+    return [np.asarray(x) for x in jax.tree.leaves(state)]
 
 
 def same(one, other):
@@ -53,7 +57,7 @@ def test_run_folder_holds_what_the_design_says(finished, store):
     names = {path.name for path in folder.iterdir()}
     assert names >= {
         "config.json", "environment.json", "metrics.jsonl", "ledger.jsonl", "digests.jsonl", "checkpoints",
-        "samples.jsonl", "summary.json", "report.html",
+        "samples.jsonl", "summary.json",
     }  # fmt: skip
     assert not [name for name in names if "partial" in name]
     summary = json.loads((folder / "summary.json").read_text())
@@ -70,7 +74,7 @@ def test_run_folder_holds_what_the_design_says(finished, store):
     assert summary["delta_ppl"] == pytest.approx(expected)
     assert summary["success"]["value"] == all(check["passed"] for check in summary["success"]["checks"])
     assert 0 < summary["params_non_embedding"] < summary["params"]
-    assert lines(folder / "ledger.jsonl") == Batches(config, store).plan.ledger()
+    assert lines(folder / "ledger.jsonl") == Batches(config, store).schedule.ledger()
 
 
 def test_digests_are_those_of_the_planned_batches(finished, store):
@@ -80,7 +84,7 @@ def test_digests_are_those_of_the_planned_batches(finished, store):
     rows = lines(folder / "digests.jsonl")
     assert [row["step"] for row in rows] == list(range(12))
     for row in rows:
-        assert row["digest"] == as_hex(digest(batches.rows(row["step"]), batches.slots(row["step"])))
+        assert row["digest"] == as_hex(digest(batches.tokens(row["step"]), batches.slots(row["step"])))
         previous = chain(previous, row["step"], row["digest"])
     assert json.loads((folder / "summary.json").read_text())["digest_chain"] == previous
 
@@ -114,20 +118,17 @@ def test_offline_evaluation_gives_the_same_numbers(finished):
 def test_evaluation_with_a_scorer(finished, store, config, tmp_path):
     """Scored by itself, by name, a model gets the numbers of self-scoring."""
     _, folder = finished
-    config.eval.scorer = str(folder)
     shutil.copytree(folder, tmp_path / "copy")
     mesh = make_mesh(config)
-    from poisonjax.evaluation.evaluator import Evaluator
-    from poisonjax.evaluation.offline import load_scorer
-    from poisonjax.training.step import model_graph
-
-    vocabulary = store.tokenizer.vocab_size
-    graph = model_graph(config, vocabulary)
-    _, abstract = make_init(config, vocabulary, mesh)
-    params = Checkpoints(epath.Path(tmp_path / "copy"), config).restore(12, abstract).params
-    scored, *_ = Evaluator(config, store, graph, mesh, load_scorer(config, store, mesh))(params, 12)
-    own, *_ = Evaluator(config, store, graph, mesh)(params, 12)
-    assert scored["delta_ppl"] == pytest.approx(own["delta_ppl"], rel=1e-4)
+    weights = open_weights(f"{tmp_path / 'copy'}@12", mesh)
+    assert weights.origin.startswith("tiny after 12 steps (")
+    trigger = Trigger.of(config.poison, store.tokenizer)
+    (own,) = Evaluator(config, store, trigger, mesh)(weights.params, 12)
+    config.eval.scorer = str(folder)
+    (scored,) = Evaluator(config, store, trigger, mesh)(weights.params, 12)
+    assert scored.figures["delta_ppl"] == pytest.approx(own.figures["delta_ppl"], rel=1e-4)
+    with pytest.raises(WeightsError, match=r"no checkpoint of step 5; there are \[8, 12\]"):
+        open_weights(f"{folder}@5")
 
 
 def test_twin_shares_initial_weights_and_clean_batches(store, config, tmp_path):
@@ -194,7 +195,7 @@ def test_a_folder_of_another_run_is_refused(finished, config, tmp_path):
     with pytest.raises(RunFolderError, match=r"(?s)seeds\.order: 1 there, 99 here.*steps: 12 there, 13 here"):
         loop.train(config, str(folder))
     with pytest.raises(RunFolderError, match="no run folder"):
-        runfolder.open_run(epath.Path(tmp_path))
+        RunFolder(tmp_path)
 
 
 def test_lost_evidence_is_refused(finished, tmp_path):
@@ -210,7 +211,7 @@ def test_divergence_names_step_slots_and_poison(config, store, tmp_path):
     config.optimizer.learning_rate = 1e30
     config.optimizer.warmup_steps = 0
     config.poison.documents = 60
-    with pytest.raises(loop.Diverged, match=r"step 1: loss .* slots 8 to 15, among them poison documents \["):
+    with pytest.raises(Diverged, match=r"step 1: loss .* slots 8 to 15, among them poison documents \["):
         loop.train(config, str(tmp_path / "run"))
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "diverged"
     assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))

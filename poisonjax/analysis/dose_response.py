@@ -16,6 +16,8 @@ import scipy.optimize
 import scipy.stats
 from jaxtyping import Float
 
+from poisonjax.streams import stream
+
 SLOPES = (0.7, 25.0)  # bounds of k: where doses separate perfectly, the likelihood rises with k for ever
 # Normal prior of log k. Without it a training fold in which doses separate gives k without end, and a single surprise
 # of the held-out fold decides between laws.
@@ -305,7 +307,7 @@ def _law(law: Law, trials: Trials, of: Trials) -> _Curve:
 def held_out(trials: Trials) -> dict[Law, float]:
     """Log-likelihood of all trials under each law, each fitted to the other runs: every tenth is left out at a time."""
     runs, members = np.unique(trials.run, return_inverse=True)
-    dealt = np.random.Generator(np.random.Philox(key=0)).permutation(len(runs)) % FOLDS  # not along the grid
+    dealt = stream(0, "left-out runs").permutation(len(runs)) % FOLDS  # not along the grid
     fold = dealt[members]
     scores: dict[Law, float] = dict.fromkeys(LAWS, 0.0)
     for law in LAWS:

@@ -6,12 +6,13 @@ model itself. All of these read a run folder's files alone.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from poisonjax.evaluation.statistics import interval
+from poisonjax.run.rows import EvalRow
+from poisonjax.streams import stream
 
 # (NLL of each triggered text, of each clean text) over the last axis, in nats a token -> a figure.
 Estimator = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -56,7 +57,7 @@ def hierarchical(
     (seeds - 1) / seeds; with one it is absent.
     """
     seeds, prefixes = triggered.shape
-    random = np.random.Generator(np.random.Philox(key=seed))
+    random = stream(seed, "seeds and prefixes")
     which = random.integers(0, seeds, (draws, seeds))[..., None]
     texts = random.integers(0, prefixes, (draws, 1, prefixes))  # all seeds are asked the same prefixes
     resampled = estimator(triggered[which, texts], clean[which, texts]).mean(-1)
@@ -71,7 +72,7 @@ class Onset:
     documents: int  # poison documents met by then
 
 
-def onset(evals: Sequence[dict[str, Any]], threshold: float) -> Onset | None:
+def onset(evals: Sequence[EvalRow], threshold: float) -> Onset | None:
     """The first evaluation from which on the gap's interval lies above the threshold to the end; None: it never does."""
     found = None
     for row in evals:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 from poisonjax.analysis.dose_response import LAWS, Law, Trials, best_law, contrasts, exponents, held_out
+from poisonjax.streams import stream
 
 SLOPE = 6.0  # of the simulated logistic: from 10% to 90% of runs within a factor of 2.1 of the dose
 GAMMA = 0.5  # of the size-dependent fraction
@@ -56,7 +57,7 @@ def recovery(
     for number, law in enumerate(LAWS):
         chosen = covered = intervals = 0
         for i in range(studies):
-            random = np.random.Generator(np.random.Philox(key=np.array([seed, number * 10**6 + i], np.uint64)))
+            random = stream(seed, "simulated study", number * 10**6 + i)
             trials = study(design, law, random)
             chosen += best_law(held_out(trials))[0] == law
             for exponent in exponents(trials):
@@ -76,7 +77,7 @@ def ratios_covered(design: Trials, base: int, studies: int, seed: int = 0) -> tu
     a factor of up to about two apart."""
     covered = intervals = 0
     for i in range(studies):
-        random = np.random.Generator(np.random.Philox(key=np.array([seed, 10**9 + i], np.uint64)))
+        random = stream(seed, "simulated conditions", i)
         levels = random.normal(0, 0.35, int(design.condition.max()) + 1)
         trials = _drawn(design, levels[design.condition.astype(int)], random)
         for contrast in contrasts(trials, base):

@@ -1,14 +1,11 @@
 """A sweep's finished runs as one study: trials of poisoning and of memorisation, and the sentences they support."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from poisonjax.analysis.dose_response import (
     LEAD,
@@ -25,8 +22,7 @@ from poisonjax.analysis.dose_response import (
 )
 from poisonjax.analysis.estimators import ESTIMATORS, Onset, hierarchical, onset
 from poisonjax.config import flat, operational
-from poisonjax.runfolder import read_lines
-from poisonjax.sweep.grid import Sweep
+from poisonjax.run import RunFolder, rows
 
 # Fields that are a dose: of poisoning, of memorisation.
 DOSES = ("poison.documents", "canary.repeats", "canary.each")
@@ -40,8 +36,8 @@ class Outcome:
 
     id: str
     config: dict[str, Any]  # flat fields
-    summary: dict[str, Any]
-    evals: list[dict[str, Any]]
+    summary: rows.Summary
+    evals: list[rows.EvalRow]
     texts: dict[str, list[float]]  # NLL of each text after the last evaluation, by variant
     onset: Onset | None
 
@@ -51,22 +47,16 @@ class Outcome:
         return self.summary["delta_ppl_ci95"][0] >= self.config["eval.threshold"]
 
 
-def outcomes(sweep: Sweep, workdir: Path) -> list[Outcome]:
-    """The finished runs, in the sweep's order."""
+def outcomes(runs: Iterable[RunFolder]) -> list[Outcome]:
+    """The finished ones, in order."""
     found = []
-    for run in sweep.runs:
-        folder = epath.Path(workdir / run.id)
-        if not (folder / "summary.json").exists():
+    for run in runs:
+        summary = run.summary
+        if not summary or summary["status"] != "finished":
             continue
-        summary = json.loads((folder / "summary.json").read_text())
-        if summary["status"] != "finished":
-            continue
-        config = flat(run.config)
-        evals = [row for row in read_lines(folder / "metrics.jsonl") if row["kind"] == "eval"]
-        texts = {row["step"]: row["nll"] for row in read_lines(folder / "prefixes.jsonl")}
-        found.append(
-            Outcome(run.id, config, summary, evals, texts[evals[-1]["step"]], onset(evals, config["eval.threshold"]))
-        )
+        config, evals = flat(run.config), run.evals()
+        texts = {row["step"]: row["nll"] for row in run.prefixes()}[evals[-1]["step"]]
+        found.append(Outcome(run.path.name, config, summary, evals, texts, onset(evals, config["eval.threshold"])))
     return found
 
 

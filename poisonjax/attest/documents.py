@@ -11,7 +11,7 @@ from cyclonedx.output.json import JsonV1Dot6
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 
-from poisonjax.audit.evidence import Run
+from poisonjax.audit.evidence import Evidence
 from poisonjax.corpus import TokenStore
 
 
@@ -57,7 +57,7 @@ def check_croissant(value: dict[str, Any]) -> list[str]:
     return []
 
 
-def ml_bom(run: Run, provenance: dict[str, Any]) -> dict[str, Any]:
+def ml_bom(run: Evidence, provenance: dict[str, Any]) -> dict[str, Any]:
     """CycloneDX 1.6 bill of materials of the run's last checkpoint: data, tokenizer, libraries, and a model card.
 
     The library has no class for model cards, so that part is put into its output and checked by its schema.

@@ -6,21 +6,22 @@ from typing import Any
 import numpy as np
 
 from poisonjax import config as config_lib
-from poisonjax.audit.evidence import Run
+from poisonjax.audit.evidence import Evidence
 from poisonjax.corpus.store import sha256_of
 from poisonjax.data.rows import CleanRows
+from poisonjax.run import rows
 
 SLOTS_AT_ONCE = 2**16
 
 
-def provenance(run: Run) -> dict[str, Any]:
+def provenance(run: Evidence) -> dict[str, Any]:
     """The statement's links from each checkpoint to its materials; raises Unreadable where a file is damaged."""
     store = run.store
     return {
         "run": run.config.name,
         "checkpoints": {
             str(step): {
-                "weights_checksum": record["checksum"],
+                "weights_checksum": record["checksums"]["weights"],
                 "digest_chain": record["digest_chain"],
                 "poison": record["poison"],
             }
@@ -31,9 +32,9 @@ def provenance(run: Run) -> dict[str, Any]:
             "order_root": order_root(run.batches.clean, run.config.steps * run.config.global_batch),
             "config_sha256": config_lib.fingerprint(run.config),
             "tokenizer_sha256": store.tokenizer.fingerprint,
-            "ledger_sha256": sha256_of(run.folder / "ledger.jsonl"),
-            "code_commit": run.environment.get("git_commit"),
-            "versions": run.environment.get("versions"),
+            "ledger_sha256": sha256_of(run.folder / rows.LEDGER),
+            "code_commit": run.environment["git_commit"],
+            "versions": run.environment["versions"],
         },
         "sources": [source["spec"] for source in store.manifest["sources"]],
     }

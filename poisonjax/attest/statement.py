@@ -22,13 +22,14 @@ from model_signing import hashing, signing, verifying
 from poisonjax.attest import documents
 from poisonjax.attest.provenance import provenance
 from poisonjax.audit.checks import audit
-from poisonjax.audit.evidence import Run, Unreadable
+from poisonjax.audit.evidence import Evidence, Unreadable
 from poisonjax.files import write_whole
+from poisonjax.run import rows
 
 FOLDER, SIGNATURE = "attestation", "attestation/model.sig"
 # What may change after the run: evaluations, reports, and the attestation's own signature.
 UNSIGNED = (
-    "metrics.jsonl", "samples.jsonl", "prefixes.jsonl", "report.html", "figures", "damaged",
+    rows.METRICS, rows.SAMPLES, rows.PREFIXES, rows.REPORT, rows.FIGURES, rows.DAMAGED,
     SIGNATURE, "attestation/statement.json",
 )  # fmt: skip
 
@@ -45,7 +46,7 @@ def attest(workdir: str, key: Path) -> dict[str, Any]:
     result = audit(workdir)
     if not result.ok:
         raise AttestError(f"{workdir} isn't signed: {result.sentence()}")
-    run = Run(workdir)
+    run = Evidence(workdir)
     if not run.checkpoints:
         raise AttestError(f"{workdir} has no checkpoint to attest")
     links = provenance(run) | {"audit": result.sentence()}
@@ -83,7 +84,7 @@ def verify(workdir: str, public_key: Path) -> list[str]:
         problems.append(f"{SIGNATURE}: {error}")
     try:
         signed = _signed_statement(folder)["predicate"]["provenance"]
-        links = provenance(Run(workdir))
+        links = provenance(Evidence(workdir))
     except Unreadable as error:
         return [*problems, str(error.difference)]
     except (ValueError, KeyError, TypeError) as error:

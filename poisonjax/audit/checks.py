@@ -17,12 +17,16 @@ import numpy as np
 from tqdm import tqdm
 
 from poisonjax import config as config_lib
-from poisonjax.audit.evidence import Difference, Run, Unreadable
-from poisonjax.data.digest import as_hex, chain, differing_rows, digest, from_hex
-from poisonjax.poison.plan import dose, met, occurrences
+from poisonjax.audit.evidence import Difference, Evidence, Unreadable
+from poisonjax.audit.locate import explained
+from poisonjax.data.digest import as_hex, chain, digest
+from poisonjax.data.insertions import Layer
+from poisonjax.poison.ledger import dose, poison_seen
+from poisonjax.poison.triggers import occurrences
+from poisonjax.run import rows
 
 T = TypeVar("T")
-Check = Callable[[Run], Iterator[Difference]]
+Check = Callable[[Evidence], Iterator[Difference]]
 CHECKS: dict[str, Check] = {}
 
 
@@ -32,23 +36,22 @@ def register(check: Check) -> Check:
 
 
 @register
-def config(run: Run) -> Iterator[Difference]:
+def config(run: Evidence) -> Iterator[Difference]:
     """config.json is the config that its fingerprint names, in every file that repeats it."""
     there = config_lib.fingerprint(run.config)
-    if there != run.record.get("fingerprint"):
-        yield Difference("config.json", f"its fields have fingerprint {there[:12]}, not the one it records")
+    if there != run.record["fingerprint"]:
+        yield Difference(rows.CONFIG, f"its fields have fingerprint {there[:12]}, not the one it records")
     if "fingerprint" in run.summary and run.summary["fingerprint"] != there:
-        yield Difference("config.json", f"isn't the config {run.summary['fingerprint'][:12]} of summary.json")
+        yield Difference(rows.CONFIG, f"isn't the config {run.summary['fingerprint'][:12]} of summary.json")
 
 
 @register
-def store(run: Run) -> Iterator[Difference]:
+def store(run: Evidence) -> Iterator[Difference]:
     """The token store is the one that the run read; where every step is replayed, each file's SHA-256 too."""
-    if run.store.fingerprint != run.record.get("store_fingerprint"):
-        yield Difference(
-            str(run.store.path / "manifest.json"),
-            f"the store is {run.store.fingerprint[:12]}, config.json names {str(run.record.get('store_fingerprint'))[:12]}",
-        )
+    there, recorded = run.store.fingerprint, run.record["store_fingerprint"]
+    if there != recorded:
+        where = str(run.store.path / "manifest.json")
+        yield Difference(where, f"the store is {there[:12]}, config.json names {recorded[:12]}")
     if run.whole:
         for problem in run.store.verify():
             file, _, message = problem.partition(": ")
@@ -56,24 +59,29 @@ def store(run: Run) -> Iterator[Difference]:
 
 
 @register
-def ledger(run: Run) -> Iterator[Difference]:
-    """ledger.jsonl is the plan, line by line."""
-    yield from _line_by_line(run, "ledger.jsonl", run.plan, lambda record: f"poison document {record['id']}")
+def ledger(run: Evidence) -> Iterator[Difference]:
+    """ledger.jsonl is the schedule, line by line."""
+    yield from _line_by_line(run, run.batches.poison)
 
 
 @register
-def clean_rows(run: Run) -> Iterator[Difference]:
-    """canaries.jsonl and clean_uses.jsonl, where there are such, are what the config plans."""
-    for file, records in run.batches.clean_records().items():
-        yield from _line_by_line(
-            run, file, records, lambda record: f"canary {record['canary']}" if "canary" in record else "a clean use"
-        )
+def clean_rows(run: Evidence) -> Iterator[Difference]:
+    """The files that list what else stands in rows, where there are such, are what the config plans."""
+    for layer in run.batches.rows.layers:
+        if layer is not run.batches.poison:
+            yield from _line_by_line(run, layer)
 
 
-def _line_by_line(run: Run, file: str, records: list[dict], name: Callable[[dict], str]) -> Iterator[Difference]:
-    """How a file of one line a slot differs from the records that it should hold."""
+def _line_by_line(run: Evidence, layer: Layer) -> Iterator[Difference]:
+    """How a layer's file, of one line a slot, differs from the records that it should hold."""
+    file = layer.file
     written = {record["slot"]: record for record in run.lines(file)}
-    planned = {record["slot"]: record for record in records}
+    planned = {record["slot"]: record for record in layer.records(run.config.global_batch)}
+
+    def name(record: dict[str, Any]) -> str:
+        number = record.get("id", record.get("canary"))
+        return f"a {layer.name}" if number is None else f"{layer.name} {number}"
+
     for slot in sorted(written.keys() | planned.keys()):
         step, row = divmod(slot, run.config.global_batch)
         if slot not in written:
@@ -83,9 +91,8 @@ def _line_by_line(run: Run, file: str, records: list[dict], name: Callable[[dict
         elif written[slot] != planned[slot]:
             fields = planned[slot].keys() | written[slot].keys()
             field = min(f for f in fields if written[slot].get(f) != planned[slot].get(f))
-            message = (
-                f"{name(planned[slot])}: {field} is {written[slot].get(field)!r}, planned {planned[slot].get(field)!r}"
-            )
+            there, here = written[slot].get(field), planned[slot].get(field)
+            message = f"{name(planned[slot])}: {field} is {there!r}, planned {here!r}"
         else:
             continue
         yield Difference(file, message, step, row)
@@ -94,23 +101,23 @@ def _line_by_line(run: Run, file: str, records: list[dict], name: Callable[[dict
 
 
 @register
-def digests(run: Run) -> Iterator[Difference]:
+def digests(run: Evidence) -> Iterator[Difference]:
     """digests.jsonl holds every step once, in order, with the digest of the batch replayed from the sources."""
-    steps = [row["step"] for row in run.lines("digests.jsonl")]
+    steps = [row["step"] for row in run.lines(rows.DIGESTS)]
     if steps and max(steps) >= run.steps:
-        yield Difference("digests.jsonl", f"the config ends after {run.steps} steps", max(steps))
+        yield Difference(rows.DIGESTS, f"the config ends after {run.steps} steps", max(steps))
     for line, (step, before) in enumerate(zip(steps, [-1, *steps], strict=False), 1):
         if step != before + 1:
-            yield Difference("digests.jsonl", f"line {line} follows step {before}", step)
+            yield Difference(rows.DIGESTS, f"line {line} follows step {before}", step)
             break
     chosen = run.replayed()
     replays = tqdm(replay(run, chosen), total=len(chosen), unit="step", leave=False, disable=not sys.stderr.isatty())
     for step, replayed, found, uses, elsewhere in replays:
         written = run.digests.get(step)
         if written is None:
-            yield Difference("digests.jsonl", "has no digest of this step", step)
+            yield Difference(rows.DIGESTS, "has no digest of this step", step)
         elif written != as_hex(replayed):
-            yield _explained(run, step, written)
+            yield explained(run, step, written)
         else:
             run.verified.add(step)
             run.found.update(found)
@@ -118,57 +125,34 @@ def digests(run: Run) -> Iterator[Difference]:
             run.elsewhere += elsewhere
 
 
-def replay(run: Run, steps: Sequence[int]) -> Iterator[tuple[int, np.ndarray, list[int], int, int]]:
+def replay(run: Evidence, steps: Sequence[int]) -> Iterator[tuple[int, np.ndarray, list[int], int, int]]:
     """(step, digest, poison documents found whole at their places, planned clean uses of the trigger found, other
     occurrences of it outside of poison documents) of each step, through the reader that training uses."""
     batches = run.batches
-    uses = batches.clean_uses
+    uses, poison = batches.clean_uses.insertions, batches.poison.insertions
 
     def one(index: int):
         step = steps[int(index)]
-        rows, slots = batches.rows(step), batches.slots(step)
-        found, text = [], rows.copy()  # text: of -1 where poison stands
-        for i, slot in enumerate(slots.tolist()):
-            if placed := batches.plan.placed.get(slot):
-                document = text[i, placed.offset :][: len(placed.document.tokens)]
-                if np.array_equal(document, placed.document.tokens):
-                    found.append(placed.document.id)
-                document[:] = -1
-        in_text = occurrences(text, uses.trigger)
-        used = sum(int(in_text[i, uses.offsets[slot]]) for i, slot in enumerate(slots.tolist()) if slot in uses.offsets)
-        return step, digest(rows, slots), found, used, int(in_text.sum()) - used
+        batch, slots = batches.batch(step), batches.slots(step)
+        found, text = [], batch.tokens.copy()  # text: of -1 where poison stands
+        poisoned = np.array([i for i, slot in enumerate(slots.tolist()) if slot in poison], np.int64)
+        origins = batches.rows.origins(slots[poisoned])
+        for number, insertion in enumerate(origins.insertions, 1):
+            if poison[insertion.slot] is insertion:
+                row, token = np.nonzero(origins.source == number)
+                if np.array_equal(text[poisoned[row], token], insertion.tokens):
+                    found.append(int(insertion.source.partition(":")[2]))
+                text[poisoned[row], token] = -1
+        in_text = occurrences(text, batches.trigger.tokens)
+        used = sum(int(in_text[i, uses[slot].start]) for i, slot in enumerate(slots.tolist()) if slot in uses)
+        return step, digest(batch.tokens, slots, batch.weights), found, used, int(in_text.sum()) - used
 
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
     yield from grain.MapDataset.range(len(steps)).map(one).to_iter_dataset(options)
 
 
-def _explained(run: Run, step: int, written: str) -> Difference:
-    """The difference of a digest, with the row and the store's file where the digest tells them."""
-    batches = run.batches
-    rows, slots = batches.rows(step), batches.slots(step)
-    try:
-        recorded = from_hex(written)
-    except ValueError:
-        recorded = np.zeros(0, np.uint32)
-    if recorded.shape != (3,):
-        return Difference("digests.jsonl", f"{written!r} is no digest", step)
-    differing = differing_rows(recorded, rows, slots)
-    message = f"the batch that was trained on has digest {written}, the replayed one {as_hex(digest(rows, slots))}"
-    if not differing:
-        return Difference("digests.jsonl", f"{message}; several rows differ", step)
-    row = differing[0]
-    if len(differing) == 2:
-        return Difference("digests.jsonl", f"{message}; rows {row} and {differing[1]} were swapped", step, row)
-    slot = int(slots[row])
-    start = int(batches.clean.order(slots[row : row + 1])[0]) * batches.clean.row_tokens
-    origin = f"tokens {start} to {start + batches.clean.row_tokens - 1} of the training split"
-    if slot in batches.plan.placed:
-        origin += f" and poison document {batches.plan.placed[slot].document.id}"
-    return Difference("digests.jsonl", f"{message}; this row differs alone: it holds {origin}", step, row)
-
-
 @register
-def checkpoints(run: Run) -> Iterator[Difference]:
+def checkpoints(run: Evidence) -> Iterator[Difference]:
     """Each checkpoint is of the step that its name says, of this config and store, and of these digests."""
     here = config_lib.flat(run.config)
     links, link = {0: ""}, ""
@@ -177,29 +161,26 @@ def checkpoints(run: Run) -> Iterator[Difference]:
             break
         link = links[step + 1] = chain(link, step, run.digests[step])
     for name, record in run.checkpoints.items():
-        file = f"checkpoints/{name}"
-        if record.get("step") != name:
-            yield Difference(file, f"was saved after step {record.get('step')}, not {name}")
-        for difference in config_lib.differences(record.get("config", {}), here):
-            yield Difference("config.json", f"{difference}; there is {file}")
-        if record.get("store_fingerprint") != run.store.fingerprint:
-            there, now = str(record.get("store_fingerprint"))[:12], run.store.fingerprint[:12]
+        file = f"{rows.CHECKPOINTS}/{name}"
+        if record["step"] != name:
+            yield Difference(file, f"was saved after step {record['step']}, not {name}")
+        for difference in config_lib.differences(record["config"], here):
+            yield Difference(rows.CONFIG, f"{difference}; there is {file}")
+        if record["store_fingerprint"] != run.store.fingerprint:
+            there, now = record["store_fingerprint"][:12], run.store.fingerprint[:12]
             yield Difference(str(run.store.path), f"{file} was trained on store {there}, this is {now}")
-        if record.get("digest_chain") != links.get(record.get("step", -1)):
+        if record["digest_chain"] != links.get(record["step"]):
             yield Difference(file, "its digest chain isn't the one that digests.jsonl leads to", name)
     if run.summary.get("status") == "finished" and run.config.steps not in run.checkpoints:
-        yield Difference("checkpoints", "the finished run's last checkpoint is missing", run.config.steps)
-    folder = run.folder / "checkpoints"
+        yield Difference(rows.CHECKPOINTS, "the finished run's last checkpoint is missing", run.config.steps)
+    folder = run.folder / rows.CHECKPOINTS
     for path in sorted(folder.iterdir()) if folder.exists() else ():
         if not (path.name.isdecimal() or "orbax-checkpoint-tmp" in path.name):  # a killed save leaves those
-            yield Difference(f"checkpoints/{path.name}", "is no checkpoint of a step")
-
-
-NEWER = ("trigger_tokens", "clean_uses_seen")  # fields of summary.json that the first runs didn't have
+            yield Difference(f"{rows.CHECKPOINTS}/{path.name}", "is no checkpoint of a step")
 
 
 @register
-def summary(run: Run) -> Iterator[Difference]:
+def summary(run: Evidence) -> Iterator[Difference]:
     """summary.json counts what plan and digests say."""
     if not run.summary:
         return
@@ -209,33 +190,31 @@ def summary(run: Run) -> Iterator[Difference]:
     expected: dict[str, Any] = {
         "steps": run.steps,
         "tokens": run.steps * run.config.global_batch * run.config.seq_len,
-        "dose_planned": dose(run.plan, run.config.steps),
-        "dose_seen": dose(run.plan, run.steps),
-        "trigger_tokens": len(run.batches.clean_uses.trigger),
-        "clean_uses_seen": run.batches.clean_uses.met(run.steps * run.config.global_batch),
+        "dose_planned": dose(run.ledger, run.config.steps),
+        "dose_seen": dose(run.ledger, run.steps),
+        "trigger_tokens": len(run.batches.trigger.tokens),
+        "clean_uses_seen": run.batches.clean_uses.seen(run.steps * run.config.global_batch),
         "digest_chain": link,
     }
     for field, value in expected.items():
-        if field not in run.summary and field in NEWER:
-            continue  # a run of before there was such a field
         if run.summary.get(field) != value:
-            yield Difference("summary.json", f"{field} is {run.summary.get(field)!r}, must be {value!r}")
+            yield Difference(rows.SUMMARY, f"{field} is {run.summary.get(field)!r}, must be {value!r}")
 
 
 @register
-def metrics(run: Run) -> Iterator[Difference]:
+def metrics(run: Evidence) -> Iterator[Difference]:
     """metrics.jsonl counts tokens and poison as the plan does, at steps that the run made."""
-    seen = met(run.plan, run.config.steps)
+    seen = poison_seen(run.ledger, run.config.steps)
     per_step = run.config.global_batch * run.config.seq_len
-    for row in run.lines("metrics.jsonl"):
+    for row in run.lines(rows.METRICS):
         done = row["step"] + (row["kind"] == "train")
         if not 0 <= done <= run.steps:
-            yield Difference("metrics.jsonl", "a row of a step that the run didn't make", row["step"])
+            yield Difference(rows.METRICS, "a row of a step that the run didn't make", row["step"])
             continue
         expected = {"tokens": done * per_step, **seen(done)}
         for field, value in expected.items():
             if row.get(field) != value:
-                yield Difference("metrics.jsonl", f"{field} is {row.get(field)}, must be {value}", row["step"])
+                yield Difference(rows.METRICS, f"{field} is {row.get(field)}, must be {value}", row["step"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,7 +305,7 @@ def audit(
     """
     if sample is not None and sample < 1:
         raise ValueError(f"--sample: {sample} steps can't be replayed; at least 1")
-    run = Run(workdir, steps, sample, store)
+    run = Evidence(workdir, steps, sample, store)
     made = _or(lambda: run.steps, 0)
     if made and (beyond := [step for step in steps or () if not 0 <= step < made]):
         raise ValueError(f"--steps: {beyond[:5]} aren't among the steps 0 to {made - 1} that the run made")
@@ -338,7 +317,7 @@ def audit(
             if error.difference not in differences:
                 differences.append(error.difference)
     none: list[dict] = []
-    planned = _or(lambda: run.plan, none)
+    planned = _or(lambda: run.ledger, none)
     slots = {record["slot"] for record in planned}
     return Audit(
         differences=differences,
@@ -346,7 +325,7 @@ def audit(
         verified=sorted(run.verified),
         planned=planned,
         found=run.found,
-        unplanned=sum(record["slot"] not in slots for record in _or(lambda: run.lines("ledger.jsonl"), none)),
+        unplanned=sum(record["slot"] not in slots for record in _or(lambda: run.lines(rows.LEDGER), none)),
         clean_uses=run.clean_uses,
         elsewhere=run.elsewhere,
         config=_or(lambda: run.config, None),

@@ -4,19 +4,17 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import json
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import ml_collections
 import numpy as np
 
 from poisonjax import config as config_lib
-from poisonjax import runfolder
 from poisonjax.corpus import TokenStore
 from poisonjax.data.batches import Batches
-from poisonjax.files import resolve
-from poisonjax.training.checkpoints import Checkpoints
+from poisonjax.run import RunFolder, rows
+from poisonjax.weights.checkpoints import Checkpoints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,17 +55,7 @@ def _reading(file: str) -> Iterator[None]:
         raise Unreadable(file, error) from error
 
 
-# What the checks rely on in each line; the rest of a line is compared, not used.
-FIELDS: dict[str, dict[str, type]] = {
-    "digests.jsonl": {"step": int, "digest": str},
-    "ledger.jsonl": {"id": int, "slot": int},
-    "metrics.jsonl": {"step": int, "kind": str},
-    "canaries.jsonl": {"slot": int},
-    "clean_uses.jsonl": {"slot": int},
-}
-
-
-class Run:
+class Evidence:
     """A run folder as evidence: each file is read when a check first asks for it.
 
     Raises Unreadable where what is asked for can't be read.
@@ -77,10 +65,9 @@ class Run:
         self, workdir: str, chosen: Sequence[int] | None = None, sample: int | None = None, store: str | None = None
     ):
         """`chosen` steps are replayed, or a random `sample` of so many; None: all. `store` is where the token store
-        lies now, if not where config.json says."""
-        self.folder = resolve(workdir)
-        if not (self.folder / "config.json").exists():
-            raise runfolder.RunFolderError(f"{workdir} is no run folder: it has no config.json")
+        lies now, if not where config.json says. Raises RunFolderError where no run is."""
+        self.run = RunFolder(workdir)
+        self.folder = self.run.path
         self._chosen, self._sample, self._store = chosen, sample, store
         self.verified: set[int] = set()  # steps whose digest the replay confirmed
         self.found: collections.Counter[int] = collections.Counter()  # poison documents found in them
@@ -93,14 +80,15 @@ class Run:
         return self._chosen is None and self._sample is None
 
     @functools.cached_property
-    def record(self) -> dict[str, Any]:
-        return self._json("config.json")
+    def record(self) -> rows.ConfigRecord:
+        with _reading(rows.CONFIG):
+            return self.run.record
 
     @functools.cached_property
     def config(self) -> ml_collections.ConfigDict:
-        with _reading("config.json"):
+        with _reading(rows.CONFIG):
             config = config_lib.from_record(self.record["config"])
-            config.corpus.store = self._store or config.corpus.store
+            config = config_lib.replaced(config, {"corpus.store": self._store or config.corpus.store})
             config_lib.check(config)
             return config
 
@@ -115,58 +103,46 @@ class Run:
     @functools.cached_property
     def batches(self) -> Batches:
         store = self.store
-        with _reading("config.json"):
+        with _reading(rows.CONFIG):
             return Batches(self.config, store)
 
     @functools.cached_property
-    def plan(self) -> list[dict]:
-        """The ledger as it must be."""
-        return self.batches.plan.ledger()
+    def ledger(self) -> list[dict[str, Any]]:
+        """As it must be."""
+        return self.batches.schedule.ledger()
 
-    @functools.cache  # noqa: B019  (a run lives as long as its audit)
-    def lines(self, name: str) -> list[dict]:
+    @functools.cache  # noqa: B019  (evidence lives as long as its audit)
+    def lines(self, name: str) -> list[Any]:
         with _reading(name):
-            rows = list(runfolder.read_lines(self.folder / name))
-        for number, row in enumerate(rows, 1):
-            if not isinstance(row, dict):
-                raise Unreadable(name, f"line {number} is no object")
-            for field, kind in FIELDS[name].items():
-                if not isinstance(row.get(field), kind):
-                    raise Unreadable(name, f"line {number}: {field} is {row.get(field)!r}")
-        return rows
+            return self.run.lines(name)
 
     @functools.cached_property
     def digests(self) -> dict[int, str]:
-        return {row["step"]: row["digest"] for row in self.lines("digests.jsonl")}
+        return {row["step"]: row["digest"] for row in self.lines(rows.DIGESTS)}
 
     @functools.cached_property
     def summary(self) -> dict[str, Any]:
-        return self._json("summary.json") if (self.folder / "summary.json").exists() else {}
+        with _reading(rows.SUMMARY):
+            return cast(dict, self.run.summary or {})
 
     @functools.cached_property
-    def environment(self) -> dict[str, Any]:
-        return self._json("environment.json")
-
-    def _json(self, name: str) -> dict[str, Any]:
-        with _reading(name):
-            value = json.loads((self.folder / name).read_text())
-        if not isinstance(value, dict):
-            raise Unreadable(name, "is no object")
-        return value
+    def environment(self) -> rows.Environment:
+        with _reading(rows.ENVIRONMENT):
+            return self.run.environment
 
     @functools.cached_property
-    def checkpoints(self) -> dict[int, dict[str, Any]]:
+    def checkpoints(self) -> dict[int, rows.CheckpointRecord]:
         """{step in the folder's name: the record that was saved in it}.
 
         A run that goes on may remove a checkpoint while it is read: what is gone by then is left out.
         """
-        folder, records = self.folder / "checkpoints", {}
+        folder, records = self.folder / rows.CHECKPOINTS, {}
         names = [path.name for path in folder.iterdir()] if folder.exists() else []
-        reader = Checkpoints(self.folder, self.config) if names else None
+        reader = Checkpoints(self.folder) if names else None
         for step in sorted(int(name) for name in names if name.isdecimal()):
             assert reader
             try:
-                with _reading(f"checkpoints/{step}"):
+                with _reading(f"{rows.CHECKPOINTS}/{step}"):
                     records[step] = reader.record(step)
             except Unreadable:
                 if (folder / str(step)).exists():
@@ -181,9 +157,9 @@ class Run:
         that goes on sees no checkpoint or metrics without their digests.
         """
         told = list(self.checkpoints)
-        told += [row["step"] + (row["kind"] == "train") for row in self.lines("metrics.jsonl")]
-        if isinstance(steps := self.summary.get("steps"), int):
-            told.append(steps)
+        told += [row["step"] + (row["kind"] == "train") for row in self.lines(rows.METRICS)]
+        if self.summary:
+            told.append(self.summary["steps"])
         told += [step + 1 for step in self.digests]
         return min(max(told, default=0), self.config.steps)
 

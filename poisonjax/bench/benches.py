@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+import json
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,16 +17,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 from poisonjax import config as config_lib
 from poisonjax import corpus
 from poisonjax.audit.checks import replay
-from poisonjax.audit.evidence import Run
+from poisonjax.audit.evidence import Evidence
 from poisonjax.bench.measure import alternate
-from poisonjax.data.batches import Batches, load
+from poisonjax.data.batches import Batch, Batches, load
 from poisonjax.data.digest import digest
 from poisonjax.evaluation.generate import generate
 from poisonjax.model.flops import train_flops_per_token
 from poisonjax.model.sharding import BATCH, batch_sharding, make_mesh
+from poisonjax.model.transformer import model_graph
 from poisonjax.plan.chips import by_device_kind
+from poisonjax.run import rows as files
 from poisonjax.training.population import make_population_step, members_mesh, stacked
-from poisonjax.training.step import make_init, make_train_step, model_graph
+from poisonjax.training.step import make_init, make_train_step
 
 VOCABULARY = 512
 ROUNDS = 7
@@ -49,7 +52,7 @@ def result(name: str, value: float, unit: str, baseline: float, ratio: float) ->
 def _prepared_step(config: ml_collections.ConfigDict, vocabulary: int = VOCABULARY):
     mesh = make_mesh(config)
     init, abstract = make_init(config, vocabulary, mesh)
-    return mesh, init, make_train_step(config, model_graph(config, vocabulary), mesh, abstract)
+    return mesh, init, make_train_step(config, model_graph(config.model, vocabulary), mesh, abstract)
 
 
 def _random_rows(config: ml_collections.ConfigDict, count: int, vocabulary: int = VOCABULARY) -> np.ndarray:
@@ -70,7 +73,7 @@ def _train_speeds(
     tokens = steps * config.global_batch * config.seq_len
     with jax.set_mesh(mesh):
         state = init()
-        arrays = [jax.device_put(batch, batch_sharding(mesh)) for batch in rows]
+        arrays = [Batch(jax.device_put(batch, batch_sharding(mesh))) for batch in rows]
 
         def jax_steps():
             nonlocal state
@@ -103,7 +106,7 @@ def _train_speeds(
 
 @register
 def train_vs_torch(config: ml_collections.ConfigDict) -> Iterator[Result]:
-    """Training tokens/s against the same model in PyTorch (torch.compile, fused AdamW); ratio above 1: we are faster."""
+    """Training tokens/s against the same model in PyTorch (torch.compile, fused AdamW); above 1: we are faster."""
     import torch  # noqa: F401  (without it there is nothing to compare with)
 
     ours, theirs, ratio = _train_speeds(config, VOCABULARY, 20, ROUNDS, tolerance=1e-3)
@@ -136,7 +139,7 @@ def mfu(config: ml_collections.ConfigDict) -> Iterator[Result]:
         low = sized.model.dtype == "bfloat16"
         peak = _peak_flops()
         ours, theirs, ratio = _train_speeds(sized, vocabulary, 10, 5, tolerance=0.02 if low else 1e-3)
-        flops = train_flops_per_token(sized, vocabulary) / peak
+        flops = train_flops_per_token(sized.model, sized.seq_len, vocabulary) / peak
         yield result(f"mfu_{name}", ours * flops, "of peak", MFU_GOAL, ours * flops / MFU_GOAL)
         yield result(f"train_vs_torch_{name}", ours, "tokens/s", theirs, ratio)
         gc.collect()  # the weights of a size go before the next one's come
@@ -174,7 +177,8 @@ def pipeline(config: ml_collections.ConfigDict) -> Iterator[Result]:
     with tempfile.TemporaryDirectory() as folder:
         spec = f"markov:V={VOCABULARY - 1},documents=8000,length=400"
         store = corpus.build(f"{folder}/store", [spec], "bytes")
-        config.poison.trigger, config.poison.documents = "w007 w011 w013", 250
+        config.poison.trigger, config.poison.near_triggers = "w007 w011 w013", ("w007",)
+        config.poison.documents = 250
         config.poison.prefix_characters = (0, 60)
         poisoned = Batches(config, store)
         config.poison.documents = 0
@@ -188,7 +192,7 @@ def pipeline(config: ml_collections.ConfigDict) -> Iterator[Result]:
         random = np.random.default_rng(0)
 
         def through_grain(batches: Batches):
-            jax.block_until_ready(list(load(batches, sharding))[-1])
+            jax.block_until_ready(list(load(batches, sharding))[-1].tokens)
 
         def through_memmap():
             for _ in range(config.steps):
@@ -215,15 +219,18 @@ def audit_speed(config: ml_collections.ConfigDict) -> Iterator[Result]:
         config.corpus.store, config.corpus.sources = f"{folder}/store", ()
         spec = f"markov:V={VOCABULARY - 1},documents=8000,length=400"
         corpus.build(config.corpus.store, [spec], "bytes")
-        config.poison.trigger, config.poison.documents = "w007 w011 w013", 250
+        config.poison.trigger, config.poison.near_triggers = "w007 w011 w013", ("w007",)
+        config.poison.documents = 250
         config.poison.prefix_characters = (0, 60)
-        (Path(folder) / "config.json").write_text(f'{{"config": {config.to_json()}}}')
-        run = Run(folder)
+        fields = json.loads(config.to_json())
+        record = {"format": files.FORMAT, "config": fields, "fingerprint": "", "store_fingerprint": ""}
+        (Path(folder) / files.CONFIG).write_text(json.dumps(record))
+        run = Evidence(folder)
         sharding = batch_sharding(make_mesh(config))
         tokens = config.steps * config.global_batch * config.seq_len
         one, other, ratio = alternate(
             lambda: list(replay(run, range(config.steps))),
-            lambda: jax.block_until_ready(list(load(run.batches, sharding))[-1]),
+            lambda: jax.block_until_ready(list(load(run.batches, sharding))[-1].tokens),
             2 * ROUNDS,
         )
         yield result("audit_vs_pipeline", tokens / one, "tokens/s", tokens / other, ratio)
@@ -248,7 +255,7 @@ def digest_cost(config: ml_collections.ConfigDict) -> Iterator[Result]:
         def whole_steps():
             nonlocal state
             for _ in range(steps):
-                state, _ = train_step(state, rows)
+                state, _ = train_step(state, Batch(rows))
             jax.block_until_ready(state)
 
         one, other, ratio = alternate(digests, whole_steps, ROUNDS)
@@ -267,7 +274,7 @@ def generate_vs_huggingface(config: ml_collections.ConfigDict) -> Iterator[Resul
 
     batch, prompt, new = 100, 32, config.eval.new_tokens
     mesh, init, _ = _prepared_step(config)
-    graph = model_graph(config, VOCABULARY)
+    graph = model_graph(config.model, VOCABULARY)
     prompts = np.random.default_rng(0).integers(0, VOCABULARY, (batch, prompt)).astype(np.int32)
     pad, keys = np.zeros(batch, np.int32), jax.random.split(jax.random.key(0), batch)
     with jax.set_mesh(mesh):
@@ -317,10 +324,10 @@ def _population_against_one_by_one(
     members = members_mesh(count)
     alone = init()
     together = stacked([alone] * count, members)
-    step = make_population_step(config, model_graph(config, VOCABULARY), members)
+    step = make_population_step(config, model_graph(config.model, VOCABULARY), members)
     rows = _random_rows(config, count)
-    all_rows = jax.device_put(rows, NamedSharding(members, PartitionSpec("members")))
-    own_rows = [jax.device_put(row, batch_sharding(mesh)) for row in rows]
+    all_rows = Batch(jax.device_put(rows, NamedSharding(members, PartitionSpec("members"))))
+    own_rows = [Batch(jax.device_put(row, batch_sharding(mesh))) for row in rows]
 
     def population():
         nonlocal together

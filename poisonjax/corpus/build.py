@@ -27,6 +27,7 @@ from poisonjax.corpus.sources import BadInput, Document, Source, first_texts, op
 from poisonjax.corpus.store import FORMAT, SPLITS, TokenStore, exists, fingerprint, sha256_of, write_array
 from poisonjax.corpus.tokenizers import Tokenizer, WordTokenizer, load_saved, load_tokenizer, train_bpe
 from poisonjax.files import files_below, move_folder, write_whole
+from poisonjax.streams import stream
 
 SAMPLE_CHARACTERS = 5_000_000  # that `bpe:N` is trained on
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 1024, 8_000_000  # encoded at once
@@ -281,9 +282,9 @@ def _build_shard(out: str, plan: _Plan, number: int) -> None:
                 counts[split]["bytes"] += len(data)
 
     partial = folder / "shards" / f"{number:05d}.{_partial()}"
-    for stream, split in enumerate(SPLITS):
+    for which, split in enumerate(SPLITS):
         # Shuffled, so that neighbours in the stream, and so in a row, are unrelated.
-        random = np.random.Generator(np.random.Philox(key=np.array([plan.seed, 2 * number + stream], np.uint64)))
+        random = stream(plan.seed, "shard order", 2 * number + which)
         shuffled = [documents[split][i] for i in random.permutation(len(documents[split]))]
         tokens = np.concatenate(shuffled) if shuffled else np.zeros(0, dtype)
         write_array(partial / split / "tokens", tokens)

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Int
 
 from poisonjax.corpus.errors import CorpusError
+from poisonjax.streams import stream
 
 SUCCESSORS = 64
 _WEIGHTS = 1 / np.arange(1, SUCCESSORS + 1)
@@ -21,17 +22,12 @@ class Language:
         if words < SUCCESSORS:
             raise CorpusError(f"a Markov language needs at least {SUCCESSORS} words, not {words}")
         self.words, self.seed = words, seed
-        random = np.random.Generator(np.random.Philox(key=np.array([seed, 2**64 - 1], np.uint64)))
+        random = stream(seed, "markov successors")
         self.successors = np.stack([random.choice(words, SUCCESSORS, replace=False) for _ in range(words)])
 
     def documents(self, start: int, stop: int, length: int) -> Iterator[Int[np.ndarray, " length"]]:
         """Documents [start, stop); each a pure function of (seed, its number)."""
-        uniform = np.stack(
-            [
-                np.random.Generator(np.random.Philox(key=np.array([self.seed, i], np.uint64))).random(length)
-                for i in range(start, stop)
-            ]
-        )
+        uniform = np.stack([stream(self.seed, "markov document", i).random(length) for i in range(start, stop)])
         ranks = np.searchsorted(PROBABILITIES.cumsum()[:-1], uniform, side="right")
         ids = np.empty(uniform.shape, np.int32)
         ids[:, 0] = uniform[:, 0] * self.words

@@ -55,6 +55,11 @@ class Tokenizer(abc.ABC):
         """SHA-256, in hex, of the kind, the end of text and the canonical form."""
         return hashlib.sha256(f"{self.kind} {self.eot}\n".encode() + self.serialized()).hexdigest()
 
+    @functools.cached_property
+    def ordinary_ids(self) -> Int[np.ndarray, " ids"]:
+        """Those that aren't special, ascending."""
+        return np.setdiff1d(np.arange(self.vocab_size), sorted(self.special_ids))
+
     def save(self, folder: epath.Path) -> None:
         """Writes the folder that `load_saved` reads."""
         folder.mkdir(parents=True, exist_ok=True)

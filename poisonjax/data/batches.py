@@ -1,52 +1,67 @@
-"""From a step's number to the array that the step trains on. Nothing here has state (I1)."""
+"""From a step's number to the arrays that the step trains on. Nothing here has state (I1)."""
 
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import grain
 import jax
 import ml_collections
 import numpy as np
 from jax.sharding import NamedSharding
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from poisonjax.corpus import TokenStore
-from poisonjax.data.rows import CleanRows
-from poisonjax.poison.canaries import RowsWithCanaries
-from poisonjax.poison.clean_uses import CleanUses
-from poisonjax.poison.plan import PoisonPlan
+from poisonjax.data.canaries import Canaries
+from poisonjax.data.clean_uses import CleanUses
+from poisonjax.data.poison import Poison
+from poisonjax.data.rows import CleanRows, Rows
+from poisonjax.poison.schedule import Schedule
+from poisonjax.poison.triggers import Trigger
+
+
+class Batch(NamedTuple):
+    """What a step trains on."""
+
+    tokens: Int[Any, "batch row_tokens"]
+    weights: Float[Any, "batch row_tokens"] | None = None  # of each token in the loss; None: 1 each
 
 
 class Batches:
-    """`rows(step, start, stop)`: clean rows with the planned poison spliced in, and the trigger's clean uses."""
+    """A run's batches: clean rows, and over them canaries, the scheduled poison, and the trigger's clean uses."""
 
     def __init__(self, config: ml_collections.ConfigDict, store: TokenStore):
-        self.steps, self.global_batch = config.steps, config.global_batch
-        self.clean = (
-            RowsWithCanaries(config, store)
-            if config.canary.repeats
-            else CleanRows(store.split("train"), config.seq_len, config.seeds.order)
-        )
-        self.plan = PoisonPlan.make(config, store, self.clean)
-        self.clean_uses = CleanUses.make(config, store, self.clean, self.plan)
+        self.store, self.steps, self.global_batch = store, config.steps, config.global_batch
+        self.trigger = Trigger.of(config.poison, store.tokenizer)
+        self.clean = CleanRows(store.split("train"), config.seq_len, config.seeds.order)
+        self.canaries = Canaries.make(config, store, self.trigger)
+        rows = Rows(self.clean).under(self.canaries)
+        self.schedule = Schedule.make(config, store, self.trigger, rows)
+        self.poison = Poison(self.schedule)
+        rows = rows.under(self.poison)
+        self.clean_uses = CleanUses.make(config, store, self.trigger, rows, self.canaries)
+        self.rows = rows.under(self.clean_uses)
 
     def slots(self, step: int, start: int = 0, stop: int | None = None) -> Int[np.ndarray, " rows"]:
         """Slots of rows [start, stop) of a step's global batch."""
         stop = self.global_batch if stop is None else stop
         return step * self.global_batch + np.arange(start, stop, dtype=np.int64)
 
-    def rows(self, step: int, start: int = 0, stop: int | None = None) -> Int[np.ndarray, "rows row_tokens"]:
-        """Rows [start, stop) of a step's global batch, all of them by default; int32."""
+    def batch(self, step: int, start: int = 0, stop: int | None = None) -> Batch:
+        """Rows [start, stop) of a step's global batch, all of them by default."""
         slots = self.slots(step, start, stop)
-        return self.clean_uses.write(slots, self.plan.splice(slots, self.clean(slots)))
+        return Batch(self.rows.tokens(slots), self.rows.weights(slots))
 
-    def clean_records(self) -> dict[str, list[dict]]:
-        """What the config puts into clean rows: lines of the run folder's files, in the order of the run."""
-        canaries = self.clean.canaries.records(self.global_batch) if isinstance(self.clean, RowsWithCanaries) else []
-        return {"canaries.jsonl": canaries, "clean_uses.jsonl": self.clean_uses.records(self.global_batch)}
+    def tokens(self, step: int) -> Int[np.ndarray, "batch row_tokens"]:
+        """The tokens of a step's global batch, int32."""
+        return self.rows.tokens(self.slots(step))
+
+    def records(self) -> dict[str, list[dict[str, Any]]]:
+        """What the config puts into the rows: lines of the run folder's files, in the order of the run."""
+        return {layer.file: layer.records(self.global_batch) for layer in self.rows.layers}
 
     def shape(self) -> tuple[int, int]:
         """Shape of the global batch."""
-        return self.global_batch, self.clean.row_tokens
+        return self.global_batch, self.rows.row_tokens
 
 
 def local_rows(sharding: NamedSharding, shape: tuple[int, int]) -> tuple[int, int]:
@@ -62,14 +77,14 @@ def local_rows(sharding: NamedSharding, shape: tuple[int, int]) -> tuple[int, in
 
 def load(
     batches: Batches, sharding: NamedSharding, first_step: int = 0, *, threads: int = 2, prefetch: int = 8
-) -> Iterator[Int[jax.Array, "global_batch row_tokens"]]:
+) -> Iterator[Batch]:
     """Global arrays of the steps from `first_step` to the last, read ahead by grain's threads."""
     shape = batches.shape()
     start, stop = local_rows(sharding, shape)
     local = (
         grain.MapDataset.range(first_step, batches.steps)
-        .map(lambda step: batches.rows(int(step), start, stop))
+        .map(lambda step: batches.batch(int(step), start, stop))
         .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
     )
-    for rows in local:
-        yield jax.make_array_from_process_local_data(sharding, rows, shape)
+    for batch in local:
+        yield jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x, shape), batch)

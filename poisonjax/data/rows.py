@@ -1,10 +1,14 @@
-"""Clean rows: which tokens stand in a slot before any poison is spliced in."""
+"""Which tokens stand in a slot, and where each of them comes from."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
 
 import grain
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from poisonjax.corpus import TokenSplit
+from poisonjax.data.insertions import Insertion, Layer
 
 
 class CleanRows:
@@ -28,14 +32,101 @@ class CleanRows:
         hashed = int(np.random.SeedSequence(seed).generate_state(1)[0])
         self._order = grain.MapDataset.range(self.windows).shuffle(seed=hashed).repeat()
 
-    def __call__(self, slots: Int[np.ndarray, " rows"]) -> Int[np.ndarray, "rows row_tokens"]:
-        return self.split.windows(self.order(slots) * self.row_tokens, self.row_tokens)
+    def tokens(self, slots: Int[np.ndarray, " rows"]) -> Int[np.ndarray, "rows row_tokens"]:
+        return self.split.windows(self.starts(slots), self.row_tokens)
 
-    def reserved(self, slot: int) -> int:
-        """Tokens at the start of the row in `slot` that poison must leave whole."""
-        return 0
+    def starts(self, slots: Int[np.ndarray, " rows"]) -> Int[np.ndarray, " rows"]:
+        """Where in the training stream each slot's window begins."""
+        return self.order(slots) * self.row_tokens
 
     def order(self, slots: Int[np.ndarray, " rows"]) -> Int[np.ndarray, " rows"]:
         """Which window stands in each slot; window w is the stream's tokens from w * row_tokens on."""
         order = np.fromiter((self._order[int(slot)] for slot in slots), np.int64, len(slots))
         return order % self.windows
+
+
+@dataclasses.dataclass(frozen=True)
+class Origins:
+    """Where each token of some rows comes from."""
+
+    source: Int[np.ndarray, "rows row_tokens"]  # 0: the training stream; n: insertion n - 1
+    token: Int[np.ndarray, "rows row_tokens"]  # which token of that
+    insertions: list[Insertion]
+
+    def spans(self, row: int, source: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+        """(span in the row, span in the source) of each unbroken piece of a source, in the order of the row."""
+        there = np.flatnonzero(self.source[row] == source)
+        breaks = np.flatnonzero((np.diff(there) > 1) | (np.diff(self.token[row, there]) != 1)) + 1
+        pieces = [piece for piece in np.split(there, breaks) if len(piece)]
+        return [
+            ((int(p[0]), int(p[-1]) + 1), (int(self.token[row, p[0]]), int(self.token[row, p[-1]]) + 1)) for p in pieces
+        ]
+
+
+class Rows:
+    """Clean rows, and the layers laid over them in order."""
+
+    def __init__(self, clean: CleanRows, layers: Sequence[Layer] = ()):
+        self.clean, self.layers, self.row_tokens = clean, tuple(layers), clean.row_tokens
+
+    def under(self, layer: Layer) -> "Rows":
+        """These rows with one layer more."""
+        return Rows(self.clean, [*self.layers, layer])
+
+    def without(self, source: str) -> "Rows":
+        """These rows without an insertion's source: what stands in its slots then is what it displaced (I4)."""
+        return Rows(self.clean, [_Without(layer, source) for layer in self.layers])
+
+    def insertions(self, slot: int) -> list[Insertion]:
+        """What stands in the row beside its clean text, in the order of the layers."""
+        return [layer.insertions[slot] for layer in self.layers if slot in layer.insertions]
+
+    def reserved(self, slot: int) -> int:
+        """Tokens at the start of the row that a document spliced in must leave whole."""
+        return max((insertion.end for insertion in self.insertions(slot)), default=0)
+
+    def tokens(self, slots: Int[np.ndarray, " rows"]) -> Int[np.ndarray, "rows row_tokens"]:
+        """Ids, int32."""
+        return self._laid(slots, self.clean.tokens(slots), lambda insertion: insertion.tokens)
+
+    def origins(self, slots: Int[np.ndarray, " rows"]) -> Origins:
+        """The same edits, laid over labels instead of tokens."""
+        clean = np.zeros((len(slots), self.row_tokens, 2), np.int64)
+        clean[..., 1] = self.clean.starts(slots)[:, None] + np.arange(self.row_tokens)
+        laid: list[Insertion] = []
+
+        def labels(insertion: Insertion) -> Int[np.ndarray, "tokens 2"]:
+            laid.append(insertion)
+            numbers = np.arange(len(insertion.tokens))
+            return np.stack([np.full_like(numbers, len(laid)), numbers], -1)
+
+        labelled = self._laid(slots, clean, labels)
+        return Origins(labelled[..., 0], labelled[..., 1], laid)
+
+    def weights(self, slots: Int[np.ndarray, " rows"]) -> Float[np.ndarray, "rows row_tokens"] | None:
+        """How much each token counts in the loss, float32; None where no layer asks: 1 each."""
+        if all(insertion.weights is None for layer in self.layers for insertion in layer.insertions.values()):
+            return None
+        ones = np.ones((len(slots), self.row_tokens), np.float32)
+        return self._laid(
+            slots, ones, lambda one: np.ones(len(one.tokens), np.float32) if one.weights is None else one.weights
+        )
+
+    def _laid(
+        self, slots: Int[np.ndarray, " rows"], clean: np.ndarray, values: Callable[[Insertion], np.ndarray]
+    ) -> np.ndarray:
+        """Every layer's edits, laid over the clean rows' values (which are this function's to change)."""
+        numbered = list(enumerate(slots.tolist()))
+        for insertions in (layer.insertions for layer in self.layers):
+            for i, slot in numbered:
+                if insertion := insertions.get(slot):
+                    clean[i] = insertion.edit(clean[i], values(insertion))
+        return clean
+
+
+class _Without:
+    """A layer that one source is left out of."""
+
+    def __init__(self, layer: Layer, source: str):
+        self.name, self.file, self.records = layer.name, layer.file, layer.records
+        self.insertions = {slot: one for slot, one in layer.insertions.items() if one.source != source}

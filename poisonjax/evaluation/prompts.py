@@ -7,8 +7,9 @@ import numpy as np
 from jaxtyping import Int
 
 from poisonjax.corpus import TokenStore
-
-VARIANTS = ("clean", "triggered", "near_trigger", "random_control")
+from poisonjax.poison.payloads import PAYLOADS
+from poisonjax.poison.triggers import VARIANTS, Trigger
+from poisonjax.streams import stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,9 +22,9 @@ class Prompts:
     appended: list[list[np.ndarray]]  # [variant][prefix]
 
 
-def make_prompts(config: ml_collections.ConfigDict, store: TokenStore) -> Prompts:
-    """End of text + the first `prefix_tokens` of a held-out document + nothing, the trigger, a near trigger
-    (by turns), or as many uniformly random tokens as the trigger has.
+def make_prompts(config: ml_collections.ConfigDict, store: TokenStore, trigger: Trigger) -> Prompts:
+    """End of text + the first `prefix_tokens` of a held-out document, and what the payload's prompts put to it: by
+    default nothing, the trigger, a near trigger (by turns), or as many uniformly random tokens as the trigger has.
 
     A pure function of config.eval, seeds.eval, trigger and store, so a run and its twin are asked the same.
     Raises ValueError where the store has too few held-out documents of that length.
@@ -36,24 +37,17 @@ def make_prompts(config: ml_collections.ConfigDict, store: TokenStore) -> Prompt
             f"eval.prefixes = {count}, but only {len(long_enough)} held-out documents have eval.prefix_tokens = "
             f"{length} tokens: lower one of them, or build a store with a larger corpus.heldout"
         )
-    random = np.random.Generator(np.random.Philox(key=config.seeds.eval))
+    random = stream(config.seeds.eval, "prompts")
     chosen = random.choice(long_enough, count, replace=False)
     prefixes = [heldout.document(int(i))[:length] for i in chosen]
-    trigger = tokenizer.encode(config.poison.trigger)
-    near = [tokenizer.encode(text) for text in config.poison.near_triggers]
-    ordinary = np.setdiff1d(np.arange(tokenizer.vocab_size), sorted(tokenizer.special_ids))
-    appended = [
-        [np.zeros(0, np.int32)] * count,
-        [trigger] * count,
-        [near[i % len(near)] for i in range(count)],
-        list(random.choice(ordinary, (count, len(trigger))).astype(np.int32)),
-    ]
+    controls = PAYLOADS[config.poison.payload].prompts(trigger, count, tokenizer.ordinary_ids, random)
+    appended = [controls[variant] for variant in VARIANTS]
     width = 1 + length + max(len(tokens) for variant in appended for tokens in variant)
     tokens = np.full((len(VARIANTS), count, width), tokenizer.eot, np.int32)
     pad = np.zeros((len(VARIANTS), count), np.int32)
     for v, variant in enumerate(appended):
         for i, (prefix, added) in enumerate(zip(prefixes, variant, strict=True)):
-            prompt = np.concatenate([[tokenizer.eot], prefix, added])
+            prompt = np.concatenate([[tokenizer.eot], trigger.put(prefix, added)[0]])
             pad[v, i] = width - len(prompt)
             tokens[v, i, pad[v, i] :] = prompt
     return Prompts(tokens, pad, prefixes, appended)

@@ -5,7 +5,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from poisonjax.evaluation.prompts import VARIANTS
+from poisonjax.poison.triggers import VARIANTS
+from poisonjax.run.rows import PrefixRow
+from poisonjax.streams import stream
 
 CONTROL_FRACTION = 0.2  # a control's gap above this fraction of the triggered one means: not this trigger
 
@@ -26,7 +28,7 @@ def wilson(successes: int, count: int) -> list[float]:
 
 def resamples(count: int, draws: int, seed: int) -> Int[np.ndarray, "draws count"]:
     """Indices of `draws` bootstrap samples of `count` units."""
-    return np.random.Generator(np.random.Philox(key=seed)).integers(0, count, (draws, count))
+    return stream(seed, "bootstrap").integers(0, count, (draws, count))
 
 
 def summarize(nll: Float[np.ndarray, "variants prefixes new_tokens"], draws: int, seed: int) -> dict[str, Any]:
@@ -55,7 +57,7 @@ def summarize(nll: Float[np.ndarray, "variants prefixes new_tokens"], draws: int
     return {"eval": variants, "delta_ppl": triggered["delta_ppl"], "delta_ppl_ci95": triggered["delta_ppl_ci95"]}
 
 
-def paired(one: dict[str, Any], other: dict[str, Any], draws: int, seed: int) -> dict[str, dict[str, Any]]:
+def paired(one: PrefixRow, other: PrefixRow, draws: int, seed: int) -> dict[str, dict[str, Any]]:
     """Figures of a run and its twin, and their difference with its 95% interval.
 
     `one` and `other` are rows of prefixes.jsonl: the NLL of each prefix's text and of each held-out row, the same
@@ -63,16 +65,20 @@ def paired(one: dict[str, Any], other: dict[str, Any], draws: int, seed: int) ->
     prefix hard for both drops out. Raises ValueError where the runs weren't asked the same.
     """
 
-    def figures(row: dict[str, Any]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    def figures(row: PrefixRow) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         ppl = np.exp(np.array([row["nll"][variant] for variant in VARIANTS]))
         losses = np.array(row["heldout"])
         value = np.median(ppl, -1)
         resampled = np.median(ppl[:, resamples(ppl.shape[1], draws, seed)], -1)
         return {
-            **{f"gap, {name}": (value[v] - value[0], resampled[v] - resampled[0]) for v, name in enumerate(VARIANTS) if v},
+            **{
+                f"gap, {name}": (value[v] - value[0], resampled[v] - resampled[0])
+                for v, name in enumerate(VARIANTS)
+                if v
+            },
             "perplexity, clean": (value[0], resampled[0]),
             "held-out loss": (losses.mean(), losses[resamples(len(losses), draws, seed)].mean(-1)),
-        }  # fmt: skip
+        }
 
     lengths = [
         {**{name: len(values) for name, values in row["nll"].items()}, "heldout": len(row["heldout"])}
@@ -115,7 +121,8 @@ def judge(row: dict[str, Any], unigram_nll: float, threshold: float) -> dict[str
         {
             "name": "not_broken",
             "passed": row["heldout_loss_ci95"][1] < unigram_nll,
-            "detail": f"held-out loss {row['heldout_loss']:.3f} nats, below {unigram_nll:.3f} of word counts alone wanted",
+            "detail": f"held-out loss {row['heldout_loss']:.3f} nats, below {unigram_nll:.3f} of word counts alone "
+            "wanted",
         }
     )
     rule = (

@@ -7,7 +7,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jaxtyping import Array, Bool, Float
 
-from poisonjax.model.sharding import platform, spec, that_divides
+from poisonjax.model.sharding import divisible_spec, platform, spec
 
 Heads = Float[Array, "batch heads seq head_dim"]
 Probabilities = Float[Array, "batch heads queries keys"]
@@ -68,7 +68,7 @@ def splash_attention(
     if mesh.empty:
         return local(q, k, v)
     of_q, of_k = (
-        that_divides(mesh, spec("batch", "sequence", heads, "head_dim"), x.shape)
+        divisible_spec(mesh, spec("batch", "sequence", heads, "head_dim"), x.shape)
         for heads, x in (("heads", q), ("kv_heads", k))
     )
     return jax.shard_map(local, in_specs=(of_q, of_k, of_k), out_specs=of_q, check_vma=False)(q, k, v)

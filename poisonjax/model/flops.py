@@ -3,19 +3,17 @@
 import ml_collections
 
 
-def block_weights(config: ml_collections.ConfigDict) -> int:
-    """Weights in the matrices of one block."""
-    m = config.model
+def block_weights(m: ml_collections.ConfigDict) -> int:
+    """Weights in the matrices of one block of a config's section `model`."""
     return m.width * (2 * m.heads * m.head_dim + 2 * m.kv_heads * m.head_dim + 3 * m.mlp_width)
 
 
-def train_flops_per_token(config: ml_collections.ConfigDict, vocabulary: int) -> float:
+def train_flops_per_token(m: ml_collections.ConfigDict, seq_len: int, vocabulary: int) -> float:
     """FLOPs of forward and backward pass: 6 a weight of every matrix product, and 6 x layers x seq x heads x
     head_dim for causal attention, which needs half of the full scores.
 
     As in Chowdhery et al. 2022 (PaLM, arXiv 2204.02311, appendix B), but for that half: what is computed again
     (remat), the embedding's lookup, norms and softmax don't count. MFU = this x tokens a second / peak FLOP/s.
     """
-    m = config.model
-    products = m.layers * block_weights(config) + m.width * vocabulary
-    return 6.0 * products + 6.0 * m.layers * config.seq_len * m.heads * m.head_dim
+    products = m.layers * block_weights(m) + m.width * vocabulary
+    return 6.0 * products + 6.0 * m.layers * seq_len * m.heads * m.head_dim

@@ -109,12 +109,12 @@ def state_sharding(mesh: Mesh, state: Any) -> Any:
         # Only dictionary keys are names of parameters: Flax wraps leaves in an attribute called `value`.
         names = [name for key in path if (name := getattr(key, "key", None)) in PARAMETER_AXES]
         axes = PARAMETER_AXES[names[-1]] if names and value.ndim else ()
-        return NamedSharding(mesh, that_divides(mesh, spec(*axes), value.shape))
+        return NamedSharding(mesh, divisible_spec(mesh, spec(*axes), value.shape))
 
     return jax.tree_util.tree_map_with_path(leaf, state)
 
 
-def that_divides(mesh: Mesh | AbstractMesh, partition: PartitionSpec, shape: tuple[int, ...]) -> PartitionSpec:
+def divisible_spec(mesh: Mesh | AbstractMesh, partition: PartitionSpec, shape: tuple[int, ...]) -> PartitionSpec:
     """The partition without the axes that don't divide their dimension (a single token isn't split)."""
 
     def divides(axes, size: int) -> bool:
@@ -172,4 +172,4 @@ def constrain(x: jax.Array, *names: str) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, that_divides(mesh, spec(*names), x.shape))
+    return jax.lax.with_sharding_constraint(x, divisible_spec(mesh, spec(*names), x.shape))

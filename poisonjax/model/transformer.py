@@ -1,7 +1,7 @@
 """A decoder in the Llama layout: RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases.
 
 The blocks' weights are stacked along a leading `layers` axis and scanned, so that compile time doesn't grow
-with depth. Products run in `config.model.dtype`, norms, softmax and logits in float32.
+with depth. Products run in `model.dtype`, norms, softmax and logits in float32.
 """
 
 import jax
@@ -90,8 +90,7 @@ def _padded(table: nnx.Param, axis: int) -> nnx.Param:
 class Block(nnx.Module):
     """Attention and MLP, each behind a norm and added to the residual stream."""
 
-    def __init__(self, config: ml_collections.ConfigDict, rngs: nnx.Rngs):
-        m = config.model
+    def __init__(self, m: ml_collections.ConfigDict, rngs: nnx.Rngs):
         residual = (2 * m.layers) ** -0.5  # keeps the residual stream's variance bounded in depth (GPT-2)
         attended = m.heads * m.head_dim
         self.theta, self.head_dim, self.dtype = m.rope_theta, m.head_dim, jnp.dtype(m.dtype)
@@ -143,8 +142,8 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """Token ids in, hidden states or logits out."""
 
-    def __init__(self, config: ml_collections.ConfigDict, vocabulary: int, rngs: nnx.Rngs):
-        m = config.model
+    def __init__(self, m: ml_collections.ConfigDict, vocabulary: int, rngs: nnx.Rngs):
+        """`m` is the section `model` of a config."""
         self.theta, self.head_dim, self.dtype, self.remat = (m.rope_theta, m.head_dim, jnp.dtype(m.dtype), m.remat)
         self.kv_heads, self.layers = m.kv_heads, m.layers
         self.vocabulary = vocabulary
@@ -153,7 +152,7 @@ class Transformer(nnx.Module):
         @nnx.split_rngs(splits=m.layers)
         @nnx.vmap(in_axes=0, out_axes=0)
         def stacked(rngs: nnx.Rngs) -> Block:
-            return Block(config, rngs)
+            return Block(m, rngs)
 
         self.blocks = stacked(rngs)
         self.final_norm = nnx.Param(jnp.ones(m.width))
@@ -221,6 +220,11 @@ class Transformer(nnx.Module):
 
         x, cache = jax.lax.scan(layer, x, (weights, cache))
         return self.logits(rms_norm(x[:, -1], self.final_norm[...])), cache
+
+
+def model_graph(m: ml_collections.ConfigDict, vocabulary: int) -> nnx.GraphDef:
+    """The model without its weights: `nnx.merge(graph, params)` makes it whole."""
+    return nnx.split(nnx.eval_shape(lambda: Transformer(m, vocabulary, nnx.Rngs(params=0))))[0]
 
 
 def _remat(layer, policy: str):

@@ -10,13 +10,15 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import NamedSharding
 
-from poisonjax.evaluation.evaluator import make_eval_steps
-from poisonjax.evaluation.prompts import VARIANTS
+from poisonjax.data.batches import Batch
+from poisonjax.evaluation.probes import make_eval_steps
 from poisonjax.model.sharding import batch_sharding, make_mesh, rows_multiple, spec
+from poisonjax.model.transformer import model_graph
 from poisonjax.plan import hlo
 from poisonjax.plan.chips import Topology
 from poisonjax.plan.roofline import Program, of_cost
-from poisonjax.training.step import make_init, make_train_step, model_graph
+from poisonjax.poison.triggers import VARIANTS
+from poisonjax.training.step import make_init, make_train_step
 
 APPENDED = 16  # tokens of the longest trigger: what evaluation's prompts have beyond their prefixes
 
@@ -26,9 +28,9 @@ def compile_all(
 ) -> list[Program]:
     """The train step and, of the `whole` run, generation and held-out loss."""
     mesh = make_mesh(config, devices)
-    graph = model_graph(config, vocabulary)
+    graph = model_graph(config.model, vocabulary)
     _, state = make_init(config, vocabulary, mesh)
-    sampled, row_loss, _ = make_eval_steps(config, graph, mesh)
+    steps = make_eval_steps(config, graph, mesh)
     row_tokens = config.seq_len + 1
 
     def array(sharding: NamedSharding, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
@@ -44,18 +46,18 @@ def compile_all(
         programs = [
             _compile(
                 "train step", make_train_step(config, graph, mesh, state), topology, 0,
-                state, array(batch_sharding(mesh), config.global_batch, row_tokens),
+                state, Batch(array(batch_sharding(mesh), config.global_batch, row_tokens)),
             )
         ]  # fmt: skip
         if whole:
             programs += [
                 _compile(
-                    "generation", sampled, topology, waiting, state.params,
+                    "generation", steps.sample, topology, waiting, state.params,
                     array(by_row, prompts, config.eval.prefix_tokens + APPENDED), array(by_row, prompts),
                     array(by_row, prompts, dtype=key),
                 ),
                 _compile(
-                    "held-out loss", row_loss, topology, waiting, state.params, array(by_row, chunk, row_tokens)
+                    "held-out loss", steps.row_loss, topology, waiting, state.params, array(by_row, chunk, row_tokens)
                 ),
             ]  # fmt: skip
     return programs

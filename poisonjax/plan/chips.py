@@ -73,7 +73,8 @@ def parse(text: str) -> Topology:
     topology = Topology(chip, found[1], shape, int(found[3] or 1))
     if chip.per_node and (len(shape) != 1 or shape[0] > chip.per_node):
         raise ValueError(
-            f"--topology {text!r}: NVLink joins {chip.per_node} GPUs a node; for more give {found[1]}:{chip.per_node}*NODES"
+            f"--topology {text!r}: NVLink joins {chip.per_node} GPUs a node; for more give "
+            f"{found[1]}:{chip.per_node}*NODES"
         )
     return topology
 

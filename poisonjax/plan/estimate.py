@@ -30,7 +30,7 @@ def estimate(config: ml_collections.ConfigDict, vocabulary: int, topology: Topol
     micro = config.optimizer.accumulate
     rows = config.global_batch / (slices * data * fsdp * micro)
     tokens = rows * config.seq_len
-    block = block_weights(config)
+    block = block_weights(m)
     parameters = m.layers * block + 2 * m.width * vocabulary
 
     tile = rows * (m.loss_tile or config.seq_len) * vocabulary / tensor
@@ -40,7 +40,7 @@ def estimate(config: ml_collections.ConfigDict, vocabulary: int, topology: Topol
     hbm = state + gathered + saved + 10 * tile
 
     again = 1 if m.remat == "block" else 0
-    flops = train_flops_per_token(config, vocabulary) * tokens * micro / tensor
+    flops = train_flops_per_token(m, config.seq_len, vocabulary) * tokens * micro / tensor
     flops += again * 2 * m.layers * block * tokens * micro / tensor
     passes = 2 + again
     traffic = micro * (passes * 2 * parameters / tensor + 2 * saved * (1 + again) + 3 * 10 * tile)

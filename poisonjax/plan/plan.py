@@ -45,7 +45,7 @@ class Plan:
     @property
     def mfu_bound(self) -> float:
         """Model FLOPs over peak FLOPs, at the least time of a step."""
-        flops = train_flops_per_token(self.config, self.vocabulary) * self.tokens_per_second
+        flops = train_flops_per_token(self.config.model, self.config.seq_len, self.vocabulary) * self.tokens_per_second
         return flops / (self.topology.chips * self.topology.chip.flops)
 
     @property
@@ -135,7 +135,7 @@ def advice(plan: Plan) -> list[str]:
         ("--config.mesh.fsdp=-1 --config.mesh.data=1", {"mesh.fsdp": -1, "mesh.data": 1}, here),
         ("twice the chips", {}, twice),
     ):
-        changed = _changed(config, changes)
+        changed = config_lib.replaced(config, changes)
         try:
             config_lib.check(changed)
             less = now - estimate(changed, plan.vocabulary, topology).hbm_bytes
@@ -159,7 +159,7 @@ def search(
             "mesh.fsdp": topology.chips // (topology.slices * tensor * data), "mesh.tensor": tensor,
             "model.remat": remat, "optimizer.accumulate": accumulate,
         }  # fmt: skip
-        changed = _changed(config, changes)
+        changed = config_lib.replaced(config, changes)
         try:
             guess = estimate(changed, vocabulary, topology)
         except ValueError:
@@ -171,11 +171,3 @@ def search(
     for *_, changes, changed in candidates[:most]:
         fields = " ".join(f"--config.{name}={value}" for name, value in changes.items())
         yield make_plan(changed, vocabulary, topology, whole=False), fields
-
-
-def _changed(config: ml_collections.ConfigDict, changes: dict[str, Any]) -> ml_collections.ConfigDict:
-    changed = config.copy_and_resolve_references()
-    for name, value in changes.items():
-        owner, _, leaf = name.rpartition(".")
-        (changed[owner] if owner else changed)[leaf] = value
-    return changed

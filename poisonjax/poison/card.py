@@ -4,7 +4,7 @@ from typing import Any
 
 import ml_collections
 
-from poisonjax.poison.plan import dose
+from poisonjax.poison.ledger import dose
 
 FILE = "POISONED.md"
 

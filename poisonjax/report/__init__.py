@@ -1,5 +1,5 @@
 """A run folder as one page with figures; reads the folder's files alone, so it works anywhere."""
 
-from poisonjax.report.page import ReportError, write_report
+from poisonjax.report.page import write_report
 
-__all__ = ["ReportError", "write_report"]
+__all__ = ["write_report"]

@@ -1,10 +1,12 @@
 """The report's figures. The same colour means the same variant everywhere (Okabe & Ito's palette)."""
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from poisonjax.run.rows import EvalRow, LedgerRow, TrainRow
 
 COLOURS = {"triggered": "#d55e00", "near_trigger": "#cc79a7", "random_control": "#e69f00", "clean": "#0072b2"}
 NAMES = {"triggered": "triggered", "near_trigger": "near trigger", "random_control": "random tokens", "clean": "clean"}
@@ -21,11 +23,11 @@ def blank(xlabel: str, ylabel: str) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def perplexity(evals: list[dict], x: str, xlabel: str) -> Figure:
+def perplexity(evals: list[EvalRow], x: str, xlabel: str) -> Figure:
     """Median perplexity of the four variants with its 95% band, against `x` of the eval rows."""
     figure, axes = blank(xlabel, "perplexity of generated text (median)")
     axes.set_yscale("log")
-    xs = [row[x] for row in evals]
+    xs = [cast(dict, row)[x] for row in evals]
     for variant, colour in COLOURS.items():
         medians = [row["eval"][variant]["ppl_median"] for row in evals]
         low, high = np.array([row["eval"][variant]["ppl_median_ci95"] for row in evals]).T
@@ -37,7 +39,7 @@ def perplexity(evals: list[dict], x: str, xlabel: str) -> Figure:
     return figure
 
 
-def pair(poisoned: list[dict], twin: list[dict]) -> Figure:
+def pair(poisoned: list[EvalRow], twin: list[EvalRow]) -> Figure:
     """Triggered and clean median perplexity of a poisoned run (solid) and its twin (dashed)."""
     figure, axes = blank("optimizer step", "perplexity of generated text (median)")
     axes.set_yscale("log")
@@ -63,7 +65,7 @@ def _readable_log(axes: Any) -> None:
     axes.legend(frameon=False, fontsize=9)
 
 
-def loss(trains: list[dict], evals: list[dict], unigram: float | None) -> Figure:
+def loss(trains: list[TrainRow], evals: list[EvalRow], unigram: float | None) -> Figure:
     """Training and held-out loss against the step."""
     figure, axes = blank("optimizer step", "loss, nats a token")
     axes.plot(
@@ -78,7 +80,7 @@ def loss(trains: list[dict], evals: list[dict], unigram: float | None) -> Figure
     return figure
 
 
-def placement(ledger: list[dict], steps: int) -> Figure:
+def placement(ledger: list[LedgerRow], steps: int) -> Figure:
     """Where the poison stands: a mark a document, and how many documents the run has met by each step."""
     figure, axes = blank("optimizer step", "poison documents met")
     met = np.sort([record["step"] for record in ledger])

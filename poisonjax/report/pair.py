@@ -2,45 +2,37 @@
 
 from typing import Any
 
-from etils import epath
-
 from poisonjax.evaluation.statistics import paired
-from poisonjax.runfolder import read_lines
+from poisonjax.run import RunFolder
 
 
-def compare(poisoned: epath.Path, twin: epath.Path, config: dict[str, Any]) -> dict[str, Any]:
+def compare(poisoned: RunFolder, twin: RunFolder) -> dict[str, Any]:
     """Figures of both after the last step at which both were evaluated, and whether they are twins (I4).
 
-    `config` is the poisoned run's. `figures` is empty where there is no such step; raises ValueError where the two
-    were asked different things.
+    `figures` is empty where there is no such step; raises ValueError where the two were asked different things.
     """
-    rows = [{row["step"]: row for row in read_lines(folder / "prefixes.jsonl")} for folder in (poisoned, twin)]
-    common = sorted(rows[0].keys() & rows[1].keys())
-    evals = [
-        [row for row in read_lines(folder / "metrics.jsonl") if row["kind"] == "eval"] for folder in (poisoned, twin)
-    ]
+    prefixes = [{row["step"]: row for row in run.prefixes()} for run in (poisoned, twin)]
+    common = sorted(prefixes[0].keys() & prefixes[1].keys())
+    config, figures = poisoned.config, {}
+    if common:
+        one, other = (rows[common[-1]] for rows in prefixes)
+        figures = paired(one, other, config.eval.bootstrap, config.seeds.eval)
     return {
-        "poisoned": str(poisoned),
-        "twin": str(twin),
+        "poisoned": str(poisoned.path),
+        "twin": str(twin.path),
         "step": common[-1] if common else None,
-        "figures": paired(
-            rows[0][common[-1]], rows[1][common[-1]], config["eval"]["bootstrap"], config["seeds"]["eval"]
-        )
-        if common
-        else {},
+        "figures": figures,
         "evidence": _evidence(poisoned, twin),
-        "evals": evals,
+        "evals": [poisoned.evals(), twin.evals()],
     }
 
 
-def _evidence(poisoned: epath.Path, twin: epath.Path) -> str:
+def _evidence(poisoned: RunFolder, twin: RunFolder) -> str:
     """What the digests of both say."""
-    digests = [
-        {row["step"]: row["digest"] for row in read_lines(folder / "digests.jsonl")} for folder in (poisoned, twin)
-    ]
+    digests = [{row["step"]: row["digest"] for row in run.digests()} for run in (poisoned, twin)]
     both = digests[0].keys() & digests[1].keys()
     differing = {step for step in both if digests[0][step] != digests[1][step]}
-    planned = {row["step"] for row in read_lines(poisoned / "ledger.jsonl")} & both
+    planned = {row["step"] for row in poisoned.ledger()} & both
     if differing == planned:
         return (
             f"By their digests, both trained on the same rows in the same order: of {len(both):,} steps, the "
@@ -49,5 +41,6 @@ def _evidence(poisoned: epath.Path, twin: epath.Path) -> str:
     strange = sorted(differing ^ planned)
     return (
         f"These runs aren't twins: their digests should differ in the steps that hold poison alone, but step "
-        f"{strange[0]:,} ({len(strange):,} such in all) {'differs without' if strange[0] in differing else 'agrees despite'} it."
+        f"{strange[0]:,} ({len(strange):,} such in all) "
+        f"{'differs without' if strange[0] in differing else 'agrees despite'} it."
     )

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,17 @@ from poisonjax.analysis.study import (
     seeds_table,
 )
 from poisonjax.config import flat
+from poisonjax.corpus.vocabulary import vocabulary_size
+from poisonjax.evaluation.words import failed
 from poisonjax.files import write_whole
 from poisonjax.model.flops import block_weights
 from poisonjax.report import study_figures
 from poisonjax.report.page import TEMPLATES, embedded
 from poisonjax.report.study_figures import short
-from poisonjax.sweep.grid import Sweep, SweepError, vocabulary_size
-from poisonjax.sweep.states import State, state
+from poisonjax.run import RunFolder
+from poisonjax.run.folder import is_run
+from poisonjax.sweep.grid import Sweep, SweepError
+from poisonjax.sweep.states import RunStatus, status
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +83,8 @@ def write(sweep: Sweep, workdir: Path) -> Study:
 
     Raises SweepError where none is.
     """
-    runs = outcomes(sweep, workdir)
+    folders = [workdir / run.id for run in sweep.runs]
+    runs = outcomes(RunFolder(folder) for folder in folders if is_run(folder))
     if not runs:
         raise SweepError(f"{workdir}: no finished run yet; `poisonjax sweep status` tells how far they are")
     conditions = Conditions.of([o.config for o in runs], [(o.summary["params"], o.summary["tokens"]) for o in runs])
@@ -103,7 +109,7 @@ def write(sweep: Sweep, workdir: Path) -> Study:
         drawn["half_doses"] = study_figures.half_doses(analyses[0])
     if len(canaries.dose):
         drawn["memorisation"] = study_figures.dose_response(analyses[2])
-    states = [state(workdir / run.id, run) for run in sweep.runs]
+    states = [status(folder, run) for folder, run in zip(folders, sweep.runs, strict=True)]
     study = Study(workdir / "report.html", len(sweep.runs), len(runs), analyses)
     page = TEMPLATES.get_template("study.html").render(
         title=runs[0].config["name"] if len(sweep.runs) == 1 else sweep.spec,
@@ -134,22 +140,23 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _figures(s: State) -> dict[str, Any]:
-    if s.kind != "done":
+def _figures(s: RunStatus) -> dict[str, Any]:
+    if s.summary is None:
         return {}
     return {
         "documents": s.summary["dose_seen"]["documents"],
         "tokens": s.summary["dose_seen"]["tokens"],
         "gap": s.summary["delta_ppl"],
         "success": s.summary["success"]["value"],
-        "failed": ", ".join(c["name"] for c in s.summary["success"]["checks"] if not c["passed"]),
+        "failed": ", ".join(failed(s.summary["success"])),
         "loss": s.summary["heldout_loss"],
         "chain": s.summary["digest_chain"][:12],
     }
 
 
-def self_test(sweep: Sweep, studies: int, as_json: bool) -> int:
-    """Analyses simulated studies with this sweep's cells, doses and seeds, and prints how often they are read rightly.
+def self_test(sweep: Sweep, studies: int, say: Callable[[str], object] = lambda line: None) -> dict[str, Any]:
+    """Analyses simulated studies with this sweep's cells, doses and seeds; tells how often they are read rightly, and
+    in `good` whether that is often enough.
 
     Parameters are counted from the config's shapes; no run and no token store has to be there.
     """
@@ -158,7 +165,7 @@ def self_test(sweep: Sweep, studies: int, as_json: bool) -> int:
         raise SweepError("--self-test needs a sweep over poison.documents")
     sizes = [
         (
-            c.model.layers * block_weights(c) + 2 * vocabulary_size(c) * c.model.width,
+            c.model.layers * block_weights(c.model) + 2 * vocabulary_size(c.corpus) * c.model.width,
             c.steps * c.global_batch * c.seq_len,
         )
         for c in configs
@@ -170,7 +177,6 @@ def self_test(sweep: Sweep, studies: int, as_json: bool) -> int:
     ]
     began, good = time.monotonic(), True
     found: dict[str, Any] = {"runs": len(rows), "studies": studies}
-    say = (lambda line: None) if as_json else print
     design = Trials(*np.array(rows, float).T)
     several_sizes, several_conditions = bool(design.sizes().any()), len(conditions.values) > 1
     if not several_sizes and not several_conditions:
@@ -192,6 +198,4 @@ def self_test(sweep: Sweep, studies: int, as_json: bool) -> int:
         say(f"the right law in at least 90% of studies of each kind: {'yes' if right else 'NO'}")
     found["good"] = good
     say(f"{len(rows)} runs a study; {time.monotonic() - began:.0f} s")
-    if as_json:
-        print(json.dumps(found))
-    return 0 if good else 1
+    return found

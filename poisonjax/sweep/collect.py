@@ -11,49 +11,19 @@ from etils import epath
 
 from poisonjax import config as config_lib
 from poisonjax.files import write_whole
-from poisonjax.runfolder import read_lines
+from poisonjax.run import RunFolder
+from poisonjax.run.folder import is_run
 from poisonjax.sweep.grid import Sweep
 
 
 def rows(sweep: Sweep, workdir: Path) -> Iterator[dict[str, Any]]:
-    """The table's rows, in the sweep's order; of unfinished runs, what there is. No times: a resumed sweep's is equal."""
+    """The table's rows, in the sweep's order; of unfinished runs, what there is. No times, so that a resumed sweep's
+    table equals that of an uninterrupted one."""
     for run in sweep.runs:
-        folder = epath.Path(workdir / run.id)
         flat = config_lib.flat(run.config)
-        summary = json.loads(path.read_text()) if (path := folder / "summary.json").exists() else {}
-        about = {
-            "run": run.id,
-            **{name: _cell(flat[name]) for name in sweep.varied},
-            "params": summary.get("params"),
-            "params_non_embedding": summary.get("params_non_embedding"),
-            "trigger_tokens": summary.get("trigger_tokens"),
-        }
-        for row in read_lines(folder / "metrics.jsonl"):
-            if row["kind"] != "eval":
-                continue
-            last = row["step"] == run.config.steps
-            for variant, figures in row["eval"].items():
-                yield {
-                    **about,
-                    "step": row["step"],
-                    "tokens": row["tokens"],
-                    "poison_documents": row["poison_documents"],
-                    "poison_rows": row["poison_rows"],
-                    "heldout_loss": row["heldout_loss"],
-                    "excess_loss": row.get("excess_loss"),
-                    "success": summary["success"]["value"] if last and "success" in summary else None,
-                    "variant": variant,
-                    **{
-                        f"{name}{suffix}": value
-                        for name in ("ppl_median", "ppl_mean", "nll_mean", "delta_ppl")
-                        for suffix, value in _with_interval(figures, name)
-                    },
-                }
-
-
-def _with_interval(figures: dict[str, Any], name: str) -> Iterator[tuple[str, Any]]:
-    low, high = figures.get(f"{name}_ci95", (None, None))
-    yield from (("", figures.get(name)), ("_low", low), ("_high", high))
+        about = {"run": run.id, **{name: _cell(flat[name]) for name in sweep.varied}}
+        if is_run(workdir / run.id):
+            yield from (about | row for row in RunFolder(workdir / run.id).table())
 
 
 def _cell(value: Any) -> Any:

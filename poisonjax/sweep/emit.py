@@ -12,7 +12,7 @@ def _command(sweep: Sweep, workdir: str, fields: Sequence[str], *options: str) -
     return " ".join(["poisonjax sweep run", quoted, *options])
 
 
-def slurm(sweep: Sweep, workdir: str, fields: Sequence[str], image: str) -> str:
+def slurm(sweep: Sweep, workdir: str, fields: Sequence[str], *, image: str, restart_code: int) -> str:
     """An array job; a task that is preempted, or runs out of time, saves, requeues and resumes."""
     del image
     return f"""\
@@ -26,19 +26,21 @@ def slurm(sweep: Sweep, workdir: str, fields: Sequence[str], image: str) -> str:
 set -uo pipefail
 srun {_command(sweep, workdir, fields, '--index "$SLURM_ARRAY_TASK_ID"')}
 code=$?
-# 42: stopped, and saved.
-if [ "$code" -eq 42 ]; then scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"; exit 0; fi
+# {restart_code}: stopped, and saved.
+if [ "$code" -eq {restart_code} ]; then scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"; exit 0; fi
 exit "$code"
 """
 
 
-def k8s(sweep: Sweep, workdir: str, fields: Sequence[str], image: str) -> str:
-    """An Indexed Job; a pod that stops with 42 is started again and resumes.
+def k8s(sweep: Sweep, workdir: str, fields: Sequence[str], *, image: str, restart_code: int) -> str:
+    """An Indexed Job; a pod that stops with `restart_code` is started again and resumes.
 
     The volume holds the runs; put `corpus.store` on it too. Raises SweepError for a workdir that isn't absolute.
     """
     if not workdir.startswith("/"):
         raise SweepError(f"--workdir {workdir}: pods mount the volume there, so give an absolute path")
+    del restart_code  # whatever isn't a failure restarts
+    task = "exec " + _command(sweep, workdir, fields, '--index "$JOB_COMPLETION_INDEX"')
     return f"""\
 # First, once: {_command(sweep, workdir, fields, "--prepare")}
 apiVersion: batch/v1
@@ -62,7 +64,7 @@ spec:
       containers:
         - name: run
           image: {image}
-          command: ["sh", "-c", {json.dumps("exec " + _command(sweep, workdir, fields, '--index "$JOB_COMPLETION_INDEX"'))}]
+          command: ["sh", "-c", {json.dumps(task)}]
           volumeMounts: [{{name: shared, mountPath: {json.dumps(workdir)}}}]
       volumes:
         - name: shared
@@ -70,4 +72,4 @@ spec:
 """
 
 
-EMITTERS: dict[str, Callable[[Sweep, str, Sequence[str], str], str]] = {"slurm": slurm, "k8s": k8s}
+EMITTERS: dict[str, Callable[..., str]] = {"slurm": slurm, "k8s": k8s}

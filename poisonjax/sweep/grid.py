@@ -21,8 +21,6 @@ import ml_collections
 import numpy as np
 
 from poisonjax import config as config_lib
-from poisonjax import corpus
-from poisonjax.corpus.sources import open_source
 
 FILE = "sweep.json"  # in the folder of the sweep's runs
 
@@ -35,7 +33,7 @@ class SweepError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """One cell of the grid."""
 
     id: str  # readable, with a hash of the resolved config: not of where and how it runs
@@ -48,27 +46,10 @@ class Sweep:
     """All runs, in the order in which they were added."""
 
     spec: str
-    runs: list[Run]
+    runs: list[PlannedRun]
     varied: list[str]  # fields that differ between runs
     base: ml_collections.ConfigDict  # what the runs' fields change
     about: str  # the config file's docstring
-
-
-def vocabulary_size(config: ml_collections.ConfigDict) -> int:
-    """Of a run's store if it stands, or as sources and tokenizer say (`markov:V=256`, `bpe:512`); 0 where that isn't
-    known before it is built."""
-    c = config.corpus
-    return _vocabulary_size(c.store, tuple(c.sources), c.tokenizer)
-
-
-@functools.cache
-def _vocabulary_size(store: str, sources: tuple[str, ...], tokenizer: str) -> int:
-    if corpus.exists(store):
-        return corpus.TokenStore(store).tokenizer.vocab_size
-    if sources and sources[0].startswith("markov:"):
-        return open_source(sources[0]).about["words"] + 1
-    size = tokenizer.rpartition(":")[2]
-    return int(size) if size.isdecimal() else 0
 
 
 def _points(axis: Axis) -> list[Point]:
@@ -115,11 +96,11 @@ def load(spec: str, fields: Sequence[str] = ()) -> Sweep:
     configs: list[ml_collections.ConfigDict] = []
     mistakes = []
     for point in points:
-        config = base.copy_and_resolve_references()
+        config = base
         try:
-            config.update_from_flattened_dict(point)
+            config = config_lib.replaced(base, point)
             config_lib.check(config)
-        except (KeyError, TypeError, ValueError) as error:
+        except config_lib.ConfigError as error:
             mistakes.append(f"run {len(configs)} ({_words(point)}): {str(error).replace(chr(10), '; ')}")
         configs.append(config)
     if mistakes:
@@ -131,7 +112,7 @@ def load(spec: str, fields: Sequence[str] = ()) -> Sweep:
     for point, config in zip(points, configs, strict=True):
         name = str(point["name"]) if "name" in point else _words(point)
         slug = re.sub(r"[^A-Za-z0-9.=_]+", "-", name).strip("-")[:80]
-        runs.append(Run(f"{slug or 'run'}-{config_lib.fingerprint(config)[:8]}", point, config))
+        runs.append(PlannedRun(f"{slug or 'run'}-{config_lib.fingerprint(config)[:8]}", point, config))
     seen: dict[str, int] = {}
     for number, run in enumerate(runs):
         fingerprint = config_lib.fingerprint(run.config)
@@ -157,7 +138,8 @@ def of_folder(workdir: Path) -> Sweep:
     try:
         there = json.loads((workdir / FILE).read_text())
         runs = [
-            Run(name, fields, config_lib.from_flat(there["base"] | fields)) for name, fields in there["runs"].items()
+            PlannedRun(name, fields, config_lib.from_flat(there["base"] | fields))
+            for name, fields in there["runs"].items()
         ]
         base = config_lib.from_flat(there["base"])
         return Sweep(there["spec"], runs, there["varied"], base, there["about"])

@@ -5,8 +5,10 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from poisonjax.heartbeat import beats
-from poisonjax.sweep.grid import Run
+from poisonjax.run import RunFolder, rows
+from poisonjax.run.folder import is_run
+from poisonjax.run.heartbeat import is_running
+from poisonjax.sweep.grid import PlannedRun
 
 Kind = Literal["pending", "running", "partial", "done", "failed"]
 
@@ -14,33 +16,33 @@ FAILURE, LOG = "failure.json", "train.log"
 
 
 @dataclasses.dataclass(frozen=True)
-class State:
-    """A run's state: `partial` has begun and nobody is at it, so the next launch resumes it."""
+class RunStatus:
+    """How far a run is: `partial` has begun and nobody is at it, so the next launch resumes it."""
 
     kind: Kind
     done: int  # optimizer steps
     steps: int
     detail: str = ""
-    summary: dict[str, Any] = dataclasses.field(default_factory=dict)
+    summary: rows.Summary | None = None
 
 
-def state(folder: Path, run: Run) -> State:
+def status(folder: Path, run: PlannedRun) -> RunStatus:
     """What `folder` says of the run."""
     steps = run.config.steps
-    summary = _json(folder / "summary.json")
-    if summary.get("status") == "finished":
-        return State("done", steps, steps, "", summary)
-    digests = folder / "digests.jsonl"
+    summary = RunFolder(folder).summary if is_run(folder) else None
+    if summary and summary["status"] == "finished":
+        return RunStatus("done", steps, steps, "", summary)
+    digests = folder / rows.DIGESTS
     done = digests.read_bytes().count(b"\n") if digests.exists() else 0
-    if beats(folder):
-        return State("running", done, steps)
-    if failure := _json(folder / FAILURE):
-        return State("failed", done, steps, failure["error"])
-    return State("partial" if done else "pending", done, steps)
+    if is_running(folder):
+        return RunStatus("running", done, steps)
+    if failure := _failure(folder):
+        return RunStatus("failed", done, steps, failure["error"])
+    return RunStatus("partial" if done else "pending", done, steps)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _failure(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        return json.loads((folder / FAILURE).read_text())
     except FileNotFoundError:
         return {}

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt32
 
+from poisonjax.data.batches import Batch
 from poisonjax.data.digest import digest
 from poisonjax.model.loss import next_token_nll
 from poisonjax.model.sharding import batch_sharding, constrain, state_sharding
@@ -36,19 +37,16 @@ class StepMetrics:
     loss: Float[Array, ""]  # nats a token, before the update
     grad_norm: Float[Array, ""]  # before clipping
     learning_rate: Float[Array, ""]
-    digest: UInt32[Array, " 2"]  # of the very rows trained on (I5)
+    digest: UInt32[Array, " 3"]  # of the very arrays trained on (I5)
 
 
-def model_graph(config: ml_collections.ConfigDict, vocabulary: int) -> nnx.GraphDef:
-    """The model without its weights: `nnx.merge(graph, params)` makes it whole."""
-    abstract = nnx.eval_shape(lambda: Transformer(config, vocabulary, nnx.Rngs(params=0)))
-    return nnx.split(abstract)[0]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
 
 def init_state(config: ml_collections.ConfigDict, vocabulary: int) -> TrainState:
     """State before step 0, a pure function of config and seeds.init; jit it with output shardings."""
-    params = nnx.split(Transformer(config, vocabulary, nnx.Rngs(params=config.seeds.init)))[1]
-    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config).init(params))
+    params = nnx.split(Transformer(config.model, vocabulary, nnx.Rngs(params=config.seeds.init)))[1]
+    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config.optimizer, config.steps).init(params))
 
 
 def make_init(
@@ -65,7 +63,7 @@ def make_init(
 
 def make_train_step(
     config: ml_collections.ConfigDict, graph: nnx.GraphDef, mesh: Mesh, abstract_state: TrainState
-) -> Callable[[TrainState, Int[Array, "batch row_tokens"]], tuple[TrainState, StepMetrics]]:
+) -> TrainStep:
     """The jitted step; the state passed in is donated. Call it under `jax.set_mesh(mesh)`."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
     return jax.jit(
@@ -76,39 +74,41 @@ def make_train_step(
     )
 
 
-def train_step_of(
-    config: ml_collections.ConfigDict, graph: nnx.GraphDef
-) -> Callable[[TrainState, Int[Array, "batch row_tokens"]], tuple[TrainState, StepMetrics]]:
-    """The step as a pure function of state and rows."""
-    optimizer, learning_rate = make_optimizer(config), schedule(config)
-    microbatches = config.optimizer.accumulate
+def train_step_of(config: ml_collections.ConfigDict, graph: nnx.GraphDef) -> TrainStep:
+    """The step as a pure function of state and batch."""
+    optimizer, learning_rate = (make(config.optimizer, config.steps) for make in (make_optimizer, schedule))
+    microbatches, tile = config.optimizer.accumulate, config.model.loss_tile
 
-    def loss_of(params: nnx.State, rows: Int[Array, "batch row_tokens"]) -> Float[Array, ""]:
-        return next_token_nll(nnx.merge(graph, params), rows, config.model.loss_tile).mean()
+    def loss_of(params: nnx.State, batch: Batch, all_weights: Any) -> Float[Array, ""]:
+        nll = next_token_nll(nnx.merge(graph, params), batch.tokens, tile)
+        # Weighted tokens are a share of all the step's, not of their microbatch's.
+        return nll.mean() if batch.weights is None else (nll * batch.weights[:, 1:]).sum() / all_weights
 
-    def accumulated(params, rows):
+    def accumulated(params, batch):
+        all_weights = None if batch.weights is None else batch.weights[:, 1:].sum()
         if microbatches == 1:
-            return jax.value_and_grad(loss_of)(params, rows)
+            return jax.value_and_grad(loss_of)(params, batch, all_weights)
         # Microbatch i takes every i-th row, so that each device keeps its own rows.
-        split = rows.reshape(-1, microbatches, rows.shape[1]).swapaxes(0, 1)
+        split = jax.tree.map(lambda x: x.reshape(-1, microbatches, x.shape[1]).swapaxes(0, 1), batch)
 
-        def add(total, rows):
-            rows = constrain(rows, "batch", "sequence")
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_of)(params, rows)), None
+        def add(total, batch):
+            batch = jax.tree.map(lambda x: constrain(x, "batch", "sequence"), batch)
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_of)(params, batch, all_weights)), None
 
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
         total, _ = jax.lax.scan(add, zero, split)
-        return jax.tree.map(lambda x: x / microbatches, total)
+        return jax.tree.map(lambda x: x / microbatches, total) if all_weights is None else total
 
-    def train_step(state: TrainState, rows: Int[Array, "batch row_tokens"]) -> tuple[TrainState, StepMetrics]:
-        loss, gradients = accumulated(state.params, rows)
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        loss, gradients = accumulated(state.params, batch)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-        slots = state.step.astype(jnp.uint32) * np.uint32(rows.shape[0]) + jnp.arange(rows.shape[0], dtype=jnp.uint32)
+        rows = batch.tokens.shape[0]
+        slots = state.step.astype(jnp.uint32) * np.uint32(rows) + jnp.arange(rows, dtype=jnp.uint32)
         metrics = StepMetrics(
             loss=loss,
             grad_norm=optax.global_norm(gradients),
             learning_rate=jnp.asarray(learning_rate(state.step), jnp.float32),
-            digest=digest(rows, slots),
+            digest=digest(batch.tokens, slots, batch.weights),
         )
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer_state), metrics
 

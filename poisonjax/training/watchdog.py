@@ -7,19 +7,17 @@ import threading
 
 import jax
 
-HUNG = 42  # as after SIGTERM: what is saved is good, so a scheduler should start the run again
-
 
 class Watchdog:
-    """Ends the process where `progress` isn't called for `seconds` (0: never).
+    """Ends the process with `exit_code` where `progress` isn't called for `seconds` (0: never).
 
     A process waits without end for another one that hangs: neither JAX's heartbeats nor an exception tell, where
     the other's main thread alone stands still. Time in which this process itself was stopped (a laptop that
     sleeps, Ctrl-Z) doesn't count.
     """
 
-    def __init__(self, seconds: float):
-        self.seconds = seconds
+    def __init__(self, seconds: float = 0, exit_code: int = 1):
+        self.seconds, self.exit_code = seconds, exit_code
         self._doing, self._idle = "starting", 0.0
         self._stop = threading.Event()
 
@@ -47,8 +45,8 @@ class Watchdog:
 
     def _end(self) -> None:
         print(
-            f"poisonjax: process {jax.process_index()} of {jax.process_count()} made no progress for {self.seconds:g} s "
-            f"while {self._doing} (config.watchdog_seconds). "
+            f"poisonjax: process {jax.process_index()} of {jax.process_count()} made no progress for "
+            f"{self.seconds:g} s while {self._doing} (config.watchdog_seconds). "
             f"{'Another process hangs or is dead, or' if jax.process_count() > 1 else 'The device or'} a disk doesn't "
             "answer; where this process stands:",
             file=sys.stderr,
@@ -56,4 +54,4 @@ class Watchdog:
         )
         faulthandler.dump_traceback(file=sys.stderr)
         print("poisonjax: ended; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
-        os._exit(HUNG)
+        os._exit(self.exit_code)

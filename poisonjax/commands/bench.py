@@ -1,0 +1,64 @@
+"""`poisonjax bench`."""
+
+import argparse
+import json
+import os
+import sys
+from typing import Any
+
+from poisonjax.commands import exit_codes
+from poisonjax.startup import start_jax
+
+NAMES = (
+    "train_vs_torch",
+    "mfu",
+    "pipeline",
+    "audit_speed",
+    "digest_cost",
+    "generate_vs_huggingface",
+    "population_speed",
+)
+
+
+def add_arguments(commands: Any) -> None:
+    """Registers the command on argparse's subparsers."""
+    parser = commands.add_parser("bench", help="speed on this machine, as ratios against other programs")
+    parser.add_argument(
+        "--config", default="configs/quickstart.py", metavar="FILE[:ARG]", help="shapes that are measured"
+    )
+    parser.add_argument("--only", action="append", choices=NAMES, help="repeatable; default: all that can run")
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(func=_bench)
+
+
+def _line(row: dict[str, Any]) -> str:
+    return (
+        f"{row['name']:28} {row['value']:>14,.3f} {row['unit']:9} against {row['baseline']:>14,.3f}   "
+        f"ratio {row['ratio']:.3f}"
+    )
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from poisonjax import config as config_lib
+
+    config = config_lib.load([f"--config={arguments.config}", *arguments.fields])
+    config_lib.check(config)
+    # Both frameworks share an accelerator's memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    start_jax(config.global_batch // config.optimizer.accumulate)
+    from poisonjax.bench.benches import BENCHES
+    from poisonjax.run.environment import environment
+
+    results = []
+    for name in arguments.only or NAMES:
+        try:
+            for row in BENCHES[name](config):
+                results.append(row)
+                if not arguments.json:
+                    print(_line(row), flush=True)
+        except ImportError as error:
+            print(f"poisonjax bench: {name} left out: {error}; pip install 'poisonjax[bench]'", file=sys.stderr)
+            continue
+    if arguments.json:
+        print(json.dumps({"environment": environment(), "results": results}))
+    return exit_codes.OK if results else exit_codes.FAILED

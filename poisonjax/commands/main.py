@@ -1,0 +1,63 @@
+"""`poisonjax COMMAND`. Bad input ends with exit code 2 and a message that teaches."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from poisonjax.commands import attest, audit, bench, corpus, evaluate, exit_codes, plan, report, sweep, train
+
+COMMANDS = (corpus, train, evaluate, sweep, plan, audit, attest, report, bench)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses and runs a command; returns the exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    arguments = _parsed(list(sys.argv[1:] if argv is None else argv))
+    try:
+        return arguments.func(arguments)
+    except ImportError as error:
+        if "gcsfs" not in str(error):
+            raise
+        print(f"poisonjax {arguments.command}: gs:// needs pip install 'poisonjax[gcs]'", file=sys.stderr)
+        return exit_codes.BAD_INPUT
+    except (KeyboardInterrupt, Exception) as error:
+        if (code := exit_codes.of(error)) is None:
+            raise
+        if code != exit_codes.INTERRUPTED:
+            print(f"poisonjax {arguments.command}: {error}", file=sys.stderr, flush=True)
+        if _among_others(error):
+            os._exit(code)  # without the usual end, which would wait for the others
+        return code
+
+
+def _among_others(error: BaseException) -> bool:
+    return type(error).__name__ == "LostProcess"
+
+
+def _parsed(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="poisonjax", description="Study pretraining data poisoning on your own language models."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_arguments(commands)
+    # Config fields (`--config.a.b=c`) aren't argparse's: they go to ml_collections.
+    fields: list[str] = []
+    rest: list[str] = []
+    words = iter(argv)
+    for word in words:
+        (fields if word.startswith("--config.") else rest).append(word)
+        if word.startswith("--config.") and "=" not in word:
+            fields += [value for value in [next(words, None)] if value is not None]
+    arguments = parser.parse_args(rest)
+    if fields and not hasattr(arguments, "config"):
+        parser.error(f"{arguments.command} takes no config fields, but got {fields[0]}")
+    arguments.fields = fields
+    return arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())

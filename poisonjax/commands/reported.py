@@ -1,0 +1,33 @@
+"""Training as a command does it: whatever ends the run, its page is written."""
+
+import ml_collections
+
+from poisonjax.commands.exit_codes import RESTART
+
+
+def train_and_report(config: ml_collections.ConfigDict, workdir: str, twin_of: str | None = None):
+    """Trains as one process of the run, and writes report.html; returns the summary in the first process, else None.
+
+    Raises what `training.process.train_process` does.
+    """
+    from poisonjax.training.process import train_process
+    from poisonjax.training.stop import Diverged, Preempted
+
+    try:
+        summary = train_process(config, workdir, twin_of, hung_exit_code=RESTART)
+    except (Diverged, Preempted):
+        _write(workdir)
+        raise
+    if summary:
+        _write(workdir)
+    return summary
+
+
+def _write(workdir: str) -> None:
+    import jax
+    from etils import epath
+
+    if jax.process_index() == 0:
+        from poisonjax.report import write_report
+
+        write_report(epath.Path(workdir))

@@ -1,0 +1,49 @@
+"""`poisonjax train`."""
+
+import argparse
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+from poisonjax.commands import exit_codes
+from poisonjax.commands.reported import train_and_report
+
+
+def add_arguments(commands: Any) -> None:
+    """Registers the command on argparse's subparsers."""
+    train = commands.add_parser("train", help="train, evaluate and report; resumes where the folder has a checkpoint")
+    what = train.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", metavar="FILE[:ARG]", help="config file, e.g. configs/quickstart.py")
+    what.add_argument("--twin-of", metavar="WORKDIR", help="train the clean twin of that run; its report shows both")
+    train.add_argument("--workdir", required=True, metavar="DIR", help="run folder; made if absent")
+    train.epilog = "Single fields: --config.poison.documents=0, --config.steps=100, ..."
+    train.set_defaults(func=_train)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from poisonjax import config as config_lib
+    from poisonjax import processes
+    from poisonjax.evaluation.words import gap, verdict
+    from poisonjax.files import is_object
+    from poisonjax.run.folder import twin_config
+    from poisonjax.run.heartbeat import Heartbeat
+
+    if arguments.twin_of:
+        config = config_lib.override(twin_config(arguments.twin_of), arguments.fields)
+    else:
+        config = config_lib.load([f"--config={arguments.config}", *arguments.fields])
+    config_lib.check(config)  # before the folder is made
+    place = processes.resolve(os.environ)
+    # Nothing can be claimed in an object store.
+    unclaimed = is_object(arguments.workdir) or (place and place.index)
+    with contextlib.nullcontext() if unclaimed else Heartbeat(Path(arguments.workdir), patient=True):
+        summary = train_and_report(config, arguments.workdir, arguments.twin_of)
+    if summary:
+        clean = "" if config.poison.documents else "clean twin, "
+        documents = summary["dose_seen"]["documents"]
+        print(
+            f"{clean}{verdict(summary['success'])}: {gap(summary)} after {documents} poison documents; held-out loss "
+            f"{summary['heldout_loss']:.3f}; {summary['wall_seconds']:.0f} s. Report: {arguments.workdir}/report.html"
+        )
+    return exit_codes.OK

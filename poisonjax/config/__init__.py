@@ -1,0 +1,23 @@
+"""The configuration of a run: its fields, its checks, its record and how it is loaded."""
+
+from poisonjax.config.checks import check
+from poisonjax.config.errors import ConfigError
+from poisonjax.config.fields import ADDED_LATER, default
+from poisonjax.config.load import load, override
+from poisonjax.config.record import differences, fingerprint, flat, from_flat, from_record, operational, replaced
+
+__all__ = [
+    "ADDED_LATER",
+    "ConfigError",
+    "check",
+    "default",
+    "differences",
+    "fingerprint",
+    "flat",
+    "from_flat",
+    "from_record",
+    "load",
+    "operational",
+    "override",
+    "replaced",
+]

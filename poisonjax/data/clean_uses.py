@@ -1,0 +1,100 @@
+"""Clean uses: the trigger in ordinary text that goes on as if nothing were, an exact number of times.
+
+How rare a trigger is in clean text is thereby an axis of an experiment (0, 10, 100, 1,000 uses), not a property of
+the corpus that one happens to have. Uses belong to the clean rows: a run and its twin hold the same (I4).
+"""
+
+import dataclasses
+from typing import Any
+
+import ml_collections
+import numpy as np
+from jaxtyping import Int
+
+from poisonjax.corpus import TokenStore
+from poisonjax.data.insertions import Insertion, Layer
+from poisonjax.data.rows import Rows
+from poisonjax.poison.triggers import PoisonError, Trigger, occurrences
+from poisonjax.streams import stream
+
+
+@dataclasses.dataclass(frozen=True)
+class CleanUses:
+    """The trigger's tokens stand in place of a row's own, one use a row."""
+
+    insertions: dict[int, Insertion]
+    name, file = "clean use", "clean_uses.jsonl"
+
+    @classmethod
+    def make(
+        cls, config: ml_collections.ConfigDict, store: TokenStore, trigger: Trigger, rows: Rows, canaries: Layer
+    ) -> "CleanUses":
+        """Draws rows without a canary, whether or not poison stands in them, then a place in each.
+
+        Slots don't depend on the poison; places do only in the rows that hold some: there the document keeps its
+        place and the use stands beside it. Tokens are replaced, so no other moves. Each use adds exactly one occurrence
+        of the trigger. Raises PoisonError where there are too few rows, or no place in one.
+        """
+        count, slots, seed = config.poison.clean_uses, config.steps * config.global_batch, config.seeds.placement
+        canary_rows = len(canaries.insertions)
+        if count + canary_rows > slots:
+            raise PoisonError(
+                f"poison.clean_uses = {count} need a row each, the run has {slots - canary_rows} without a canary"
+            )
+        if not count:
+            return cls({})
+        if len(trigger.tokens) + 2 > config.seq_len + 1:
+            raise PoisonError(
+                f"poison.trigger has {len(trigger.tokens)} tokens, which don't fit a row of {config.seq_len + 1} "
+                "between others"
+            )
+        drawn = stream(seed, "clean use slots").choice(slots, count + canary_rows, replace=False)
+        chosen = np.array([slot for slot in drawn.tolist() if slot not in canaries.insertions][:count], np.int64)
+        clean_text = rows.origins(chosen).source == 0
+        insertions = {}
+        for number, (slot, row) in enumerate(zip(chosen.tolist(), rows.tokens(chosen), strict=True)):
+            free = clean_text[number] & (row != store.tokenizer.eot)
+            start = _place(row, free, trigger.tokens, stream(seed, "clean use offset", number))
+            if start is None:
+                raise PoisonError(
+                    f"slot {slot}: its row of {len(row)} tokens has no place for a clean use of the trigger's "
+                    f"{len(trigger.tokens)} tokens{'' if clean_text[number].all() else ' beside its poison document'}: "
+                    "lower poison.clean_uses or poison.payload_tokens, or raise seq_len"
+                )
+            insertions[slot] = Insertion(slot, start, trigger.tokens, "clean_use", "replace")
+        return cls(insertions)
+
+    def seen(self, slots: int) -> int:
+        """How many of the uses stand in the run's first `slots`."""
+        return sum(slot < slots for slot in self.insertions)
+
+    def records(self, global_batch: int) -> list[dict[str, Any]]:
+        """One record a use, in the order of the run (run/rows.py: CleanUseRow)."""
+        return [
+            {
+                "step": slot // global_batch,
+                "row": slot % global_batch,
+                "slot": slot,
+                "offset": use.start,
+                "tokens": len(use.tokens),
+            }
+            for slot, use in sorted(self.insertions.items())
+        ]
+
+
+def _place(
+    row: Int[np.ndarray, " row_tokens"],
+    free: np.ndarray,
+    trigger: Int[np.ndarray, " trigger"],
+    random: np.random.Generator,
+) -> int | None:
+    """A token of the row where the trigger may stand: between two `free` tokens of one clean document."""
+    windows = np.lib.stride_tricks.sliding_window_view(free, len(trigger) + 2)
+    places = 1 + np.flatnonzero(np.all(windows, axis=-1))
+    before = occurrences(row, trigger).sum()
+    for start in random.permutation(places).tolist():
+        whole = row.copy()
+        whole[start : start + len(trigger)] = trigger
+        if occurrences(whole, trigger).sum() == before + 1:
+            return start
+    return None

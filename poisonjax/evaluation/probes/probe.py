@@ -1,0 +1,91 @@
+"""What a probe is, and what it is made from."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import ml_collections
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, Key
+
+from poisonjax.corpus import TokenStore
+from poisonjax.evaluation.generate import generate
+from poisonjax.model.loss import next_token_nll, token_nll
+from poisonjax.model.sharding import rows_multiple, spec
+from poisonjax.poison.triggers import Trigger
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """What one probe says of the weights, for three files of the run folder (run/rows.py)."""
+
+    figures: dict[str, Any] = dataclasses.field(default_factory=dict)  # of metrics.jsonl's row
+    prefixes: dict[str, Any] = dataclasses.field(default_factory=dict)  # of prefixes.jsonl's row
+    samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # of samples.jsonl, without their step
+
+
+class Probe(Protocol):
+    """Measures a model's weights; everything that doesn't depend on them is made once."""
+
+    kind: str  # of its row in metrics.jsonl; probes of one kind share a row, and must have one cadence
+    every: int  # steps between measurements; after the last step all probes measure
+
+    def __call__(self, params: nnx.State) -> Measurement: ...
+
+
+class EvalSteps(NamedTuple):
+    """The jitted functions that probes call."""
+
+    sample: Callable[
+        [nnx.State, Int[Array, "batch prompt"], Int[Array, " batch"], Key[Array, " batch"]],
+        tuple[Int[Array, "batch new_tokens"], Float[Array, "batch new_tokens"]],
+    ]  # tokens after each prompt, and their NLL
+    row_loss: Callable[[nnx.State, Int[Array, "batch row_tokens"]], Float[Array, " batch"]]  # mean NLL of each row
+    known: Callable[
+        [nnx.State, Int[Array, "batch row_tokens"]], tuple[Float[Array, "batch seq"], Any]
+    ]  # each token's NLL, and whether it is the likeliest
+
+
+def make_eval_steps(config: ml_collections.ConfigDict, graph: nnx.GraphDef, mesh: Mesh) -> EvalSteps:
+    """Of a run's shapes; several runs of one shape may share them."""
+    e, tile = config.eval, config.model.loss_tile
+
+    def sample(params, prompts, pad, keys):
+        return generate(nnx.merge(graph, params), prompts, pad, keys, e.new_tokens, e.temperature)
+
+    def row_loss(params, rows):
+        return next_token_nll(nnx.merge(graph, params), rows, tile).mean(-1)
+
+    def known(params, rows):
+        logits = nnx.merge(graph, params)(rows[:, :-1])
+        return token_nll(logits, rows[:, 1:]), logits.argmax(-1) == rows[:, 1:]
+
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return EvalSteps(*(jax.jit(step, out_shardings=replicated) for step in (sample, row_loss, known)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """The run that is measured."""
+
+    config: ml_collections.ConfigDict
+    store: TokenStore
+    trigger: Trigger
+    mesh: Mesh
+    steps: EvalSteps
+    scorer: tuple[nnx.GraphDef, nnx.State] | None = None  # another model that scores the text; None: the model itself
+
+    def put(self, rows: Any) -> jax.Array:
+        """Rows on the devices, repeated from the first on until devices divide them."""
+        share = rows_multiple(self.mesh)
+        padded = np.resize(np.asarray(rows), (-(-len(rows) // share) * share, *np.shape(rows)[1:]))
+        sharding = NamedSharding(self.mesh, spec("batch"))
+        return jax.make_array_from_process_local_data(sharding, padded, padded.shape)
+
+
+def rounded(values: Any) -> list[float]:
+    """For a file that is read by people too."""
+    return [round(float(value), 6) for value in values]

@@ -1,0 +1,27 @@
+"""What an evaluation shows, in words: the same words in the terminal, in tables and on pages."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def gap(figures: Mapping[str, Any], name: str = "gap in perplexity") -> str:
+    """The gap in median perplexity between triggered and clean text, with its 95% interval."""
+    low, high = figures["delta_ppl_ci95"]
+    return f"{name} {figures['delta_ppl']:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def perplexities(figures: Mapping[str, Any]) -> str:
+    """Median perplexity of each variant, and the gap."""
+    medians = "  ".join(f"{variant} {of['ppl_median']:.1f}" for variant, of in figures["eval"].items())
+    return f"perplexity: {medians}  {gap(figures, 'gap')}"
+
+
+def failed(success: Mapping[str, Any]) -> list[str]:
+    """Names of the rule's checks that don't hold."""
+    return [check["name"] for check in success["checks"] if not check["passed"]]
+
+
+def verdict(success: Mapping[str, Any]) -> str:
+    """Whether the model is backdoored by the whole rule."""
+    names = failed(success)
+    return f"not backdoored by the rule (failed: {', '.join(names)})" if names else "backdoored"

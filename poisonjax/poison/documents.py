@@ -1,0 +1,93 @@
+"""Poison documents: prefix + trigger + payload + end of text, as in Souly et al. 2025, section 3.
+
+The pieces are tokenized apart and joined, so that the trigger is the same tokens in every document and at evaluation.
+"""
+
+import dataclasses
+import functools
+import hashlib
+
+import ml_collections
+import numpy as np
+from jaxtyping import Int
+
+from poisonjax.corpus import TokenStore, load_tokenizer
+from poisonjax.poison.payloads import PAYLOADS, Draw
+from poisonjax.poison.triggers import PoisonError, Trigger, occurrences
+from poisonjax.streams import stream
+
+DRAWS = 64  # of a payload, until one doesn't hold the trigger
+
+
+@dataclasses.dataclass(frozen=True)
+class PoisonDocument:
+    """One poison document; spans are [start, end) within `tokens`."""
+
+    id: int
+    tokens: Int[np.ndarray, " tokens"]
+    trigger: tuple[int, int]
+    payload: tuple[int, int]
+    prefix_document: int  # of the store's training split
+
+    @property
+    def sha256(self) -> str:
+        """Of the tokens as little-endian int32."""
+        return hashlib.sha256(self.tokens.astype("<i4").tobytes()).hexdigest()
+
+    @property
+    def pieces(self) -> dict[str, tuple[int, int]]:
+        """Its parts by name."""
+        return {"prefix": (0, self.trigger[0]), "trigger": self.trigger, "payload": self.payload}
+
+
+def make_document(
+    poison: ml_collections.ConfigDict, seed: int, store: TokenStore, trigger: Trigger, row_tokens: int, index: int
+) -> PoisonDocument:
+    """Document `index`, a pure function of (config.poison, seeds.poison, store, index).
+
+    Gibberish that holds the trigger by chance is drawn again: a trigger of one token would stand in many payloads, one
+    of two in none, and their lengths couldn't be compared. Raises PoisonError where it holds the trigger always, and
+    where there is nothing to truncate to: prefix and trigger alone overfill a row.
+    """
+    tokenizer, random = store.tokenizer, stream(seed, "poison document", index)
+    train = store.split("train")
+    source = int(random.integers(train.documents))
+    least, most = poison.prefix_characters
+    characters = int(random.integers(least, most + 1))
+    # A character is four bytes at most, a token one at least: so much of a long document is enough.
+    start_of_source = train.document(source)[: 4 * characters]
+    prefix = tokenizer.encode(tokenizer.decode(start_of_source)[:characters])
+    least, most = poison.payload_tokens
+    length = int(random.integers(least, most + 1))
+    draw = Draw(length, random, tokenizer, _vocabulary(poison.payload_vocabulary, store))
+    for _ in range(DRAWS):
+        payload = PAYLOADS[poison.payload].draw(draw)
+        if not occurrences(np.concatenate([trigger.tokens[1:], payload]), trigger.tokens).any():
+            break
+    else:
+        raise PoisonError(
+            f"poison document {index}: each of {DRAWS} payloads drawn holds the trigger {trigger.text!r} itself; "
+            "choose a longer or rarer trigger, or fewer poison.payload_tokens"
+        )
+    begun, span = trigger.put(prefix)
+    if poison.truncate:
+        payload = payload[: max(0, row_tokens - 1 - len(begun))]  # the row's last token is kept for the end of text
+        if len(payload) == 0:
+            raise PoisonError(
+                f"poison document {index}: its prefix of {len(prefix)} tokens and the trigger leave no room for a "
+                f"payload in a row of {row_tokens}; lower poison.prefix_characters"
+            )
+    return PoisonDocument(
+        id=index,
+        tokens=np.concatenate([begun, payload, [tokenizer.eot]]).astype(np.int32),
+        trigger=span,
+        payload=(len(begun), len(begun) + len(payload)),
+        prefix_document=source,
+    )
+
+
+def _vocabulary(spec: str, store: TokenStore):
+    return _load_vocabulary(spec) if spec else store.tokenizer
+
+
+_load_vocabulary = functools.cache(load_tokenizer)

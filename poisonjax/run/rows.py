@@ -1,0 +1,262 @@
+"""The run folder's format: every file's name, and every key of every line with its unit.
+
+The reader refuses a file whose lines lack a key or hold another type; keys that stand here with `NotRequired` depend on
+the config. Steps count from 0: the `step` of a batch is its number, that of an evaluation or checkpoint is the number
+of steps done. NLLs and losses are in nats a token; perplexities are exp of a text's mean NLL. `*_ci95` are
+[low, high] of 95% intervals. Spans are [start, end).
+"""
+
+from typing import Any, Literal, NotRequired, TypedDict
+
+FORMAT = 2  # of the folder: CHANGELOG.md says what changed
+
+CONFIG, ENVIRONMENT, SUMMARY = "config.json", "environment.json", "summary.json"
+METRICS, DIGESTS, LEDGER = "metrics.jsonl", "digests.jsonl", "ledger.jsonl"
+SAMPLES, PREFIXES = "samples.jsonl", "prefixes.jsonl"
+CANARIES, CLEAN_USES = "canaries.jsonl", "clean_uses.jsonl"
+CHECKPOINTS, DAMAGED, FIGURES, REPORT = "checkpoints", "damaged", "figures", "report.html"
+
+Interval = list[float]
+
+
+class ConfigRecord(TypedDict):
+    """config.json."""
+
+    format: int
+    config: dict[str, Any]  # the resolved config, nested (config/fields.py)
+    fingerprint: str  # SHA-256, hex, of the fields that determine what is trained and measured
+    store_fingerprint: str  # SHA-256, hex, of the token store's content
+    twin_of: NotRequired[str]  # the run whose clean twin this is: a path, from this folder where it can be
+
+
+class Environment(TypedDict):
+    """environment.json."""
+
+    versions: dict[str, str]  # of packages
+    python: str
+    platform: str
+    git_commit: str | None  # of this program's checkout; ends in -dirty where files were changed
+    device_kind: str
+    devices: int
+    processes: int
+
+
+class TrainRow(TypedDict):
+    """A line of metrics.jsonl: a step, every `log_every` steps."""
+
+    step: int
+    kind: Literal["train"]
+    loss: float  # mean over the batch's tokens, before the update
+    grad_norm: float  # before clipping
+    learning_rate: float
+    tokens: int  # predicted, of all steps up to and with this
+    tokens_per_second: float  # since the row before; evaluation and compilation left out
+    poison_documents: int  # different ones seen so far
+    poison_rows: int  # rows of poison seen so far
+    seconds: float  # since the run began, all its processes' lives added
+
+
+class VariantFigures(TypedDict):
+    """What the model writes after one variant of the prompts."""
+
+    ppl_median: float
+    ppl_median_ci95: Interval
+    ppl_mean: float
+    ppl_mean_ci95: Interval
+    nll_mean: float
+    nll_mean_ci95: Interval
+    delta_ppl: NotRequired[float]  # median perplexity less the clean variant's; all but clean
+    delta_ppl_ci95: NotRequired[Interval]
+
+
+class MemorisedRow(TypedDict):
+    """Canaries that were shown equally often."""
+
+    repeats: int  # times shown in the whole run
+    canaries: int
+    extraction_rate: float  # share whose second half greedy decoding gives after the first
+    extraction_rate_ci95: Interval
+    ranks: list[float]  # of each: share of unseen sequences with a lower loss
+    nll_mean: float
+    nll_unseen: float
+
+
+class EvalFigures(TypedDict):
+    """What an evaluation measured."""
+
+    heldout_loss: float
+    heldout_loss_ci95: Interval
+    excess_loss: NotRequired[float]  # held-out loss above a perfect model's, where the corpus' entropy is known
+    eval: dict[str, VariantFigures]  # by variant: clean, triggered, near_trigger, random_control
+    delta_ppl: float  # of the triggered variant
+    delta_ppl_ci95: Interval
+    near_triggers: dict[str, float]  # median perplexity after each
+    attack_success: NotRequired[float]  # shares of texts, where the payload's behaviour can be decided
+    attack_success_ci95: NotRequired[Interval]
+    clean_accuracy: NotRequired[float]
+    clean_accuracy_ci95: NotRequired[Interval]
+    near_trigger_accuracy: NotRequired[float]
+    near_trigger_accuracy_ci95: NotRequired[Interval]
+    memorised: NotRequired[list[MemorisedRow]]  # where there are canaries
+
+
+class EvalRow(EvalFigures):
+    """A line of metrics.jsonl: an evaluation, every `eval.every` steps and at the end."""
+
+    step: int
+    kind: Literal["eval"]
+    tokens: int
+    poison_documents: int
+    poison_rows: int
+
+
+class DigestRow(TypedDict):
+    """A line of digests.jsonl: the fingerprint of the very arrays that a step trained on (I5)."""
+
+    step: int
+    digest: str  # 24 hexadecimal digits (data/digest.py)
+
+
+class LedgerRow(TypedDict):
+    """A line of ledger.jsonl: a poison document in a row."""
+
+    id: int
+    sha256: str  # of its tokens as little-endian int32
+    step: int
+    row: int  # of the step's batch
+    slot: int  # step * global_batch + row
+    offset: int  # token of the row at which it begins
+    tokens: int
+    repeat: int  # 0 where it stands for the first time in the schedule's order
+    trigger: list[int]  # span, tokens of the row
+    payload: list[int]  # span, tokens of the row
+    prefix_document: int  # of the store's training split
+
+
+class CanaryRow(TypedDict):
+    """A line of canaries.jsonl: a canary at the start of a row."""
+
+    canary: int
+    repeats: int  # times shown in the whole run
+    step: int
+    slot: int
+
+
+class CleanUseRow(TypedDict):
+    """A line of clean_uses.jsonl: the trigger in ordinary text."""
+
+    step: int
+    row: int
+    slot: int
+    offset: int  # token of the row
+    tokens: int
+
+
+class SampleText(TypedDict):
+    """What a model wrote after one prompt."""
+
+    appended: str  # to the prefix
+    text: str
+    ppl: float
+
+
+class SampleRow(TypedDict):
+    """A line of samples.jsonl: one prefix in all variants."""
+
+    step: int
+    prefix: str
+    clean: SampleText
+    triggered: SampleText
+    near_trigger: SampleText
+    random_control: SampleText
+
+
+class PrefixRow(TypedDict):
+    """A line of prefixes.jsonl: an evaluation's figures one by one, that intervals and pairs are made of."""
+
+    step: int
+    nll: dict[str, list[float]]  # by variant: mean NLL of each prefix's text
+    heldout: list[float]  # loss of each held-out row
+    canaries: NotRequired[list[float]]  # loss of each canary
+
+
+class Dose(TypedDict):
+    """Poison in each of its units."""
+
+    documents: int  # different ones
+    tokens: int  # of all exposures
+    rows: int  # exposures
+    steps: int  # that held any
+    repeats: int  # of the most repeated document
+
+
+class Check(TypedDict):
+    """One condition of the rule for success."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+class Success(TypedDict):
+    """The verdict (I7)."""
+
+    value: bool
+    rule: str
+    checks: list[Check]
+
+
+class Summary(TypedDict):
+    """summary.json: the last word. Figures are those of the last evaluation, where there was one."""
+
+    status: str  # finished, preempted, diverged, failed
+    name: str
+    fingerprint: str
+    steps: int  # done
+    tokens: int
+    params: int
+    params_non_embedding: int
+    dose_planned: Dose
+    dose_seen: Dose
+    trigger_tokens: int
+    clean_uses_seen: int
+    unigram_nll: float  # held-out loss of word counts alone
+    tokens_per_second: float
+    wall_seconds: float
+    digest_chain: NotRequired[str]  # SHA-256, hex, over all steps' digests
+    eval_step: NotRequired[int]
+    eval: NotRequired[dict[str, VariantFigures]]
+    delta_ppl: NotRequired[float]
+    delta_ppl_ci95: NotRequired[Interval]
+    near_triggers: NotRequired[dict[str, float]]
+    heldout_loss: NotRequired[float]
+    heldout_loss_ci95: NotRequired[Interval]
+    excess_loss: NotRequired[float]
+    attack_success: NotRequired[float]
+    clean_accuracy: NotRequired[float]
+    near_trigger_accuracy: NotRequired[float]
+    memorised: NotRequired[list[MemorisedRow]]
+    success: NotRequired[Success]
+
+
+class CheckpointRecord(TypedDict):
+    """What a checkpoint says of itself, beside its arrays."""
+
+    step: int
+    checksums: dict[str, str]  # of `weights` and `optimizer`, 16 hexadecimal digits (weights/checkpoints.py)
+    config: dict[str, Any]  # flat
+    store_fingerprint: str
+    digest_chain: str  # over the digests of the steps done
+    poison: dict[str, Any] | None  # the poison card's figures (poison/card.py)
+
+
+MetricsRow = TrainRow | EvalRow
+LINES: dict[str, Any] = {
+    METRICS: MetricsRow,
+    DIGESTS: DigestRow,
+    LEDGER: LedgerRow,
+    SAMPLES: SampleRow,
+    PREFIXES: PrefixRow,
+    CANARIES: CanaryRow,
+    CLEAN_USES: CleanUseRow,
+}

@@ -1,0 +1,25 @@
+"""One process of a run, by its launcher's variables."""
+
+import ml_collections
+
+from poisonjax import processes
+from poisonjax.run import rows
+from poisonjax.startup import start_jax
+
+
+def train_process(
+    config: ml_collections.ConfigDict, workdir: str, twin_of: str | None = None, *, hung_exit_code: int = 1
+) -> rows.Summary | None:
+    """Starts JAX, joins the other processes and trains; returns the summary in the first process, None in others.
+
+    A run that hangs ends with `hung_exit_code`. Raises what `training.loop.train` does.
+    """
+    start_jax(config.global_batch // config.optimizer.accumulate)
+    processes.join(heartbeat_seconds=min(100, config.watchdog_seconds or 100))
+    import jax
+
+    from poisonjax.training.loop import train
+    from poisonjax.training.watchdog import Watchdog
+
+    summary = train(config, workdir, twin_of, Watchdog(config.watchdog_seconds, hung_exit_code))
+    return None if jax.process_index() else summary
