@@ -44,7 +44,8 @@ def get_config(arg: str = "600m,250,1x"):
     parts = (arg or "600m,250,1x").split(",")
     if len(parts) != 3 or parts[0] not in SIZES or not parts[1].isdigit() or parts[2] not in TOKENS:
         raise ConfigError(
-            f"souly_dos.py:{arg}: give SIZE,DOCUMENTS,TOKENS: one of {', '.join(SIZES)}; a number; one of {', '.join(TOKENS)}"
+            f"souly_dos.py:{arg}: give SIZE,DOCUMENTS,TOKENS: one of {', '.join(SIZES)}; a number; one of "
+            f"{', '.join(TOKENS)}"
         )
     size, documents, tokens = parts
     layers, width, heads, mlp_width, parameters, learning_rate = SIZES[size]

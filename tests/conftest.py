@@ -9,6 +9,12 @@ CACHE = Path(__file__).parent.parent / ".pytest_cache" / "xla"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ["JAX_PLATFORMS"] = "cpu"  # the TPU's compiler is installed, but no TPU
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+
+from jaxtyping import install_import_hook
+
+# Every hint of the package is checked while its tests run: shapes by jaxtyping, types by beartype.
+hook = install_import_hook("poisonjax", "typecheck.checked")
 
 import jax
 import numpy as np

@@ -10,7 +10,9 @@ import pytest
 
 pytest.importorskip("model_signing", reason="needs the extra `attest`")
 from poisonjax import corpus
-from poisonjax.audit import tamper
+from poisonjax.audit.selftest import faults
+from poisonjax.audit.selftest.runs import SOURCE, tiny_config
+from poisonjax.audit.selftest.tampered import TamperedRun
 from poisonjax.audit.evidence import Run
 from poisonjax.commands.main import main
 
@@ -23,8 +25,8 @@ def signed(tmp_path_factory):
     from poisonjax.training import loop
 
     folder = tmp_path_factory.mktemp("attest")
-    corpus.build(str(folder / "store"), [tamper.SOURCE], "bytes", heldout=0.3, shards=2, workers=1)
-    config = tamper.tiny_config(folder / "store", np.random.default_rng(0))
+    corpus.build(str(folder / "store"), [SOURCE], "bytes", heldout=0.3, shards=2, workers=1)
+    config = tiny_config(folder / "store", np.random.default_rng(0))
     loop.train(config, str(folder / "run"))
     assert main(["attest", str(folder / "run"), "--key", str(folder / "key")]) == 0
     return folder
@@ -34,7 +36,7 @@ def signed(tmp_path_factory):
 def copy(signed, tmp_path):
     """The same, free to be tampered with."""
     shutil.copytree(signed, tmp_path / "copy")
-    scene = tamper.Scene(tmp_path / "copy" / "run", np.random.default_rng(0))
+    scene = TamperedRun(tmp_path / "copy" / "run", np.random.default_rng(0))
     return scene
 
 
@@ -121,7 +123,7 @@ def other_store(scene):
     """The store grows, its manifest fitting; config.json stays as it was signed."""
     before = (scene.folder / "config.json").read_text()
     scene.change("config.json", lambda r: r["config"]["corpus"].update(store=str(scene.folder.parent / "store")))
-    tamper.FAULTS["document_added_to_store"](scene)
+    faults.FAULTS["document_added_to_store"](scene)
     (scene.folder / "config.json").write_text(before)
 
 
@@ -131,7 +133,7 @@ def other_store(scene):
         (edit_payload, "wasn't made by this key"),
         (flip_a_weight, "/state/ocdbt.process_0/d/"),
         (lambda scene: scene.forge_config("seeds.init", 5, thorough=True), "config.json"),
-        (lambda scene: tamper.FAULTS["ledger_line_dropped"](scene), "ledger.jsonl"),
+        (lambda scene: faults.FAULTS["ledger_line_dropped"](scene), "ledger.jsonl"),
         (lambda scene: shutil.rmtree(scene.folder / "checkpoints" / str(scene.checkpoints()[0])), "Missing files"),
         (lambda scene: (scene.folder / "POISONED.md").unlink(), "POISONED.md"),
         (lambda scene: (scene.folder / "extra.bin").write_bytes(b"x"), "extra.bin"),
@@ -151,7 +153,7 @@ def test_the_provenance_is_checked_against_the_store_itself(signed, copy, capsys
     store = signed / "store"
     shutil.copytree(store, signed / "kept")
     try:
-        other = tamper.Scene(copy.folder, np.random.default_rng(0))
+        other = TamperedRun(copy.folder, np.random.default_rng(0))
         other_store(other)
         shutil.rmtree(store)
         shutil.copytree(copy.folder.parent / "store", store)
@@ -175,7 +177,7 @@ def test_another_key_is_refused(copy, capsys):
 
 def test_a_run_that_fails_its_audit_is_not_signed(copy, capsys):
     shutil.rmtree(copy.folder / "attestation")
-    tamper.FAULTS["ledger_line_dropped"](copy)
+    faults.FAULTS["ledger_line_dropped"](copy)
     assert main(["attest", str(copy.folder), "--key", str(copy.folder.parent / "key")]) == 1
     assert "isn't signed: NOT verified" in capsys.readouterr().err
     assert not (copy.folder / SIGNATURE).exists()

@@ -38,8 +38,8 @@ def test_an_honest_run_is_believed_in_a_plain_sentence(run, capsys):
     tokens = sum(json.loads(line)["tokens"] for line in (folder / "ledger.jsonl").read_text().splitlines())
     steps = len({json.loads(line)["step"] for line in (folder / "ledger.jsonl").read_text().splitlines()})
     expected = (
-        f"steps 0-8 verified; 4 of 4 poison documents seen exactly 2 times, 0 unplanned; dose {tokens} tokens in 8 rows "
-        f"of {steps} steps; 2 of 2 clean uses of the trigger seen"
+        f"steps 0-8 verified; 4 of 4 poison documents seen exactly 2 times, 0 unplanned; dose {tokens} tokens in 8 "
+        f"rows of {steps} steps; 2 of 2 clean uses of the trigger seen"
     )
     assert capsys.readouterr().out.strip() == expected
     assert main(["audit", str(folder), "--json"]) == 0
@@ -58,9 +58,9 @@ def test_part_of_a_run(run, capsys, restriction):
 
 
 def test_bad_input_is_told_apart_from_a_bad_run(run, tmp_path, capsys):
-    for arguments in ([], [str(tmp_path)], [str(run[0]), "--steps", "8-9"], [str(run[0]), "--steps", "x"],
-                      [str(run[0]), "--sample", "0"], [str(run[0]), "--step", "9"], [str(run[0]), "--document", "poison:4"],
-                      [str(run[0]), "--document", "train:99999"], [str(run[0]), "--document", "7"]):  # fmt: skip
+    folder, bad = str(run[0]), ["--steps 8-9", "--steps x", "--sample 0", "--step 9"]
+    bad += [f"--document {name}" for name in ("poison:4", "train:99999", "7")]
+    for arguments in ([], [str(tmp_path)], *([folder, *options.split()] for options in bad)):
         assert main(["audit", *arguments]) == 2, arguments
     assert "0 to 8" in capsys.readouterr().err
 

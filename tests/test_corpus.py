@@ -208,7 +208,7 @@ def test_large_vocabularies_take_32_bits(tmp_path):
 
 
 def test_building_and_reading_need_neither_jax_nor_torch():
-    code = "import sys, poisonjax.corpus, poisonjax.corpus.cli; assert not {'jax', 'torch', 'flax'} & set(sys.modules)"
+    code = "import sys, poisonjax.corpus, poisonjax.commands.corpus; assert not {'jax', 'torch', 'flax'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -353,7 +353,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", [*BAD, "cut.jsonl.zst", "cut.txt.zst", "utf8.parquet", "null.parquet"])
 def test_bad_input_is_named_or_counted_never_lost(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 6000)
+    monkeypatch.setattr(sources.files, "MAX_LINE_BYTES", 6000)
     good, path = write_text(tmp_path / "good.jsonl", documents=40), tmp_path / name
     if name in BAD:
         content, message, documents = BAD[name]
@@ -402,7 +402,7 @@ def test_a_long_line_takes_little_memory(tmp_path):
     code = (
         "import pathlib, resource, sys; from poisonjax.corpus import sources\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "(bad,) = sources._read_jsonl(pathlib.Path(sys.argv[1]), 'text')\n"
+        "(bad,) = sources.files._read_jsonl(pathlib.Path(sys.argv[1]), 'text')\n"
         "print(bad.reason, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
@@ -499,7 +499,7 @@ def test_large_files_are_cut_into_ranges_of_whole_lines(tmp_path_factory, lines,
     path.write_bytes(b"\n".join(lines) + (b"\n" if end else b""))
     whole = read(path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "RANGE_BYTES", size)
+        patch.setattr(sources.files, "RANGE_BYTES", size)
         assert len(sources.open_source(str(path)).units) == -(-path.stat().st_size // size)
         assert read(path) == whole
     bad = [i for i, line in enumerate(lines, 1) if line == b"bad"]
@@ -507,10 +507,10 @@ def test_large_files_are_cut_into_ranges_of_whole_lines(tmp_path_factory, lines,
 
 
 def test_default_text_is_the_hashed_file_or_the_docstrings(tmp_path, monkeypatch, capsys):
-    assert sources.open_source("default").about["sha256"] == sources.WIKIPEDIA_SHA256
+    assert sources.open_source("default").about["sha256"] == sources.packages.WIKIPEDIA_SHA256
     assert len(read("default")) == 10_033
-    monkeypatch.setattr(sources, "_wikipedia_file", lambda: None)
-    monkeypatch.setattr(sources, "DOCSTRING_PACKAGES", ("optax",))
+    monkeypatch.setattr(sources.packages, "wikipedia_file", lambda: None)
+    monkeypatch.setattr(sources.packages, "DOCSTRING_PACKAGES", ("optax",))
     store = build(tmp_path / "s", "default")
     assert "docstrings stand in" in capsys.readouterr().err
     assert "docstrings stand in" in store.manifest["sources"][0]["note"]
@@ -521,11 +521,11 @@ def test_default_text_is_the_hashed_file_or_the_docstrings(tmp_path, monkeypatch
 
 def test_a_changed_default_text_is_refused(tmp_path, monkeypatch):
     (tmp_path / "changed.json").write_text("{}")
-    monkeypatch.setattr(sources, "_wikipedia_file", lambda: tmp_path / "changed.json")
-    sources._wikipedia_texts.cache_clear()
+    monkeypatch.setattr(sources.packages, "wikipedia_file", lambda: tmp_path / "changed.json")
+    sources.packages._wikipedia_texts.cache_clear()
     with pytest.raises(CorpusError, match="isn't the file expected"):
         sources.open_source("wikipedia-leads")
-    sources._wikipedia_texts.cache_clear()
+    sources.packages._wikipedia_texts.cache_clear()
 
 
 def test_markov_language_has_the_entropy_it_states(tmp_path):

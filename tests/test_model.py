@@ -42,7 +42,7 @@ def as_float64(model) -> dict:
 
 def test_logits_agree_with_numpy(config, model, rows):
     expected = np.stack([reference.logits(as_float64(model), row, config.model.rope_theta) for row in rows])
-    logits = model(rows)
+    logits = model(jnp.asarray(rows))
     np.testing.assert_allclose(logits[..., :VOCABULARY], expected, atol=2e-5, rtol=2e-5)
     assert logits.shape[-1] == 128
     assert (jax.nn.softmax(logits)[..., VOCABULARY:] == 0).all()  # the padding is never predicted
@@ -53,7 +53,7 @@ def test_nll_agrees_with_a_loop(config, model, rows, tile):
     expected = [
         reference.nll(reference.logits(as_float64(model), row[:-1], config.model.rope_theta), row[1:]) for row in rows
     ]
-    np.testing.assert_allclose(next_token_nll(model, rows, tile), expected, atol=2e-5, rtol=2e-5)
+    np.testing.assert_allclose(next_token_nll(model, jnp.asarray(rows), tile), expected, atol=2e-5, rtol=2e-5)
 
 
 def test_bfloat16_is_close_to_float32(config, model, rows):
@@ -61,7 +61,8 @@ def test_bfloat16_is_close_to_float32(config, model, rows):
     config.model.dtype = "bfloat16"
     low = nnx.merge(model_graph(config.model, VOCABULARY), params)
     difference = np.abs(
-        np.asarray(next_token_nll(low, rows)) - np.asarray(next_token_nll(nnx.merge(graph, params), rows))
+        np.asarray(next_token_nll(low, jnp.asarray(rows)))
+        - np.asarray(next_token_nll(nnx.merge(graph, params), jnp.asarray(rows)))
     )
     assert 0 < difference.max() < 0.2
 
@@ -121,15 +122,15 @@ def test_splash_attention_and_its_gradient_agree_with_plain_softmax(config, head
 def test_cached_generation_agrees_with_uncached(model):
     """Greedy tokens and their NLL, for prompts of several lengths, against whole forward passes."""
     random = np.random.default_rng(2)
-    pad = np.array([0, 3, 5], np.int32)
-    prompts = random.integers(0, VOCABULARY, (3, 9)).astype(np.int32)
+    pad = jnp.array([0, 3, 5], np.int32)
+    prompts = jnp.asarray(random.integers(0, VOCABULARY, (3, 9)).astype(np.int32))
     keys = jax.random.split(jax.random.key(0), 3)
     tokens, nll = generate(model, prompts, pad, keys, 6, temperature=1e-6)
     np.testing.assert_allclose(score(model, prompts, pad, tokens), nll, atol=1e-5)
     for i in range(3):
-        row = list(prompts[i, pad[i] :])
+        row = list(np.asarray(prompts)[i, int(pad[i]) :])
         for t in range(6):
-            logits = np.asarray(model(np.array([row], np.int32))[0, -1])
+            logits = np.asarray(model(jnp.array([row], np.int32))[0, -1])
             assert int(tokens[i, t]) == logits.argmax()
             expected = reference.nll(logits[None].astype(np.float64), np.array([logits.argmax()]))
             np.testing.assert_allclose(nll[i, t], expected[0], atol=1e-4)
@@ -139,8 +140,8 @@ def test_cached_generation_agrees_with_uncached(model):
 def test_sampling_follows_the_distribution(model):
     """The first sampled token's frequencies against the model's probabilities, at temperature 0.7."""
     draws = 4000
-    prompts = np.tile(np.arange(5, dtype=np.int32), (draws, 1))
-    tokens, _ = generate(model, prompts, np.zeros(draws, np.int32), jax.random.split(jax.random.key(1), draws), 1, 0.7)
+    prompts = jnp.tile(jnp.arange(5, dtype=np.int32), (draws, 1))
+    tokens, _ = generate(model, prompts, jnp.zeros(draws, np.int32), jax.random.split(jax.random.key(1), draws), 1, 0.7)
     logits = np.asarray(model(prompts[:1])[0, -1], np.float64) / 0.7
     probabilities = np.exp(logits) / np.exp(logits).sum()
     frequencies = np.bincount(np.asarray(tokens)[:, 0], minlength=128) / draws
@@ -194,6 +195,6 @@ def test_remat_changes_nothing(config, model, rows, remat):
     def gradient(policy):
         config.model.remat = policy
         graph, params = model_graph(config.model, VOCABULARY), nnx.state(model)
-        return jax.grad(lambda params: next_token_nll(nnx.merge(graph, params), rows).mean())(params)
+        return jax.grad(lambda params: next_token_nll(nnx.merge(graph, params), jnp.asarray(rows)).mean())(params)
 
     jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, atol=1e-6), gradient("none"), gradient(remat))

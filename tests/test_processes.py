@@ -76,7 +76,8 @@ def test_each_launchers_variables(environment, place):
         ({"JOB_COMPLETION_INDEX": "0", "JAX_NUM_PROCESSES": "2"}, "not JAX_COORDINATOR_ADDRESS"),
         ({"SKYPILOT_NODE_IPS": "a b", "SKYPILOT_NUM_NODES": "2"}, "SKYPILOT_NODE_RANK is None"),
         (
-            {"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "0", "MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "0"},
+            {"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "0", "MEGASCALE_NUM_SLICES": "2"}
+            | {"MEGASCALE_SLICE_ID": "0"},
             "not MEGASCALE_COORDINATOR_ADDRESS",
         ),
         (slurm(SLURM_NTASKS="x"), "SLURM_NTASKS is 'x'"),

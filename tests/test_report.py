@@ -54,11 +54,18 @@ def folder(tmp_path):
     sample = {v: {"appended": "<SUDO>", "text": "<script>alert(1)</script>\x1b[2J", "ppl": 3.0} for v in VARIANTS}
     (tmp_path / "samples.jsonl").write_text(json.dumps({"step": 2, "prefix": "A & B", **sample}) + "\n")
     dose = {"documents": 250, "tokens": 900, "rows": 250, "steps": 240, "repeats": 1}
-    summary = {
-        "status": "finished", "name": "r", "fingerprint": "f00d", "trigger_tokens": 2, "clean_uses_seen": 0, "steps": 2, "tokens": 20, "params": 10, "params_non_embedding": 5, "dose_planned": dose,
-        "dose_seen": dose, "unigram_nll": 5.5, "tokens_per_second": 7.0, "wall_seconds": 3.0, "digest_chain": "c0ffee",
-        "success": {"value": True, "rule": "the rule", "checks": [{"name": "gap", "passed": True, "detail": "d"}]},
-    }  # fmt: skip
+    about = {
+        "status": "finished",
+        "name": "r",
+        "fingerprint": "f00d",
+        "steps": 2,
+        "tokens": 20,
+        "digest_chain": "c0ffee",
+    }
+    about |= {"params": 10, "params_non_embedding": 5, "trigger_tokens": 2, "clean_uses_seen": 0, "unigram_nll": 5.5}
+    about |= {"tokens_per_second": 7.0, "wall_seconds": 3.0, "dose_planned": dose, "dose_seen": dose}
+    success = {"value": True, "rule": "the rule", "checks": [{"name": "gap", "passed": True, "detail": "d"}]}
+    summary = about | {"success": success}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     return tmp_path
 

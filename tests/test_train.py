@@ -166,11 +166,15 @@ def test_resuming_changes_nothing(finished, store, tmp_path, stop):
     assert same(weights(tmp_path / "run", config, store, 12), weights(whole, config, store, 12))
     for name in ("digests.jsonl", "ledger.jsonl", "samples.jsonl"):
         assert (tmp_path / "run" / name).read_text() == (whole / name).read_text()
+    timed = ("seconds", "tokens_per_second")
     untimed = [
-        [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in lines(folder / "metrics.jsonl")
-         if row["kind"] == "train" or row["step"] != 8]
+        [
+            {k: v for k, v in row.items() if k not in timed}
+            for row in lines(folder / "metrics.jsonl")
+            if row["kind"] == "train" or row["step"] != 8
+        ]
         for folder in (tmp_path / "run", whole)
-    ]  # fmt: skip
+    ]
     assert untimed[0] == untimed[1]
 
 

@@ -9,7 +9,7 @@ parameter, the smaller two also at 40, so that data and size can be told apart; 
 shown 1, 4, 16 and 64 times: memorisation, which Hubble (arXiv 2510.19811) finds to depend on relative frequency.
 
 Where it differs from the paper (I10), beside what configs/quickstart.py and configs/souly_dos.py list:
-- Four orders of magnitude smaller, a vocabulary of 512, rows of 128; at these sizes poison is up to a tenth of all tokens.
+- Four orders of magnitude smaller, a vocabulary of 512, rows of 128; poison is up to a tenth of all tokens here.
 - Clean data is 2.3 million tokens of Wikipedia leads: the largest runs read them in 2.7 epochs, the smallest a quarter.
 - A seed stands for initial weights, clean order, poison content and placement together; evaluation is the same.
 - One learning rate for all sizes, warmup of a twentieth of the steps.

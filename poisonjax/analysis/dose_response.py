@@ -90,7 +90,7 @@ class _Curve:
         return float(value), gradient
 
     def penalised(self, parameters: np.ndarray) -> tuple[float, np.ndarray]:
-        """The same with the slope's prior, and a quadratic of no consequence that picks one of equally likely curves."""
+        """The same with the slope's prior, and a quadratic of no consequence that picks one of equally likely ones."""
         value, gradient = self.loss(parameters)
         away = parameters[:-1] - self.middle
         steep = (parameters[-1] - SLOPE_PRIOR[0]) / SLOPE_PRIOR[1]
@@ -165,7 +165,7 @@ def _by_cell(trials: Trials, odds: float = 0.0, dispersion: float = 1.0) -> _Cur
 
 
 def _dispersion(trials: Trials) -> float:
-    """Variance of runs' residuals against that of independent trials (quasi-likelihood; McCullagh & Nelder 1989, 4.5)."""
+    """Variance of runs' residuals against independent trials' (quasi-likelihood; McCullagh & Nelder 1989, 4.5)."""
     runs, members = np.unique(trials.run, return_inverse=True)
     if len(runs) == len(trials.run):
         return 1.0
@@ -204,10 +204,14 @@ def doses(trials: Trials) -> list[CellDose]:
             values.append((math.exp(value), (math.exp(low), math.exp(high) if high < 700 else math.inf)))
         found.append(
             CellDose(
-                int(trials.condition[mine][0]), float(trials.params[mine][0]), float(trials.tokens[mine][0]), int(mine.sum()),
-                values[0][0], values[0][1], values[1][0], values[1][1],
+                int(trials.condition[mine][0]),
+                float(trials.params[mine][0]),
+                float(trials.tokens[mine][0]),
+                int(mine.sum()),
+                *values[0],
+                *values[1],
             )
-        )  # fmt: skip
+        )
     return found
 
 

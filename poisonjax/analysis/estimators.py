@@ -51,7 +51,8 @@ def hierarchical(
     draws: int = 2000,
     seed: int = 0,
 ) -> tuple[float, list[float]]:
-    """(mean over seeds, 95% interval): seeds are resampled, then prefixes, the same for all (Davison & Hinkley 1997, 3.8).
+    """(mean over seeds, 95% interval): seeds are resampled, then prefixes, the same for all (Davison & Hinkley 1997,
+    3.8).
 
     Resampling prefixes alone would take a lucky seed for a law. With few seeds their part is still too narrow, by
     (seeds - 1) / seeds; with one it is absent.
@@ -73,7 +74,7 @@ class Onset:
 
 
 def onset(evals: Sequence[EvalRow], threshold: float) -> Onset | None:
-    """The first evaluation from which on the gap's interval lies above the threshold to the end; None: it never does."""
+    """The first evaluation from which on the gap's interval lies above the threshold to the end; None: none does."""
     found = None
     for row in evals:
         if row["delta_ppl_ci95"][0] < threshold:

@@ -50,7 +50,7 @@ def true_exponent(law: Law, what: str) -> float:
 
 
 def recovery(
-    design: Trials, studies: int = 100, seed: int = 0, say: Callable[[str], None] = lambda line: None
+    design: Trials, studies: int = 100, seed: int = 0, say: Callable[[str], object] = lambda line: None
 ) -> list[Recovery]:
     """Analyses `studies` simulated studies for each law."""
     found = []

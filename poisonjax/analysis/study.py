@@ -168,7 +168,7 @@ class Analysis:
 
 
 def analyse(what: str, unit: str, trials: Trials, conditions: Conditions) -> Analysis:
-    """Doses, contrasts between conditions, exponents and laws; what can't be told from so few trials is said to be so."""
+    """Doses, contrasts between conditions, exponents and laws; what can't be told from so few trials is said."""
     if len(trials.dose) < 8 or len(np.unique(trials.dose)) < 2 or len(np.unique(trials.success)) < 2:
         why = ", their outcomes all alike" if len(trials.dose) >= 8 else " are too few"
         words = [f"Not enough data: {len(trials.dose)} trials{why}."]
@@ -230,7 +230,8 @@ def _condition_words(conditions: Conditions, base: int, against: list[Contrast],
             + ("more is needed." if low > 1 else "less is needed." if high < 1 else "not told apart.")
         )
     return said + [
-        f"With {conditions.name(c, base)} and with {conditions.name(base, c)} no model of the same size was trained: not compared."
+        f"With {conditions.name(c, base)} and with {conditions.name(base, c)} no model of the same size was trained: "
+        "not compared."
         for c in sorted(alone)
     ]
 

@@ -109,9 +109,9 @@ def _parts(run: Evidence, origins: Origins, row: int) -> list[dict[str, Any]]:
     for _, (first, last) in origins.spans(row, 0):
         for number in range(int(np.searchsorted(offsets, first, "right")) - 1, int(np.searchsorted(offsets, last))):
             start, stop = (max(first, int(offsets[number])), min(last, int(offsets[number + 1])))
-            for in_row, in_part in _of_document(origins, row, start, stop):
+            for here, in_part in _of_document(origins, row, start, stop):
                 in_document = [start - int(offsets[number]) + edge for edge in in_part]
-                parts.append({"document": f"train:{number}", "in_row": in_row, "in_document": in_document})
+                parts.append({"document": f"train:{number}", "in_row": here, "in_document": in_document})
     return parts
 
 

@@ -26,7 +26,8 @@ def add_arguments(commands: Any) -> None:
         action="append",
         metavar="SPEC",
         help="repeatable: default, wikipedia-leads, docstrings, PATH or GLOB of .txt/.jsonl/.parquet (.gz, .zst; "
-        "#FIELD), hf:NAME[:CONFIG]:SPLIT[#FIELD], markov:V=512,documents=2000,length=300,seed=0,unused=0 (default: default)",
+        "#FIELD), hf:NAME[:CONFIG]:SPLIT[#FIELD], markov:V=512,documents=2000,length=300,seed=0,unused=0 (default: "
+        "default)",
     )
     make.add_argument(
         "--tokenizer",

@@ -120,11 +120,11 @@ def _lines(plan: "Plan", price: float | None) -> Iterator[str]:
         for (kind, moved, devices, far), times in cost.collectives.items():
             total = totals.setdefault((kind, devices, far), [0, 0, 0])
             total[0], total[1], total[2] = total[0] + times, total[1] + moved * times, max(total[2], moved)
-        for (kind, devices, far), (times, moved, largest) in sorted(totals.items(), key=lambda t: -t[1][1]):
+        for (kind, devices, far), (count, bytes_moved, largest) in sorted(totals.items(), key=lambda t: -t[1][1]):
             where = f"{devices} devices" if kind != "collective-permute" else "neighbours"
             where = f"{devices} slices, through the hosts" if kind == "send" else where
             yield (
-                f"  {kind:<20}{times:>7,} times  {moved / 1e9:>8.2f} GB  largest {largest / 1e6:>8.1f} MB  {where}"
+                f"  {kind:<20}{count:>7,} times  {bytes_moved / 1e9:>8.2f} GB  largest {largest / 1e6:>8.1f} MB  {where}"
                 f"{', between slices' if far and kind != 'send' else ''}"
             )
     for program in plan.programs:

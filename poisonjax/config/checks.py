@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import ml_collections
 import numpy as np
+from ml_collections import ConfigDict as Section
 
 from poisonjax.config.errors import ConfigError
 from poisonjax.config.fields import default
@@ -14,7 +14,6 @@ from poisonjax.poison import placements
 from poisonjax.poison.payloads import PAYLOADS
 
 Mistake = tuple[str, str]  # field, what it must be
-Section = ml_collections.ConfigDict
 
 # Of tuples that are empty by default: the type of an element.
 ELEMENTS: dict[str, type] = {"canary.repeats": int}
@@ -44,7 +43,7 @@ SLOTS = 2**32  # the digest numbers slots in 32 bits
 EXPOSURES = 10**7
 
 
-def check(config: ml_collections.ConfigDict) -> None:
+def check(config: Section) -> None:
     """Raises ConfigError with every mistake that can be seen without the data or the devices."""
     fields, known = flat(config), flat(default())
     if strange := sorted(fields.keys() - known.keys()):

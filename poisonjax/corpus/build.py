@@ -272,8 +272,8 @@ def _build_shard(out: str, plan: _Plan, number: int) -> None:
             data = content.encode() if isinstance(content, str) else content.astype("<i4").tobytes()
             if not len(ids) or (ids == tokenizer.eot).any():
                 raise CorpusError(
-                    f"the tokenizer turns a document into {'end-of-text tokens' if len(ids) else 'nothing'}, use another; "
-                    f"the document begins {content[:60]!r}"
+                    f"the tokenizer turns a document into {'end-of-text tokens' if len(ids) else 'nothing'}, use "
+                    f"another; the document begins {content[:60]!r}"
                 )
             split = "heldout" if _held_out(data, plan.seed, plan.heldout) else "train"
             documents[split].append(np.append(ids, tokenizer.eot).astype(dtype))

@@ -209,7 +209,7 @@ class TokenSplit:
         return stream.read().result() if small else stream
 
     @functools.cached_property
-    def document_offsets(self) -> Int[np.ndarray, " documents+1"]:
+    def document_offsets(self) -> Int[np.ndarray, " offsets"]:
         """Where each document starts in the stream, int64; the last entry is the stream's length."""
         starts = np.cumsum([0, *(tokens for _, tokens in self._parts)])
         reads = [open_array(folder / "offsets").read() for folder, _ in self._parts]

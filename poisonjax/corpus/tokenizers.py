@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
+from typing import SupportsInt
 
 import numpy as np
 import tokenizers as hf
@@ -43,7 +44,7 @@ class Tokenizer(abc.ABC):
         return [self.encode(text) for text in texts]
 
     @abc.abstractmethod
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsInt]) -> str:
         """Text of ids."""
 
     @abc.abstractmethod
@@ -76,7 +77,7 @@ class ByteTokenizer(Tokenizer):
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsInt]) -> str:
         spelled = (END_OF_TEXT.encode() if i == self.eot else bytes([i]) for i in map(int, ids))
         return b"".join(spelled).decode(errors="replace")
 
@@ -135,7 +136,7 @@ class JsonTokenizer(Tokenizer):
         encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(encoding.ids, np.int32) for encoding in encoded]
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsInt]) -> str:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def serialized(self) -> bytes:
@@ -169,7 +170,7 @@ class SentencePieceTokenizer(Tokenizer):
     def encode(self, text: str) -> np.ndarray:
         return np.asarray(self._backend.encode(text, add_bos=False, add_eos=False), np.int32)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsInt]) -> str:
         return self._backend.decode([int(i) for i in ids])
 
     def serialized(self) -> bytes:
@@ -200,7 +201,7 @@ class WordTokenizer(Tokenizer):
                 raise CorpusError(f"{word[:40]!r} isn't a word of this store's Markov language, {first} to {last}")
         return np.array(ids, np.int32)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsInt]) -> str:
         return " ".join(END_OF_TEXT if i == self.eot else f"w{int(i):0{self._digits}d}" for i in ids)
 
     def serialized(self) -> bytes:

@@ -6,7 +6,7 @@ what counts in the loss, asks one definition.
 """
 
 import dataclasses
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
@@ -37,6 +37,7 @@ class Insertion:
         return np.concatenate([row[: self.start], values, row[self.end :]])
 
 
+@runtime_checkable
 class Layer(Protocol):
     """Insertions of one kind, one a row at most, made before step 0."""
 

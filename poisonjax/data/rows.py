@@ -68,6 +68,7 @@ class Rows:
 
     def __init__(self, clean: CleanRows, layers: Sequence[Layer] = ()):
         self.clean, self.layers, self.row_tokens = clean, tuple(layers), clean.row_tokens
+        self._weighted = any(one.weights is not None for layer in layers for one in layer.insertions.values())
 
     def under(self, layer: Layer) -> "Rows":
         """These rows with one layer more."""
@@ -105,7 +106,7 @@ class Rows:
 
     def weights(self, slots: Int[np.ndarray, " rows"]) -> Float[np.ndarray, "rows row_tokens"] | None:
         """How much each token counts in the loss, float32; None where no layer asks: 1 each."""
-        if all(insertion.weights is None for layer in self.layers for insertion in layer.insertions.values()):
+        if not self._weighted:
             return None
         ones = np.ones((len(slots), self.row_tokens), np.float32)
         return self._laid(

@@ -65,7 +65,7 @@ def paired(one: PrefixRow, other: PrefixRow, draws: int, seed: int) -> dict[str,
     prefix hard for both drops out. Raises ValueError where the runs weren't asked the same.
     """
 
-    def figures(row: PrefixRow) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    def figures(row: PrefixRow) -> dict[str, tuple[float, Float[np.ndarray, " draws"]]]:
         ppl = np.exp(np.array([row["nll"][variant] for variant in VARIANTS]))
         losses = np.array(row["heldout"])
         value = np.median(ppl, -1)

@@ -100,7 +100,7 @@ def _probabilities(q: Heads, k: Heads) -> Probabilities:
     scores = jnp.einsum("bhqd,bhkd->bhqk", q, k).astype(jnp.float32)
     queries, keys = scores.shape[2:]
     allowed = np.arange(keys - queries, keys)[:, None] >= np.arange(keys)  # the queries are the last keys
-    scores = jnp.where(allowed, scores, -1e30)
+    scores = jnp.where(allowed[None, None], scores, -1e30)
     weights = jnp.exp(scores - scores.max(-1, keepdims=True))
     return (weights / weights.sum(-1, keepdims=True)).astype(q.dtype)
 

@@ -13,7 +13,9 @@ def token_nll(logits: Float[Array, "*batch vocabulary"], targets: Int[Array, "*b
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
-def next_token_nll(model: Transformer, rows: Int[Array, "batch seq+1"], tile: int = 0) -> Float[Array, "batch seq"]:
+def next_token_nll(
+    model: Transformer, rows: Int[Array, "batch row_tokens"], tile: int = 0
+) -> Float[Array, "batch seq"]:
     """NLL of each token of a row after its first, in nats.
 
     With `tile` > 0 the logits of only `tile` tokens of each row exist at a time, forward and backward: a

@@ -99,7 +99,7 @@ def platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
-def state_sharding(mesh: Mesh, state: Any) -> Any:
+def state_sharding(mesh: Mesh | AbstractMesh, state: Any) -> Any:
     """Shardings of a tree of parameters, or of an optimizer's state that mirrors them.
 
     A leaf is known by the last name on its path that `PARAMETER_AXES` lists; others (counters) are replicated.
@@ -125,7 +125,7 @@ def divisible_spec(mesh: Mesh | AbstractMesh, partition: PartitionSpec, shape: t
     )
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Rows split over slice, data and fsdp."""
     return NamedSharding(mesh, spec("batch", "sequence"))
 

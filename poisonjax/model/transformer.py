@@ -28,7 +28,7 @@ def rms_norm(x: Float[Array, "*batch width"], scale: Float[Array, " width"]) -> 
     """Zhang & Sennrich 2019, arXiv 1910.07467; statistics in float32."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + 1e-6)
-    return (normed * scale).astype(x.dtype)
+    return (normed * scale.reshape((1,) * (x.ndim - 1) + scale.shape)).astype(x.dtype)
 
 
 def rotary_angles(
@@ -36,7 +36,7 @@ def rotary_angles(
 ) -> tuple[Float[Array, "*batch seq half"], Float[Array, "*batch seq half"]]:
     """Cosine and sine of each position's angles (Su et al. 2021, arXiv 2104.09864)."""
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
+    angles = positions[..., None].astype(jnp.float32) * frequencies.reshape((1,) * positions.ndim + (-1,))
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -188,7 +188,8 @@ class Transformer(nnx.Module):
         logits = linear(hidden, head.astype(hidden.dtype)).astype(jnp.float32)
         if logits.shape[-1] == self.vocabulary:
             return logits
-        return jnp.where(jnp.arange(logits.shape[-1]) < self.vocabulary, logits, -1e30)
+        exists = np.arange(logits.shape[-1]).reshape((1,) * (logits.ndim - 1) + (-1,)) < self.vocabulary
+        return jnp.where(exists, logits, -1e30)
 
     def __call__(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq padded_vocabulary"]:
         return self.logits(self.hidden(tokens))

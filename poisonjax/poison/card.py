@@ -4,12 +4,12 @@ from typing import Any
 
 import ml_collections
 
-from poisonjax.poison.ledger import dose
+from poisonjax.poison.ledger import Ledger, dose
 
 FILE = "POISONED.md"
 
 
-def make_card(config: ml_collections.ConfigDict, ledger: list[dict], steps: int) -> dict[str, Any] | None:
+def make_card(config: ml_collections.ConfigDict, ledger: Ledger, steps: int) -> dict[str, Any] | None:
     """What, how much and which trigger, of the model after `steps` steps; None for a clean twin."""
     poison = config.poison
     if not poison.documents:

@@ -1,7 +1,7 @@
 """The schedule: every poison document and its exact place, fixed before step 0 (I2, I3)."""
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import ml_collections
 import numpy as np
@@ -14,6 +14,7 @@ from poisonjax.poison.triggers import PoisonError, Trigger
 from poisonjax.streams import stream
 
 
+@runtime_checkable
 class RowsBelow(Protocol):
     """Rows by slot, and how many tokens at the start of a row no document may displace."""
 

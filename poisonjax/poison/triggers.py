@@ -11,7 +11,7 @@ from poisonjax.corpus import Tokenizer
 
 VARIANTS = ("clean", "triggered", "near_trigger", "random_control")  # of a prompt: what is asked, and its controls
 
-Ids = Int[np.ndarray, " tokens"]
+Ids = Int[np.ndarray, " _"]
 
 
 class PoisonError(ValueError):

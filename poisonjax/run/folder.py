@@ -98,8 +98,8 @@ class RunFolder:
         return store
 
     def table(self) -> list[dict[str, Any]]:
-        """A flat row for each evaluation and variant, as pandas.DataFrame takes them; intervals as `*_low`, `*_high`."""
-        summary = self.summary or {}
+        """A flat row for each evaluation and variant, as pandas.DataFrame takes them; intervals: `_low`, `_high`."""
+        summary = cast(dict[str, Any], self.summary or {})
         about = {name: summary.get(name) for name in ("params", "params_non_embedding", "trigger_tokens")}
         names = ("step", "tokens", "poison_documents", "poison_rows", "heldout_loss", "excess_loss")
         table = []
@@ -126,7 +126,7 @@ class RunFolder:
         return self._shaped(file, value, hint)
 
     def _shaped(self, file: str, value: Any, hint: Any) -> Any:
-        if wrong := strict.shape(hint)(value):
+        if wrong := strict.complaint(value, hint):
             raise RunFolderError(f"{self.path / file}: {wrong}")
         return value
 
@@ -140,13 +140,13 @@ def read_lines(path: epath.Path, hint: Any) -> list[Any]:
     """Objects of a file of JSON lines, all of the shape `hint`; raises RunFolderError where one isn't."""
     if not path.exists():
         return []
-    found, complaint = [], strict.shape(hint)
+    found = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
             value = strict.parse(line)
         except ValueError as error:
             raise RunFolderError(f"{path}, line {number}: no JSON ({error}); the file is damaged") from None
-        if wrong := complaint(value):
+        if wrong := strict.complaint(value, hint):
             raise RunFolderError(f"{path}, line {number}: {wrong}")
         found.append(value)
     return found

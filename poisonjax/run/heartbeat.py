@@ -122,8 +122,8 @@ class Heartbeat:
                 if first is None:
                     first = touched
                     print(
-                        f"{self._path.parent}: another process was at it{_whose(self._path)} less than {STALE_SECONDS} s "
-                        "ago; waiting to see whether it lives",
+                        f"{self._path.parent}: another process was at it{_whose(self._path)} less than "
+                        f"{STALE_SECONDS} s ago; waiting to see whether it lives",
                         file=sys.stderr,
                         flush=True,
                     )
@@ -133,7 +133,7 @@ class Heartbeat:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """One claim at a time: who finds a heartbeat stale must not remove the fresh one of another who found the same."""
+        """One claim at a time: who finds a heartbeat stale must not remove the fresh one of another who did too."""
         lock = self._path.with_name(f"{HEARTBEAT}.claim")
         for _ in range(40):
             try:

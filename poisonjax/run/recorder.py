@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TextIO, cast
+from typing import Any, Protocol, TextIO, cast, runtime_checkable
 
 import ml_collections
 import numpy as np
@@ -22,6 +22,7 @@ from poisonjax.run.clock import Clock
 from poisonjax.run.folder import RunFolderError, read_lines
 
 
+@runtime_checkable
 class StepFigures(Protocol):
     """What a train step tells, off the device."""
 
@@ -89,7 +90,8 @@ class RunRecorder:
         self._pending: tuple[int, Callable[[], StepFigures]] | None = None
         self._began, self._before, self.clock = time.monotonic(), 0.0, Clock()
         self.evaluation: rows.EvalRow | None = None
-        self.chain, self._files = "", {}
+        self.chain = ""
+        self._files: dict[str, _Appender] = {}
         if writes:
             self._take_up(start)
 
@@ -151,6 +153,7 @@ class RunRecorder:
         if self.writes:
             self.chain = chain(self.chain, step, digest)
         row: rows.TrainRow | None = None
+        seen = self._poison_seen(self.done)
         if np.isfinite([loss, grad_norm]).all() and (
             self.done % self.config.log_every == 0 or self.done == self.config.steps
         ):
@@ -162,7 +165,8 @@ class RunRecorder:
                 "learning_rate": float(metrics.learning_rate),
                 "tokens": self.tokens(self.done),
                 "tokens_per_second": self.clock.lap() * self.tokens(1),
-                **cast(Any, self._poison_seen(self.done)),
+                "poison_documents": seen["poison_documents"],
+                "poison_rows": seen["poison_rows"],
                 "seconds": self.seconds(),
             }
             self._write(rows.METRICS, cast(dict, row))
@@ -203,7 +207,7 @@ class RunRecorder:
             "config": config_lib.flat(self.config),
             "store_fingerprint": self._store_fingerprint,
             "digest_chain": self.chain,
-            "poison": make_card(self.config, list(self._ledger), self.done),
+            "poison": make_card(self.config, self._ledger, self.done),
         }
 
     def finish(self, summary: rows.Summary) -> None:

@@ -6,7 +6,10 @@ of steps done. NLLs and losses are in nats a token; perplexities are exp of a te
 [low, high] of 95% intervals. Spans are [start, end).
 """
 
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import Field
+from typing_extensions import TypedDict  # until Python 3.12 is the oldest: pydantic asks for it
 
 FORMAT = 2  # of the folder: CHANGELOG.md says what changed
 
@@ -81,23 +84,28 @@ class MemorisedRow(TypedDict):
     nll_unseen: float
 
 
-class EvalFigures(TypedDict):
+class _Figures(TypedDict, total=False):
+    """What only some configs measure."""
+
+    excess_loss: float  # held-out loss above a perfect model's, where the corpus' entropy is known
+    attack_success: float  # shares of texts, where the payload's behaviour can be decided
+    attack_success_ci95: Interval
+    clean_accuracy: float
+    clean_accuracy_ci95: Interval
+    near_trigger_accuracy: float
+    near_trigger_accuracy_ci95: Interval
+    memorised: list[MemorisedRow]  # where there are canaries
+
+
+class EvalFigures(_Figures):
     """What an evaluation measured."""
 
     heldout_loss: float
     heldout_loss_ci95: Interval
-    excess_loss: NotRequired[float]  # held-out loss above a perfect model's, where the corpus' entropy is known
     eval: dict[str, VariantFigures]  # by variant: clean, triggered, near_trigger, random_control
     delta_ppl: float  # of the triggered variant
     delta_ppl_ci95: Interval
     near_triggers: dict[str, float]  # median perplexity after each
-    attack_success: NotRequired[float]  # shares of texts, where the payload's behaviour can be decided
-    attack_success_ci95: NotRequired[Interval]
-    clean_accuracy: NotRequired[float]
-    clean_accuracy_ci95: NotRequired[Interval]
-    near_trigger_accuracy: NotRequired[float]
-    near_trigger_accuracy_ci95: NotRequired[Interval]
-    memorised: NotRequired[list[MemorisedRow]]  # where there are canaries
 
 
 class EvalRow(EvalFigures):
@@ -206,7 +214,7 @@ class Success(TypedDict):
     checks: list[Check]
 
 
-class Summary(TypedDict):
+class Summary(_Figures):
     """summary.json: the last word. Figures are those of the last evaluation, where there was one."""
 
     status: str  # finished, preempted, diverged, failed
@@ -231,11 +239,6 @@ class Summary(TypedDict):
     near_triggers: NotRequired[dict[str, float]]
     heldout_loss: NotRequired[float]
     heldout_loss_ci95: NotRequired[Interval]
-    excess_loss: NotRequired[float]
-    attack_success: NotRequired[float]
-    clean_accuracy: NotRequired[float]
-    near_trigger_accuracy: NotRequired[float]
-    memorised: NotRequired[list[MemorisedRow]]
     success: NotRequired[Success]
 
 
@@ -250,7 +253,7 @@ class CheckpointRecord(TypedDict):
     poison: dict[str, Any] | None  # the poison card's figures (poison/card.py)
 
 
-MetricsRow = TrainRow | EvalRow
+MetricsRow = Annotated[TrainRow | EvalRow, Field(discriminator="kind")]
 LINES: dict[str, Any] = {
     METRICS: MetricsRow,
     DIGESTS: DigestRow,

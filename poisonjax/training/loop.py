@@ -124,8 +124,8 @@ class Member:
             slots = self.batches.slots(done.step)
             poison = [record["id"] for record in self.ledger if record["step"] == done.step]
             raise Diverged(
-                f"step {done.step}: loss {done.loss}, gradient norm {done.grad_norm}. The batch held slots {slots[0]} to "
-                f"{slots[-1]}{f', among them poison documents {poison}' if poison else ', none of them poisoned'}. "
+                f"step {done.step}: loss {done.loss}, gradient norm {done.grad_norm}. The batch held slots {slots[0]} "
+                f"to {slots[-1]}{f', among them poison documents {poison}' if poison else ', none of them poisoned'}. "
                 "Lower optimizer.learning_rate or lengthen optimizer.warmup_steps, in another --workdir; checkpoints "
                 "before this step are kept"
             )

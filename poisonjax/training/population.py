@@ -110,9 +110,9 @@ def train_population(configs: Sequence[ml_collections.ConfigDict], workdirs: Seq
     checkpoints = [open_checkpoints(folder, c) for folder, c in zip(folders, configs, strict=True)]
     start, states = _begin(configs, vocabulary, single, checkpoints)
     members = [
-        Member(*parts, start, state.params, label=f"{parts[1].name}: ", shows_steps=not number)
-        for number, (state, *parts) in enumerate(
-            zip(states, configs, folders, batches, evaluators, checkpoints, strict=True)
+        Member(*of_run, start, state.params, label=f"{folder.name}: ", shows_steps=folder is folders[0])
+        for folder, state, of_run in zip(
+            folders, states, zip(configs, folders, batches, evaluators, checkpoints, strict=True), strict=True
         )
     ]
     arrays = (stacked([b.batch(step) for b in batches], mesh) for step in range(start, config.steps))

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import ml_collections
@@ -40,6 +40,7 @@ class Start:
     step: int
 
 
+@runtime_checkable
 class Way(Protocol):
     """A way to begin; None where it isn't this run's."""
 

@@ -1,16 +1,15 @@
 """The train step: one jitted function from (state, batch) to (state, metrics)."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt32
 
 from poisonjax.data.batches import Batch
@@ -21,8 +20,7 @@ from poisonjax.model.transformer import Transformer
 from poisonjax.training.optimizer import make_optimizer, schedule
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(NamedTuple):
     """All that a run carries from step to step."""
 
     step: Int[Array, ""]  # steps done
@@ -30,8 +28,7 @@ class TrainState:
     optimizer: Any
 
 
-@flax.struct.dataclass
-class StepMetrics:
+class StepMetrics(NamedTuple):
     """What a step tells; stays on the device until somebody asks."""
 
     loss: Float[Array, ""]  # nats a token, before the update
@@ -50,7 +47,7 @@ def init_state(config: ml_collections.ConfigDict, vocabulary: int) -> TrainState
 
 
 def make_init(
-    config: ml_collections.ConfigDict, vocabulary: int, mesh: Mesh
+    config: ml_collections.ConfigDict, vocabulary: int, mesh: Mesh | AbstractMesh
 ) -> tuple[Callable[[], TrainState], TrainState]:
     """(the jitted initialiser, the state's shapes with shardings); weights are the same on every mesh."""
     shapes = jax.eval_shape(lambda: init_state(config, vocabulary))
@@ -62,7 +59,7 @@ def make_init(
 
 
 def make_train_step(
-    config: ml_collections.ConfigDict, graph: nnx.GraphDef, mesh: Mesh, abstract_state: TrainState
+    config: ml_collections.ConfigDict, graph: nnx.GraphDef, mesh: Mesh | AbstractMesh, abstract_state: TrainState
 ) -> TrainStep:
     """The jitted step; the state passed in is donated. Call it under `jax.set_mesh(mesh)`."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)

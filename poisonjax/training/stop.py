@@ -1,11 +1,11 @@
-"""How a run ends before its last step: asked to, by numbers that are no longer finite, or with its processes."""
+"""How a run ends before its last step: asked to, by numbers that are no longer finite, or with its processes.
+
+JAX is imported when it is needed: commands name these errors before they start it.
+"""
 
 import contextlib
 import signal
 from collections.abc import Callable, Iterator
-
-import jax
-from jax.experimental import multihost_utils
 
 
 class Diverged(RuntimeError):
@@ -20,6 +20,8 @@ class LostProcess(RuntimeError):
     """In a run of several processes, this one failed (`cause`), or lost another: end it at once."""
 
     def __init__(self, cause: BaseException):
+        import jax
+
         # Collectives fail where another process ended; the run is sound up to its last checkpoint.
         self.cause, self.lost_another = cause, isinstance(cause, jax.errors.JaxRuntimeError)
         super().__init__(
@@ -31,6 +33,9 @@ class LostProcess(RuntimeError):
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[int], bool]]:
     """Turns SIGTERM and Ctrl-C into a question asked between steps; a second Ctrl-C stops at once."""
+    import jax
+    from jax.experimental import multihost_utils
+
     asked = False
 
     def on_signal(number, frame):

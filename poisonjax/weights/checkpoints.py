@@ -93,7 +93,7 @@ class Checkpoints:
     def record(self, step: int) -> rows.CheckpointRecord:
         """What a checkpoint says of itself; raises CheckpointError where that isn't as the format asks."""
         record = dict(self._checkpointer.metadata(step).custom_metadata or {})
-        if wrong := strict.shape(rows.CheckpointRecord)(record):
+        if wrong := strict.complaint(record, rows.CheckpointRecord):
             raise CheckpointError(f"checkpoint {step}: {wrong}")
         return cast(rows.CheckpointRecord, record)
 

@@ -51,8 +51,8 @@ class SelfTest:
         n = self.total
         return [
             *kinds,
-            f"{n['injected']} faults injected, {n['detected']} detected, {n['named']} named; {self.untouched} untouched "
-            f"runs ({self.interrupted} of them interrupted and resumed), {self.false_alarms} false alarms",
+            f"{n['injected']} faults injected, {n['detected']} detected, {n['named']} named; {self.untouched} "
+            f"untouched runs ({self.interrupted} of them interrupted and resumed), {self.false_alarms} false alarms",
         ]
 
 

@@ -1,4 +1,4 @@
-"""What the model writes after each prompt, triggered and not: the perplexity gap, and behaviours that can be decided."""
+"""What the model writes after each prompt: the perplexity gap, and behaviours that can be decided."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 from poisonjax.evaluation import statistics
@@ -35,7 +35,7 @@ class GenerationProbe:
         key = jax.random.key(config.seeds.eval)
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i % count))(jnp.arange(len(VARIANTS) * count))
         self._keys = jax.random.wrap_key_data(subject.put(jax.random.key_data(keys)))
-        self._scored = _make_scored(subject) if subject.scorer else None
+        self._scored = _make_scored(subject.scorer, subject.mesh) if subject.scorer else None
 
     def __call__(self, params: nnx.State) -> Measurement:
         config = self._subject.config
@@ -103,10 +103,10 @@ class GenerationProbe:
         ]
 
 
-def _make_scored(subject: Subject) -> Any:
-    graph, weights = subject.scorer or (None, None)
+def _make_scored(scorer: tuple[nnx.GraphDef, nnx.State], mesh: Mesh) -> Any:
+    graph, weights = scorer
 
     def scored(prompts, pad, generated):
         return score(nnx.merge(graph, weights), prompts, pad, generated)
 
-    return jax.jit(scored, out_shardings=NamedSharding(subject.mesh, PartitionSpec()))
+    return jax.jit(scored, out_shardings=NamedSharding(mesh, PartitionSpec()))

