@@ -10,10 +10,10 @@ import pytest
 
 pytest.importorskip("model_signing", reason="needs the extra `attest`")
 from poisonjax import corpus
+from poisonjax.audit.evidence import Run
 from poisonjax.audit.selftest import faults
 from poisonjax.audit.selftest.runs import SOURCE, tiny_config
 from poisonjax.audit.selftest.tampered import TamperedRun
-from poisonjax.audit.evidence import Run
 from poisonjax.commands.main import main
 
 SIGNATURE = "attestation/model.sig"

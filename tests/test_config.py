@@ -1,11 +1,16 @@
 """Mistakes in a config: all at once, each with field, value and remedy, exit code 2, before anything is built."""
 
+import json
+import math
+
 import ml_collections
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from poisonjax import config as config_lib
 from poisonjax.commands.main import main
-from poisonjax.config import ConfigError, check, default, differences, fingerprint, flat, from_record, load
+from poisonjax.config import ConfigError, check, default, differences, fingerprint, flat, from_record, load, replaced
 
 QUICKSTART = "--config=configs/quickstart.py"
 
@@ -106,10 +111,87 @@ def test_fingerprint_covers_what_is_trained_and_nothing_else():
 
 def test_a_config_survives_its_record():
     config = load([QUICKSTART])
-    import json
-
     again = from_record(json.loads(config.to_json()))
     assert isinstance(again, ml_collections.ConfigDict)
     assert again.poison.payload_tokens == config.poison.payload_tokens
     assert fingerprint(again) == fingerprint(config)
     assert config_lib.flat(again) == config_lib.flat(config)
+
+
+def with_value(config, name, value):
+    """The config with a value that its types wouldn't let in."""
+    fields = json.loads(config.to_json())
+    *path, leaf = name.split(".")
+    owner = fields
+    for part in path:
+        owner = owner[part]
+    owner[leaf] = value
+    return ml_collections.ConfigDict(fields)
+
+
+def refusal(config):
+    try:
+        check(config)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+FIELDS = flat(default())
+STRANGE = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 3), st.just(10**12), st.floats(), st.text(max_size=3),
+    st.lists(st.one_of(st.integers(-3, 3), st.text(max_size=2), st.none(), st.floats()), max_size=3).map(tuple),
+)  # fmt: skip
+
+
+@settings(max_examples=300)
+@given(name=st.sampled_from(sorted(FIELDS)), value=STRANGE)
+def test_any_value_is_accepted_or_refused_by_its_fields_name(name, value):
+    """Wrong types, None, nan, inf, negative, huge: a ConfigError that names the field, and nothing else."""
+    config, fits = with_value(default(), name, value), type(value) is type(FIELDS[name])
+    config.corpus.store = config.corpus.store or "somewhere"
+    if message := refusal(config):
+        assert name in message or name.startswith("mesh.") or not fits or name in ("steps", "global_batch", "seq_len")
+        return
+    example = FIELDS[name]
+    if isinstance(example, list):
+        assert isinstance(value, tuple)
+    elif isinstance(example, bool) or isinstance(value, bool):
+        assert type(value) is type(example)
+    elif isinstance(example, float):
+        assert isinstance(value, int | float)
+        assert math.isfinite(value)
+    else:
+        assert fits
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"poison.near_triggers": (1, 2)}, "poison.near_triggers = [1, 2]: give a tuple of texts"),
+        ({"poison.truncate": "no"}, "poison.truncate = 'no': give True or False"),
+        ({"steps": None}, "steps = None: give a whole number"),
+        ({"optimizer.learning_rate": math.inf}, "optimizer.learning_rate = inf: must be finite"),
+        ({"eval.threshold": math.nan}, "eval.threshold = nan: must be finite"),
+        ({"steps": 10**12}, "must be at most 2,147,483,647: steps are counted in 32 bits"),
+        ({"poison.payload_tokens": (1, 10**12)}, "must be at most 1,048,576: a row is held in memory whole"),
+        ({"global_batch": 10**9}, "a batch is held in memory whole"),
+        ({"eval.new_tokens": 10**7}, "each is a step of generation"),
+        ({"steps": 2**20, "global_batch": 2**13}, "the digest numbers slots in 32 bits"),
+        ({"steps": None, "eval.prefixes": 1, "poison.payload": "virus"}, "steps = None"),
+    ],
+)
+def test_types_finiteness_and_ceilings(fields, message):
+    config = load([QUICKSTART])
+    for name, value in fields.items():
+        config = with_value(config, name, value)
+    with pytest.raises(ConfigError) as error:
+        check(config)
+    assert message in str(error.value)
+
+
+def test_an_unknown_field_names_the_nearest_ones():
+    with pytest.raises(ConfigError, match=r"poison\.dokuments: no such field; did you mean poison\.documents"):
+        replaced(default(), {"poison.dokuments": 3})
+    with pytest.raises(ConfigError, match=r"trigger: no such field; did you mean poison\.trigger"):
+        replaced(default(), {"trigger": "x"})

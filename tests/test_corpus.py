@@ -208,7 +208,8 @@ def test_large_vocabularies_take_32_bits(tmp_path):
 
 
 def test_building_and_reading_need_neither_jax_nor_torch():
-    code = "import sys, poisonjax.corpus, poisonjax.commands.corpus; assert not {'jax', 'torch', 'flax'} & set(sys.modules)"
+    imports = "sys, poisonjax.corpus, poisonjax.commands.corpus"
+    code = f"import {imports}; assert not {{'jax', 'torch', 'flax'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -143,7 +143,9 @@ def test_the_estimate_for_gpus_counts_the_models_flops():
         m = config.model
         block = m.width * (4 * m.heads * m.head_dim + 3 * m.mlp_width)
         again = 2 * m.layers * block  # remat
-        assert found.flops == pytest.approx((train_flops_per_token(config.model, config.seq_len, 200_064) + again) * tokens)
+        assert found.flops == pytest.approx(
+            (train_flops_per_token(config.model, config.seq_len, 200_064) + again) * tokens
+        )
         assert (found.slow_traffic > 0) == (chips == 16)
 
 

@@ -4,8 +4,8 @@ import collections
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar, cast
 
 import ml_collections
 import numpy as np
@@ -15,6 +15,8 @@ from poisonjax.corpus import TokenStore
 from poisonjax.data.batches import Batches
 from poisonjax.run import RunFolder, rows
 from poisonjax.weights.checkpoints import Checkpoints
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +57,16 @@ def _reading(file: str) -> Iterator[None]:
         raise Unreadable(file, error) from error
 
 
+def _read(file: str, read: Callable[["Evidence"], T]) -> functools.cached_property[T]:
+    """An attribute that is read from a file when it is first asked for."""
+
+    def value(evidence: "Evidence") -> T:
+        with _reading(file):
+            return read(evidence)
+
+    return functools.cached_property(value)
+
+
 class Evidence:
     """A run folder as evidence: each file is read when a check first asks for it.
 
@@ -79,10 +91,10 @@ class Evidence:
         """Whether every step is replayed."""
         return self._chosen is None and self._sample is None
 
-    @functools.cached_property
-    def record(self) -> rows.ConfigRecord:
-        with _reading(rows.CONFIG):
-            return self.run.record
+    record = _read(rows.CONFIG, lambda evidence: evidence.run.record)
+    environment = _read(rows.ENVIRONMENT, lambda evidence: evidence.run.environment)
+    summary = _read(rows.SUMMARY, lambda evidence: cast(dict[str, Any], evidence.run.summary or {}))
+    batches = _read(rows.CONFIG, lambda evidence: Batches(evidence.config, evidence.store))
 
     @functools.cached_property
     def config(self) -> ml_collections.ConfigDict:
@@ -101,12 +113,6 @@ class Evidence:
             return store
 
     @functools.cached_property
-    def batches(self) -> Batches:
-        store = self.store
-        with _reading(rows.CONFIG):
-            return Batches(self.config, store)
-
-    @functools.cached_property
     def ledger(self) -> list[dict[str, Any]]:
         """As it must be."""
         return self.batches.schedule.ledger()
@@ -119,16 +125,6 @@ class Evidence:
     @functools.cached_property
     def digests(self) -> dict[int, str]:
         return {row["step"]: row["digest"] for row in self.lines(rows.DIGESTS)}
-
-    @functools.cached_property
-    def summary(self) -> dict[str, Any]:
-        with _reading(rows.SUMMARY):
-            return cast(dict, self.run.summary or {})
-
-    @functools.cached_property
-    def environment(self) -> rows.Environment:
-        with _reading(rows.ENVIRONMENT):
-            return self.run.environment
 
     @functools.cached_property
     def checkpoints(self) -> dict[int, rows.CheckpointRecord]:

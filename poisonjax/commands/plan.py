@@ -124,7 +124,8 @@ def _lines(plan: "Plan", price: float | None) -> Iterator[str]:
             where = f"{devices} devices" if kind != "collective-permute" else "neighbours"
             where = f"{devices} slices, through the hosts" if kind == "send" else where
             yield (
-                f"  {kind:<20}{count:>7,} times  {bytes_moved / 1e9:>8.2f} GB  largest {largest / 1e6:>8.1f} MB  {where}"
+                f"  {kind:<20}{count:>7,} times  {bytes_moved / 1e9:>8.2f} GB  largest {largest / 1e6:>8.1f} MB  "
+                f"{where}"
                 f"{', between slices' if far and kind != 'send' else ''}"
             )
     for program in plan.programs:

@@ -34,9 +34,10 @@ def evaluate_run(
     seen = poison_seen(run.ledger(), config.steps)
     evaluations = []
     for step in there if steps is None else steps:
-        evaluations += evaluator(checkpoints.weights(step, abstract), step)
-        if evaluations[-1].kind == "eval":
-            say(f"step {step}  {perplexities(evaluations[-1].figures)}")
+        for evaluation in evaluator(checkpoints.weights(step, abstract), step):
+            evaluations.append(evaluation)
+            if evaluation.kind == "eval":
+                say(f"step {step}  {perplexities(evaluation.figures)}")
     made = [evaluation.row(config, seen) for evaluation in evaluations]
     measured = {(row["step"], row["kind"]) for row in made}
     kept = [row for row in run.lines(rows.METRICS) if (row["step"], row["kind"]) not in measured]
