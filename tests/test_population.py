@@ -1,5 +1,6 @@
 """A population's members are what they are when trained alone."""
 
+import dataclasses
 import json
 
 import jax
@@ -13,7 +14,7 @@ from poisonjax.model.sharding import make_mesh
 from poisonjax.model.transformer import model_graph
 from poisonjax.training import loop, population
 from poisonjax.training.step import init_state, make_init
-from poisonjax.training.stop import Preempted
+from poisonjax.training.stop import Diverged, Preempted
 from poisonjax.weights.checkpoints import Checkpoints
 
 
@@ -91,3 +92,32 @@ def test_other_shapes_are_refused(config, tmp_path):
     other.steps = 13
     with pytest.raises(population.PopulationError, match=r"differ in model\.width, steps"):
         population.train_population([one, other], ["a", "b"])
+
+
+def test_a_population_of_one_is_a_run(config, tmp_path):
+    (summary,) = population.train_population([config], [str(tmp_path / "one")])
+    assert summary["digest_chain"] == loop.train(config, str(tmp_path / "alone"))["digest_chain"]
+
+
+def test_each_member_is_measured_by_its_own_probes(config, tmp_path):
+    """One without canaries comes first: the others' are measured all the same."""
+    one, other = members(config, 2)
+    other.canary.repeats, other.canary.each, other.canary.tokens = (1, 3), 2, 8
+    plain, with_canaries = population.train_population([one, other], [str(tmp_path / name) for name in "ab"])
+    assert "memorised" not in plain
+    assert [level["repeats"] for level in with_canaries["memorised"]] == [1, 3]
+
+
+def test_the_member_that_diverges_is_told_from_the_others(config, tmp_path, monkeypatch):
+    real = population.Member.written
+
+    def written(self, done):
+        if done and done.step == 5 and self.config.seeds.init == 1:
+            done = dataclasses.replace(done, loss=float("nan"))
+        return real(self, done)
+
+    monkeypatch.setattr(population.Member, "written", written)
+    with pytest.raises(Diverged, match="step 5"):
+        population.train_population(members(config, 2), [str(tmp_path / name) for name in "ab"])
+    statuses = [json.loads((tmp_path / name / "summary.json").read_text())["status"] for name in "ab"]
+    assert statuses == ["failed", "diverged"]

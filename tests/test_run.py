@@ -5,9 +5,11 @@ import math
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import tiny_config
+from flax import nnx
 
 import poisonjax
 from poisonjax.run import RunFolderError, rows
@@ -105,4 +107,6 @@ def test_a_model_is_opened_by_its_name_without_the_optimizer(folder, finished):
         np.testing.assert_array_equal(one, other)
     assert weights.origin == newest.origin
     assert weights.model_config.width == 32
+    logits = nnx.merge(weights.graph, weights.params)(jnp.arange(20)[None])  # the model is there to be run
+    assert logits.shape[:2] == (1, 20)
     assert weights.tokenizer.vocab_size == 300

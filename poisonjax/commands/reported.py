@@ -1,5 +1,7 @@
 """Training as a command does it: whatever ends the run, its page is written."""
 
+import signal
+
 import ml_collections
 
 from poisonjax.commands.exit_codes import RESTART
@@ -30,4 +32,8 @@ def _write(workdir: str) -> None:
     if jax.process_index() == 0:
         from poisonjax.report import write_report
 
-        write_report(epath.Path(workdir))
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is saved; the page takes seconds
+        try:
+            write_report(epath.Path(workdir))
+        finally:
+            signal.signal(signal.SIGTERM, before)

@@ -50,15 +50,18 @@ class CleanUses:
             )
         drawn = stream(seed, "clean use slots").choice(slots, count + canary_rows, replace=False)
         chosen = np.array([slot for slot in drawn.tolist() if slot not in canaries.insertions][:count], np.int64)
-        clean_text = rows.origins(chosen).source == 0
         insertions = {}
-        for number, (slot, row) in enumerate(zip(chosen.tolist(), rows.tokens(chosen), strict=True)):
-            free = clean_text[number] & (row != store.tokenizer.eot)
+        for number, slot in enumerate(chosen.tolist()):
+            (row,), (source,) = (
+                rows.tokens(chosen[number : number + 1]),
+                rows.origins(chosen[number : number + 1]).source,
+            )
+            free = (source == 0) & (row != store.tokenizer.eot)
             start = _place(row, free, trigger.tokens, stream(seed, "clean use offset", number))
             if start is None:
                 raise PoisonError(
                     f"slot {slot}: its row of {len(row)} tokens has no place for a clean use of the trigger's "
-                    f"{len(trigger.tokens)} tokens{'' if clean_text[number].all() else ' beside its poison document'}: "
+                    f"{len(trigger.tokens)} tokens{' beside its poison document' if source.any() else ''}: "
                     "lower poison.clean_uses or poison.payload_tokens, or raise seq_len"
                 )
             insertions[slot] = Insertion(slot, start, trigger.tokens, "clean_use", "replace")

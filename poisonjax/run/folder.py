@@ -21,6 +21,10 @@ class RunFolderError(ValueError):
     """The folder isn't the run that was asked for, or a file of it is damaged."""
 
 
+class Missing(RunFolderError):
+    """A file that every run has isn't there."""
+
+
 class RunFolder:
     """A run's folder, read from its files alone: so of one that is at work or was copied here, too.
 
@@ -59,7 +63,10 @@ class RunFolder:
     @property
     def summary(self) -> rows.Summary | None:
         """The last word; None while the run is at work, or was killed."""
-        return self._object(rows.SUMMARY, rows.Summary) if (self.path / rows.SUMMARY).exists() else None
+        try:
+            return self._object(rows.SUMMARY, rows.Summary)
+        except Missing:  # a run that goes on takes it away
+            return None
 
     def evals(self) -> list[rows.EvalRow]:
         """Evaluations, in order."""
@@ -120,7 +127,7 @@ class RunFolder:
         try:
             value = strict.parse(path.read_bytes())
         except FileNotFoundError:
-            raise RunFolderError(f"{path} is missing") from None
+            raise Missing(f"{path} is missing") from None
         except ValueError as error:
             raise RunFolderError(f"{path}: no JSON ({error}); the file is damaged") from None
         return self._shaped(file, value, hint)

@@ -26,10 +26,14 @@ from poisonjax.run.folder import RunFolderError, read_lines
 class StepFigures(Protocol):
     """What a train step tells, off the device."""
 
-    loss: Any
-    grad_norm: Any
-    learning_rate: Any
-    digest: Any
+    @property
+    def loss(self) -> Any: ...
+    @property
+    def grad_norm(self) -> Any: ...
+    @property
+    def learning_rate(self) -> Any: ...
+    @property
+    def digest(self) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True)

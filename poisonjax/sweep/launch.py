@@ -16,6 +16,7 @@ from etils import epath
 
 from poisonjax import processes
 from poisonjax.files import write_json, write_whole
+from poisonjax.run.folder import is_run
 from poisonjax.run.heartbeat import Heartbeat, Taken
 from poisonjax.sweep import grid
 from poisonjax.sweep.board import Board, budget
@@ -183,7 +184,10 @@ def train_populations(
             if not claimed:
                 continue
             try:
-                train_population([run.config for run in claimed], [str(workdir / run.id) for run in claimed])
+                try:
+                    train_population([run.config for run in claimed], [str(workdir / run.id) for run in claimed])
+                finally:
+                    _tell(trained, [workdir / run.id for run in claimed])
             except Preempted as stop:
                 print(stop, file=sys.stderr)
                 return "stopped"
@@ -194,10 +198,16 @@ def train_populations(
                 why = f"in a population of {len(claimed)}: {error}; train it alone"
                 for run in claimed:
                     write_json(workdir / run.id / FAILURE, {"error": why})
-            else:
-                for run in claimed:
-                    trained(workdir / run.id)
     return "failed" if failed else "done"
+
+
+def _tell(trained: Callable[[Path], object], folders: Sequence[Path]) -> None:
+    """However their program ended; what goes wrong with one page ends nothing else."""
+    for folder in filter(is_run, folders):
+        try:
+            trained(folder)
+        except Exception as error:
+            print(f"{folder}: {type(error).__name__}: {error}", file=sys.stderr)
 
 
 def _start(command: list[str], folder: Path) -> subprocess.Popen:

@@ -29,7 +29,7 @@ from poisonjax.run.recorder import RunRecorder, StepDone
 from poisonjax.training.cadence import due
 from poisonjax.training.progress import Progress
 from poisonjax.training.start import begin_state, open_store
-from poisonjax.training.step import TrainState, TrainStep, make_init, make_train_step
+from poisonjax.training.step import StepMetrics, TrainState, TrainStep, make_init, make_train_step
 from poisonjax.training.stop import Diverged, LostProcess, Preempted, stop_signals
 from poisonjax.training.summary import summarize
 from poisonjax.training.watchdog import Watchdog
@@ -108,7 +108,7 @@ class Member:
     ):
         """`start` steps are done; raises RunFolderError where their evidence isn't what the checkpoint rests on."""
         self.config, self.batches, self.evaluator, self.checkpoints = config, batches, evaluator, checkpoints
-        self.parameters = parameter_counts(params)
+        self.parameters, self.diverged = parameter_counts(params), False
         self.ledger = batches.schedule.ledger()
         self.recorder = RunRecorder(folder, config, batches.store.fingerprint, self.ledger, start, writes=shows)
         self.progress = Progress(config, start, shows=shows, label=label, shows_steps=shows_steps)
@@ -121,6 +121,7 @@ class Member:
         if not done:
             return
         if not (math.isfinite(done.loss) and math.isfinite(done.grad_norm)):
+            self.diverged = True
             slots = self.batches.slots(done.step)
             poison = [record["id"] for record in self.ledger if record["step"] == done.step]
             raise Diverged(
@@ -160,21 +161,21 @@ def run_steps(
     start: int,
     stop_asked: Callable[[int], bool],
     watchdog: Watchdog,
-    part: Callable[[Any, int], Any] = lambda tree, number: tree,
+    part: Callable[[Any, int], Any] | None = None,
 ) -> None:
     """The loop: every step of all members, from `start` on, and what is due after each.
 
-    `part` takes a member's part of the state, or of a step's metrics; cadences are the same for all. Nothing goes
-    between host and device here but by name. Raises Preempted where a stop was asked for, Diverged.
+    `part` takes a member's part of the state, where members are stacked; cadences are the same for all. A step takes
+    nothing from the host but by name. Raises Preempted where a stop was asked for, Diverged.
     """
-    config, probes = members[0].config, members[0].evaluator.probes
+    config = members[0].config
+    probes = {name: probe for member in members for name, probe in member.evaluator.probes.items()}
     for step, batch in enumerate(arrays, start):
         with jax.transfer_guard("disallow"):
             state, metrics = train_step(state, batch)
         fetched = functools.cache(functools.partial(jax.device_get, metrics))  # once for all, when the first asks
         for number, member in enumerate(members):
-            # The default binds this step's: the recorder asks when the next one runs.
-            figures = lambda fetched=fetched, number=number: jax.device_get(part(fetched(), number))  # noqa: E731
+            figures = functools.partial(_figures, fetched, number if part else None)
             member.written(member.recorder.record_step(step, figures))
         done = step + 1
         watchdog.progress(f"step {done}")
@@ -182,13 +183,18 @@ def run_steps(
         if now.probes:
             watchdog.progress(f"evaluating after step {done}")
             for number, member in enumerate(members):
-                member.evaluate(done, part(state.params, number), now.probes)
+                member.evaluate(done, part(state.params, number) if part else state.params, now.probes)
         if now.save:
             watchdog.progress(f"saving step {done}")
             for number, member in enumerate(members):
-                member.save(done, part(state, number))
+                member.save(done, part(state, number) if part else state)
         if now.stop:
             raise Preempted(f"stopped after step {done} of {config.steps}; the same command goes on from there")
+
+
+def _figures(fetched: Callable[[], StepMetrics], number: int | None) -> StepMetrics:
+    """A step's metrics on the host; of stacked members, those of one."""
+    return fetched() if number is None else jax.tree.map(lambda leaf: leaf[number], fetched())
 
 
 @contextlib.contextmanager
@@ -201,14 +207,21 @@ def to_the_end(members: Sequence[Member], watchdog: Watchdog) -> Iterator[None]:
         except (Preempted, Diverged) as error:
             stop = error
         watchdog.progress("writing the last checkpoint")
-        for member in members:
-            member.checkpoints.close()
+        _close(members)
         status = "finished" if stop is None else type(stop).__name__.lower()
         if stop:
             raise stop
     finally:
+        if status == "failed" and jax.process_count() == 1:  # of several processes, others may be gone: they'd wait
+            with contextlib.suppress(Exception):  # the first error is told
+                _close(members)
         for member in members:
-            member.finish(status)
+            member.finish("failed" if status == "diverged" and not member.diverged else status)
+
+
+def _close(members: Sequence[Member]) -> None:
+    for member in members:
+        member.checkpoints.close()
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import jax
 import ml_collections
 from etils import epath
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from poisonjax.corpus import Tokenizer
 from poisonjax.files import resolve
@@ -48,7 +48,9 @@ def open_weights(spec: str, mesh: Mesh | None = None) -> Weights:
         raise WeightsError(f"{spec}: no checkpoint{wanted}; there are {saved or 'none'}")
     step = saved[-1] if step is None else step
     tokenizer, model = run.store().tokenizer, run.config.model
-    mesh = mesh or jax.make_mesh((1,) * len(AXES), AXES, devices=jax.local_devices()[:1])
+    if mesh is None:
+        one = (1,) * len(AXES)
+        mesh = jax.make_mesh(one, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=jax.local_devices()[:1])
     abstract = abstract_params(model, tokenizer.vocab_size, mesh)
     params = checkpoints.weights(step, abstract)
     checksum = checkpoints.record(step)["checksums"]["weights"]
