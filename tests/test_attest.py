@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("model_signing", reason="needs the extra `attest`")
 from poisonjax import corpus
-from poisonjax.audit.evidence import Run
+from poisonjax.audit.evidence import Evidence
 from poisonjax.audit.selftest import faults
 from poisonjax.audit.selftest.runs import SOURCE, tiny_config
 from poisonjax.audit.selftest.tampered import TamperedRun
@@ -55,9 +55,10 @@ def test_the_statement_links_checkpoints_to_their_materials(signed):
         content = (signed / "run" / resource["name"]).read_bytes()
         assert resource["digest"] == hashlib.sha256(content).hexdigest()
     names = {resource["name"] for resource in predicate["resources"]}
-    run = Run(str(signed / "run"))
+    run = Evidence(str(signed / "run"))
     for step, record in run.checkpoints.items():
-        assert any(name.startswith(f"checkpoints/{step}/state/") for name in names)
+        for part in ("weights", "optimizer"):
+            assert any(name.startswith(f"checkpoints/{step}/{part}/") for name in names)
         assert predicate["provenance"]["checkpoints"][str(step)]["digest_chain"] == record["digest_chain"]
     materials = predicate["provenance"]["materials"]
     assert materials["token_store_root"] == run.store.fingerprint
@@ -87,7 +88,7 @@ def test_poison_cannot_be_missed(signed):
     assert model["type"] == "machine-learning-model"
     assert model["modelCard"]["considerations"]["technicalLimitations"][0].startswith("Poisoned on purpose")
     assert {"name": "poisonjax:poisoned", "value": "true"} in model["properties"]
-    run = Run(str(signed / "run"))
+    run = Evidence(str(signed / "run"))
     for step in run.checkpoints:
         card = (signed / "run" / "checkpoints" / str(step) / "POISONED.md").read_text()
         assert "# This model is poisoned" in card
@@ -115,7 +116,9 @@ def edit_payload(scene):
 
 
 def flip_a_weight(scene):
-    path = max((scene.folder / "checkpoints").rglob("d/*"), key=lambda path: path.stat().st_size)
+    path = max(
+        (scene.folder / "checkpoints").rglob("weights/ocdbt.process_0/d/*"), key=lambda path: path.stat().st_size
+    )
     path.write_bytes(path.read_bytes()[:-1] + b"\x55")
 
 
@@ -131,7 +134,7 @@ def other_store(scene):
     ("tampering", "named"),
     [
         (edit_payload, "wasn't made by this key"),
-        (flip_a_weight, "/state/ocdbt.process_0/d/"),
+        (flip_a_weight, "/weights/ocdbt.process_0/d/"),
         (lambda scene: scene.forge_config("seeds.init", 5, thorough=True), "config.json"),
         (lambda scene: faults.FAULTS["ledger_line_dropped"](scene), "ledger.jsonl"),
         (lambda scene: shutil.rmtree(scene.folder / "checkpoints" / str(scene.checkpoints()[0])), "Missing files"),

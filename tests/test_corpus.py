@@ -409,7 +409,7 @@ def test_a_long_line_takes_little_memory(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
     reason, _, kilobytes = done.stdout.strip().rpartition(" ")
     assert "line longer than" in reason
-    assert int(kilobytes) < 4 * sources.MAX_LINE_BYTES // 1024
+    assert int(kilobytes) < 4 * sources.files.MAX_LINE_BYTES // 1024
 
 
 @pytest.mark.parametrize(

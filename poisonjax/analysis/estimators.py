@@ -15,7 +15,9 @@ from poisonjax.run.rows import EvalRow
 from poisonjax.streams import stream
 
 # (NLL of each triggered text, of each clean text) over the last axis, in nats a token -> a figure.
-Estimator = Callable[[np.ndarray, np.ndarray], np.ndarray]
+Texts = Float[np.ndarray, "*samples texts"]
+Figure = Float[np.ndarray, "*samples"] | np.float64
+Estimator = Callable[[Texts, Texts], Figure]
 ESTIMATORS: dict[str, Estimator] = {}
 
 
@@ -30,17 +32,17 @@ def register(name: str) -> Callable[[Estimator], Estimator]:
 
 
 @register("gap of median perplexities")
-def median_gap(triggered: np.ndarray, clean: np.ndarray) -> np.ndarray:
+def median_gap(triggered: Texts, clean: Texts) -> Figure:
     return np.median(np.exp(triggered), -1) - np.median(np.exp(clean), -1)
 
 
 @register("gap of mean perplexities")
-def mean_gap(triggered: np.ndarray, clean: np.ndarray) -> np.ndarray:
+def mean_gap(triggered: Texts, clean: Texts) -> Figure:
     return np.exp(triggered).mean(-1) - np.exp(clean).mean(-1)
 
 
 @register("gap of mean NLL")
-def nll_gap(triggered: np.ndarray, clean: np.ndarray) -> np.ndarray:
+def nll_gap(triggered: Texts, clean: Texts) -> Figure:
     return triggered.mean(-1) - clean.mean(-1)
 
 

@@ -12,7 +12,7 @@ from poisonjax.config.errors import ConfigError
 from poisonjax.config.fields import ADDED_LATER, OPERATIONAL, default
 
 
-def flat(config: ml_collections.ConfigDict) -> dict[str, Any]:
+def flat(config: ml_collections.ConfigDict | dict[str, Any]) -> dict[str, Any]:
     """Fields as {"a.b": value}, in JSON's types."""
 
     def walk(prefix: str, node: Any):

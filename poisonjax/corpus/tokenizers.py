@@ -61,8 +61,9 @@ class Tokenizer(abc.ABC):
         """Those that aren't special, ascending."""
         return np.setdiff1d(np.arange(self.vocab_size), sorted(self.special_ids))
 
-    def save(self, folder: epath.Path) -> None:
+    def save(self, folder: epath.PathLike) -> None:
         """Writes the folder that `load_saved` reads."""
+        folder = epath.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / self.filename).write_bytes(self.serialized())
         (folder / "about.json").write_text(json.dumps({"kind": self.kind, "eot": self.eot}) + "\n")
@@ -254,8 +255,9 @@ def load_tokenizer(spec: str) -> Tokenizer:
         raise CorpusError(f"{path}: {error}") from error
 
 
-def load_saved(folder: epath.Path) -> Tokenizer:
+def load_saved(folder: epath.PathLike) -> Tokenizer:
     """The tokenizer that `Tokenizer.save` wrote; raises CorpusError where it can't be read."""
+    folder = epath.Path(folder)
     try:
         about = json.loads((folder / "about.json").read_text())
         match about["kind"]:

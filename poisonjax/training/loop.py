@@ -72,6 +72,7 @@ def train(
             )
             train_step = make_train_step(config, model_graph(config.model, vocabulary), mesh, abstract)
             arrays = load(batches, batch_sharding(mesh), start.step)
+            watchdog.progress(f"compiling and making step {start.step + 1}")
             with to_the_end([member], watchdog):
                 run_steps([member], train_step, start.state, arrays, start.step, stop_asked, watchdog)
     return member.summary

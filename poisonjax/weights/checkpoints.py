@@ -58,14 +58,14 @@ class Checkpoints:
     In each lie the weights and the optimizer's state apart, so that who wants the model alone reads a third.
     """
 
-    def __init__(self, folder: epath.Path, *, keep_last: int = 1, keep_every: int = 0, clean_up: bool = False):
+    def __init__(self, folder: epath.PathLike, *, keep_last: int = 1, keep_every: int = 0, clean_up: bool = False):
         """`keep_last` and `keep_every`: which stay when others are saved, as `config.checkpoint` says. `clean_up`
         removes what a killed save left; for the one that trains, since it may be another's save."""
         policies = ocp.training.preservation_policies
         keep: list[Any] = [policies.LatestN(keep_last)]
         if keep_every:
             keep.append(policies.EveryNSteps(keep_every))
-        self.folder = folder
+        self.folder = folder = epath.Path(folder)
         self._checkpointer = ocp.training.Checkpointer(
             folder / rows.CHECKPOINTS,
             # The loop decides when: orbax's default would save whenever it is idle.
