@@ -29,7 +29,7 @@ class PoisonDocument:
     payload: tuple[int, int]
     prefix_document: int  # of the store's training split
 
-    @property
+    @functools.cached_property  # the ledger is written down, compared and summed up
     def sha256(self) -> str:
         """Of the tokens as little-endian int32."""
         return hashlib.sha256(self.tokens.astype("<i4").tobytes()).hexdigest()

@@ -95,6 +95,12 @@ def tokenizer_changed(run: TamperedRun) -> Expected:
     return Expected(("tokenizer", str(run.store)))
 
 
+def _trained_on(run: TamperedRun, rows: np.ndarray, step: int, row: int) -> Expected:
+    """As if the step had trained on these rows, of which `row` is the first that is wrong."""
+    run.forge_digests({step: run.digest(rows, step)})
+    return Expected(("digests.jsonl",), step, row)
+
+
 @register
 def rows_swapped(run: TamperedRun) -> Expected:
     """The trainer put two rows of a batch in each other's places."""
@@ -102,8 +108,7 @@ def rows_swapped(run: TamperedRun) -> Expected:
     step = run.pick(range(batches.steps))
     rows, i, j = run.other_rows(step)
     rows[[i, j]] = rows[[j, i]]
-    run.forge_digests({step: run.digest(rows, step)})
-    return Expected(("digests.jsonl",), step, i)
+    return _trained_on(run, rows, step, i)
 
 
 @register
@@ -113,8 +118,7 @@ def token_changed_in_training(run: TamperedRun) -> Expected:
     step = run.pick(range(batches.steps))
     rows, i, _ = run.other_rows(step)
     rows[i, run.random.integers(rows.shape[1])] += 1
-    run.forge_digests({step: run.digest(rows, step)})
-    return Expected(("digests.jsonl",), step, i)
+    return _trained_on(run, rows, step, i)
 
 
 @register
@@ -125,8 +129,7 @@ def poison_left_out(run: TamperedRun) -> Expected:
     step, row = divmod(slot, batches.global_batch)
     rows = batches.tokens(step)
     rows[row] = batches.rows.without(batches.poison.insertions[slot].source).tokens(np.array([slot]))[0]
-    run.forge_digests({step: run.digest(rows, step)})
-    return Expected(("digests.jsonl",), step, row)
+    return _trained_on(run, rows, step, row)
 
 
 @register
@@ -139,8 +142,7 @@ def poison_planted_twice(run: TamperedRun) -> Expected:
     free = [r for r in range(len(rows)) if step * len(rows) + r not in batches.poison.insertions]
     other = run.pick(free)
     rows[other] = rows[row]
-    run.forge_digests({step: run.digest(rows, step)})
-    return Expected(("digests.jsonl",), step, other)
+    return _trained_on(run, rows, step, other)
 
 
 @register
