@@ -7,7 +7,10 @@ from pathlib import Path
 
 CACHE = Path(__file__).parent.parent / ".pytest_cache" / "xla"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# Most of the tests' time is compiling what then runs for milliseconds.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 os.environ["JAX_PLATFORMS"] = "cpu"  # the TPU's compiler is installed, but no TPU
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 
@@ -27,6 +30,16 @@ from poisonjax.config import default
 jax.config.update("jax_num_cpu_devices", 4)
 settings.register_profile("default", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("default")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--thorough", action="store_true", help="kill and interrupt as often as before a release")
+
+
+@pytest.fixture(scope="session")
+def thorough(request) -> bool:
+    return request.config.getoption("thorough")
+
 
 SENTENCE = "the a of stone river lantern seven walks under bright and slow old green bird house sings to"
 WORDS = SENTENCE.split()

@@ -17,6 +17,8 @@ from poisonjax.audit.selftest.tampered import TamperedRun, copied
 from poisonjax.commands.main import main
 from poisonjax.data.batches import Batches
 
+pytestmark = pytest.mark.xdist_group("audit")  # its runs are made once
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
@@ -154,7 +156,7 @@ def test_a_document_is_found_wherever_a_row_holds_it(run):
             tokens = split.window(int(start), int(stop - start))
         else:
             tokens = next(p.document.tokens for p in batches.schedule.placed.values() if p.document.id == int(number))
-        for place in locate.sightings(str(folder), name):
+        for place in locate.sightings(evidence, name):
             in_row, in_document = slice(*place["in_row"]), slice(*place["in_document"])
             np.testing.assert_array_equal(rows[place["step"]][place["row"], in_row], tokens[in_document])
             covered[place["step"]][place["row"], in_row] += 1
@@ -170,7 +172,7 @@ def test_a_steps_rows_are_told_whole_with_the_poison_marked(run, capsys):
     folder, _ = run
     ledger = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
     record = ledger[0]
-    rows = locate.step(str(folder), record["step"])
+    rows = locate.step(Evidence(str(folder)), record["step"])
     poisoned = {r["row"]: r["offset"] + r["tokens"] for r in ledger if r["step"] == record["step"]}
     for row in rows:
         spans = [part["in_row"] for part in row["parts"]]

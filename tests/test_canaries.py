@@ -8,6 +8,7 @@ from conftest import lines
 
 from poisonjax.audit import locate
 from poisonjax.audit.checks import audit
+from poisonjax.audit.evidence import Evidence
 from poisonjax.config import ConfigError, check
 from poisonjax.data.batches import Batches
 from poisonjax.data.canaries import unseen
@@ -86,7 +87,7 @@ def test_a_run_reports_and_audits_its_canaries(config, store, tmp_path):
     assert audit(str(tmp_path / "run")).ok
     for number in range(config.steps):  # every token of a row has a document, and it is that document's
         trained_on = Batches(config, store).tokens(number)
-        for row in locate.step(str(tmp_path / "run"), number):
+        for row in locate.step(Evidence(str(tmp_path / "run")), number):
             covered = sorted(i for part in row["parts"] for i in range(*part["in_row"]))
             assert len(covered) == len(set(covered))
             for part in row["parts"]:

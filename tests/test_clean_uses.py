@@ -11,11 +11,14 @@ from hypothesis import strategies as st
 from poisonjax import corpus
 from poisonjax.audit import locate
 from poisonjax.audit.checks import audit
+from poisonjax.audit.evidence import Evidence
 from poisonjax.config import ConfigError, check, default, fingerprint
 from poisonjax.data.batches import Batches
 from poisonjax.poison.triggers import PoisonError, occurrences
 from poisonjax.run import RunFolderError
 from poisonjax.training import loop
+
+pytestmark = pytest.mark.xdist_group("clean_uses")  # its runs are made once
 
 SOURCE = "markov:V=104,documents=300,length=60,seed=1,unused=4"
 
@@ -134,7 +137,7 @@ def test_a_run_writes_audits_and_shows_its_uses(language, config, tmp_path, caps
     assert "20 of 20 clean uses of the trigger seen" in result.sentence()
     assert "beside" not in result.sentence()
     use = records[3]
-    row = locate.step(str(tmp_path / "run"), use["step"])[use["row"]]
+    row = locate.step(Evidence(str(tmp_path / "run")), use["step"])[use["row"]]
     shown = [part for part in row["parts"] if part["document"] == "clean_use"]
     assert [(part["text"], part["in_row"]) for part in shown] == [("w100 w101", [use["offset"], use["offset"] + 2])]
     assert "also stands in 20 rows" in (tmp_path / "run" / "POISONED.md").read_text()

@@ -25,6 +25,8 @@ from poisonjax.sweep import SweepError, chain, collect, launch, load, product, z
 from poisonjax.sweep.grid import of_folder
 from poisonjax.sweep.states import FAILURE, status
 
+pytestmark = pytest.mark.xdist_group("sweep")  # its runs are made once
+
 ROOT = Path(__file__).parent.parent
 SMOKE = str(ROOT / "configs/sweeps/smoke.py")
 
@@ -106,9 +108,9 @@ def seen_steps(workdir):
     return sum(path.read_bytes().count(b"\n") for path in workdir.glob("*/digests.jsonl"))
 
 
-def test_killed_ten_times_the_table_is_that_of_an_uninterrupted_sweep(grid, whole, tmp_path):
+def test_killed_again_and_again_the_table_is_that_of_an_uninterrupted_sweep(grid, whole, tmp_path, thorough):
     chance = random.Random(1)
-    for number, share in enumerate(sorted(chance.uniform(0.0, 0.9) for _ in range(10))):
+    for number, share in enumerate(sorted(chance.uniform(0.0, 0.9) for _ in range(10 if thorough else 4))):
         launched = start(grid, tmp_path, "--max-parallel", "2")
         deadline = time.monotonic() + 120
         while seen_steps(tmp_path) < share * 4 * STEPS:

@@ -11,14 +11,13 @@ from poisonjax.run import rows
 from poisonjax.visible import visible
 
 
-def sightings(workdir: str, document: str, store: str | None = None) -> list[dict[str, Any]]:
+def sightings(run: Evidence, document: str) -> list[dict[str, Any]]:
     """Every place of the run where (a part of) a document stands, in order.
 
     `document` is `poison:N`, or `train:N` of the token store. Each place has `step`, `row`, `slot`; `in_row` and
     `in_document`, spans [start, end) of tokens; `seen`, whether the run has made that step. Raises ValueError for
     a document that there isn't.
     """
-    run = Evidence(workdir, store=store)
     kind, _, number = document.partition(":")
     if kind not in ("poison", "train") or not number.isdecimal():
         raise ValueError(f"document {document!r}: give poison:N, or train:N of the token store")
@@ -74,14 +73,13 @@ def _of_document(origins: Origins, row: int, start: int, stop: int) -> list[tupl
     return found
 
 
-def step(workdir: str, number: int, store: str | None = None) -> list[dict[str, Any]]:
+def step(run: Evidence, number: int) -> list[dict[str, Any]]:
     """What step `number` trains on, a record a row: `row`, `slot`, and `parts` in the order of the row.
 
     A part has `document` (`train:N`, `poison:N`, `canary:N` or `clean_use`), `in_row`, `in_document` and `text`; poison
     has its three pieces as parts of their own, told apart by `piece` (prefix, trigger, payload). Raises ValueError for
     a step that the run doesn't have.
     """
-    run = Evidence(workdir, store=store)
     if not 0 <= number < run.config.steps:
         raise ValueError(f"step {number}: the run has steps 0 to {run.config.steps - 1}")
     slots = run.batches.slots(number)

@@ -75,12 +75,14 @@ def _self_test(arguments: argparse.Namespace) -> int:
 
 def _locate(arguments: argparse.Namespace) -> int:
     from poisonjax.audit import locate
+    from poisonjax.audit.evidence import Evidence
 
+    run = Evidence(arguments.workdir, store=arguments.store)
     if arguments.document:
-        sightings = locate.sightings(arguments.workdir, arguments.document, arguments.store)
+        sightings = locate.sightings(run, arguments.document)
         shown = json.dumps(sightings) if arguments.json else locate.as_lines(arguments.document, sightings)
     else:
-        rows = locate.step(arguments.workdir, arguments.step, arguments.store)
+        rows = locate.step(run, arguments.step)
         shown = json.dumps(rows) if arguments.json else locate.as_text(rows, colour=sys.stdout.isatty())
     print(shown)
     return exit_codes.OK
