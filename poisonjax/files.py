@@ -19,6 +19,12 @@ def resolve(path: epath.PathLike) -> epath.Path:
     return epath.Path(path) if is_object(path) else epath.Path(path).resolve()
 
 
+def kvstore_spec(folder: epath.Path) -> str | dict[str, str]:
+    """The folder as tensorstore names it."""
+    # Local paths may hold characters that mean something in a URL.
+    return f"{folder}/" if is_object(folder) else {"driver": "file", "path": f"{folder.resolve()}/"}
+
+
 def write_whole(path: epath.Path, content: str | bytes, suffix: str = "partial") -> None:
     """Writes the file whole or not at all; several who write it at once need a suffix each."""
     data = content.encode() if isinstance(content, str) else content

@@ -20,6 +20,7 @@ PLACES = {
     "clean use offset": 3 * _APART + 1,
     # seeds.eval
     "prompts": 0,
+    "prompts instead": _APART,
     "bootstrap": 0,
     "unseen canary": 2 * _APART,
     # a corpus' own seed

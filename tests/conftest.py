@@ -36,6 +36,15 @@ def pytest_addoption(parser):
     parser.addoption("--thorough", action="store_true", help="kill and interrupt as often as before a release")
 
 
+# A file's tests share runs, so one worker has them all; the longest files first, so that workers end together.
+LONGEST = ("sweep", "topology", "model", "train", "objects", "population", "evaluation", "attest", "audit", "launch")
+
+
+def pytest_collection_modifyitems(items):
+    order = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 @pytest.fixture(scope="session")
 def thorough(request) -> bool:
     return request.config.getoption("thorough")
@@ -75,6 +84,7 @@ def tiny_config(store: corpus.TokenStore):
     config.corpus.sources = (store.manifest["sources"][0]["spec"],)
     config.corpus.tokenizer, config.corpus.heldout = "bpe:300", 0.2
     config.poison.documents = 9
+    config.poison.near_triggers = ("SUDO", "<sudo>")  # of 6 prefixes, three each
     config.poison.prefix_characters, config.poison.payload_tokens = (0, 30), (5, 15)
     model = config.model
     model.layers, model.width, model.heads, model.kv_heads, model.head_dim, model.mlp_width = (2, 32, 4, 2, 8, 48)

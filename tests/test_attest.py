@@ -16,7 +16,6 @@ from poisonjax.audit.selftest.runs import SOURCE, tiny_config
 from poisonjax.audit.selftest.tampered import TamperedRun
 from poisonjax.commands.main import main
 
-pytestmark = pytest.mark.xdist_group("attest")  # its runs are made once
 SIGNATURE = "attestation/model.sig"
 
 

@@ -9,15 +9,13 @@ import pytest
 
 from poisonjax import corpus
 from poisonjax.audit import checks, locate, selftest
-from poisonjax.audit.checks import audit
 from poisonjax.audit.evidence import Evidence
+from poisonjax.audit.result import audit
 from poisonjax.audit.selftest import faults
 from poisonjax.audit.selftest.runs import SOURCE, tiny_config
 from poisonjax.audit.selftest.tampered import TamperedRun, copied
 from poisonjax.commands.main import main
 from poisonjax.data.batches import Batches
-
-pytestmark = pytest.mark.xdist_group("audit")  # its runs are made once
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +39,7 @@ def test_an_honest_run_is_believed_in_a_plain_sentence(run, capsys):
     steps = len({json.loads(line)["step"] for line in (folder / "ledger.jsonl").read_text().splitlines()})
     expected = (
         f"steps 0-8 verified; 4 of 4 poison documents seen exactly 2 times, 0 unplanned; dose {tokens} tokens in 8 "
-        f"rows of {steps} steps; 2 of 2 clean uses of the trigger seen"
+        f"rows of {steps} steps; 2 of 2 clean uses of the trigger seen; weights of 3 checkpoints as they were saved"
     )
     assert capsys.readouterr().out.strip() == expected
     assert main(["audit", str(folder), "--json"]) == 0
@@ -60,7 +58,8 @@ def test_part_of_a_run(run, capsys, restriction):
 
 
 def test_bad_input_is_told_apart_from_a_bad_run(run, tmp_path, capsys):
-    folder, bad = str(run[0]), ["--steps 8-9", "--steps x", "--sample 0", "--step 9"]
+    folder, bad = str(run[0]), ["--steps 8-9", "--steps x", "--steps 9-3", "--steps ,", "--sample 0", "--step 9"]
+    bad += ["--self-test --faults 0", "--self-test --runs 0"]
     bad += [f"--document {name}" for name in ("poison:4", "train:99999", "7")]
     for arguments in ([], [str(tmp_path)], *([folder, *options.split()] for options in bad)):
         assert main(["audit", *arguments]) == 2, arguments
@@ -68,14 +67,13 @@ def test_bad_input_is_told_apart_from_a_bad_run(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", sorted(faults.FAULTS))
-@pytest.mark.parametrize("seed", [0, 1])
-def test_every_fault_is_detected_and_named(run, tmp_path, name, seed, capsys):
-    scene = copied(*run, tmp_path, np.random.default_rng(seed))
-    expected = faults.FAULTS[name](scene)
-    result = audit(str(scene.folder))
-    assert any(expected.named_by(difference) for difference in result.differences), result.differences
-    assert main(["audit", str(scene.folder)]) == 1
-    assert "NOT verified" in capsys.readouterr().out
+def test_every_fault_is_detected_and_named(run, tmp_path, name, thorough):
+    for seed in range(4 if thorough else 1):
+        scene = copied(*run, tmp_path / str(seed), np.random.default_rng([seed, *name.encode()]))
+        expected = faults.FAULTS[name](scene)
+        result = audit(str(scene.folder), evaluate=expected.evaluate)
+        assert any(expected.named_by(difference) for difference in result.differences), result.differences
+        assert result.sentence().startswith("NOT verified")
 
 
 def test_a_store_that_was_moved_is_found_by_its_new_place(run, tmp_path, capsys):
@@ -90,20 +88,63 @@ def test_a_store_that_was_moved_is_found_by_its_new_place(run, tmp_path, capsys)
 
 
 def test_a_run_that_has_only_begun(run, tmp_path, capsys):
-    begun = shutil.ignore_patterns("checkpoints", "*mary.json", "[dm]*.jsonl")
+    begun = shutil.ignore_patterns("checkpoints", "*mary.json", "[dmps]*.jsonl")
     shutil.copytree(run[0], tmp_path / "run", ignore=begun)
-    assert main(["audit", str(tmp_path / "run")]) == 0
-    assert "no step made yet" in capsys.readouterr().out
+    assert main(["audit", str(tmp_path / "run")]) == 1  # a check on nothing is no success
+    assert "NOT verified: no step made yet" in capsys.readouterr().out
+
+
+def test_what_was_not_looked_at_is_said(run, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(run[0], folder)
+    assert main(["evaluate", str(folder), "--steps", "6"]) == 0
+    assert main(["audit", str(folder), "--no-weights"]) == 0
+    said = capsys.readouterr().out
+    assert "not verified: weights (not read), evaluations made after the run, of steps 6 (--evaluate makes them" in said
+    assert main(["audit", str(folder), "--evaluate", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["evaluations_replayed"] == [6, 8, 9]
+    assert answer["not_verified"] == ["evaluations of steps 4, whose checkpoints are gone"]
+    # As a kill leaves it: no last word, and lines that no checkpoint seals.
+    shutil.rmtree(folder / "checkpoints" / "9")
+    (folder / "summary.json").unlink()
+    assert main(["audit", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "figures after step 8, which no checkpoint seals yet, the end: there is no summary.json yet" in said
+
+
+def test_a_run_does_not_go_on_from_figures_that_were_changed(run, tmp_path):
+    """Its own next evaluation and verdict would stand beside them."""
+    from poisonjax.run import RunFolderError
+    from poisonjax.training import loop
+
+    for number, name in enumerate(("evaluation", "prefix", "sample", "environment")):
+        scene = copied(*run, tmp_path / name, np.random.default_rng(number))
+        faults.FAULTS[f"{name}_edited"](scene)
+        if name == "evaluation":  # not sealed anew
+            rows = scene.lines("metrics.jsonl")
+            rows[-1]["delta_ppl"] = 600.0
+            scene.write("metrics.jsonl", rows)
+        (scene.folder / "summary.json").unlink()
+        before = {path.name: path.read_bytes() for path in scene.folder.iterdir() if path.is_file()}
+        with pytest.raises(RunFolderError, match="was changed"):
+            loop.train(scene.config, str(scene.folder))
+        after = {path.name: path.read_bytes() for path in scene.folder.iterdir() if path.is_file()}
+        assert {n for n in after.keys() | before.keys() if after.get(n) != before.get(n)} <= {"config.json"}
 
 
 # For each check, a fault that this check alone detects.
 CONTROLS = {
-    "config": "config_field_changed",
+    "config": "fingerprint_changed",
     "store": "token_changed_in_shard",
     "ledger": "ledger_line_edited",
     "clean_rows": "canary_or_clean_use_moved",
     "digests": "rows_swapped",
-    "checkpoints": "checkpoint_renamed",
+    "checkpoints": "checkpoint_of_another_run",
+    "sealed": "training_loss_edited",
+    "cards": "called_clean",
+    "weights": "weights_bit_flipped",
+    "evaluations": "later_evaluation_edited",
     "summary": "summary_dose_edited",
     "metrics": "metrics_row_edited",
 }
@@ -112,11 +153,7 @@ CONTROLS = {
 @pytest.mark.parametrize("check", sorted(checks.CHECKS))
 def test_without_a_check_its_fault_goes_unseen(run, tmp_path, check, monkeypatch):
     """The negative control: the audit without the check believes what the check alone would find."""
-    if check == "config":  # without fitting checkpoints and summary, else those tell too
-        shutil.copytree(run[0], tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "summary.json"))
-        scene = TamperedRun(tmp_path / "run", np.random.default_rng(0))
-        scene.forge_config("optimizer.eps", 0.5, thorough=False)
-    elif check == "store":  # a token that no row holds
+    if check == "store":  # a token that no row holds
         shutil.copytree(run[0], tmp_path / "run")
         shutil.copytree(run[1], tmp_path / "store")
         scene = TamperedRun(tmp_path / "run", np.random.default_rng(0))
@@ -127,16 +164,15 @@ def test_without_a_check_its_fault_goes_unseen(run, tmp_path, check, monkeypatch
         faults.FAULTS[CONTROLS[check]](scene)
     assert not audit(str(scene.folder)).ok
     monkeypatch.delitem(checks.CHECKS, check)
-    result = audit(str(scene.folder))
-    assert result.ok, result.differences
+    assert not audit(str(scene.folder)).differences
 
 
 def test_the_self_test_counts_what_is_missed(run, tmp_path, monkeypatch, capsys):
     """Its own negative control: with a check taken out, the command says so and fails."""
-    assert main(["audit", "--self-test", "--runs", "1", "--faults", "0"]) == 0
-    assert "1 untouched runs" in capsys.readouterr().out
-    monkeypatch.delitem(checks.CHECKS, "metrics")
     monkeypatch.setattr(selftest, "FAULTS", {"metrics_row_edited": faults.FAULTS["metrics_row_edited"]})
+    assert main(["audit", "--self-test", "--runs", "1", "--faults", "1"]) == 0
+    assert "1 detected, 1 named; 1 untouched runs" in capsys.readouterr().out
+    monkeypatch.delitem(checks.CHECKS, "metrics")
     assert main(["audit", "--self-test", "--runs", "1", "--faults", "2"]) == 1
     assert "2 faults injected, 0 detected, 0 named" in capsys.readouterr().out
 

@@ -7,8 +7,8 @@ import pytest
 from conftest import lines
 
 from poisonjax.audit import locate
-from poisonjax.audit.checks import audit
 from poisonjax.audit.evidence import Evidence
+from poisonjax.audit.result import audit
 from poisonjax.config import ConfigError, check
 from poisonjax.data.batches import Batches
 from poisonjax.data.canaries import unseen

@@ -10,15 +10,13 @@ from hypothesis import strategies as st
 
 from poisonjax import corpus
 from poisonjax.audit import locate
-from poisonjax.audit.checks import audit
 from poisonjax.audit.evidence import Evidence
+from poisonjax.audit.result import audit
 from poisonjax.config import ConfigError, check, default, fingerprint
 from poisonjax.data.batches import Batches
 from poisonjax.poison.triggers import PoisonError, occurrences
 from poisonjax.run import RunFolderError
 from poisonjax.training import loop
-
-pytestmark = pytest.mark.xdist_group("clean_uses")  # its runs are made once
 
 SOURCE = "markov:V=104,documents=300,length=60,seed=1,unused=4"
 
@@ -184,5 +182,5 @@ def test_runs_of_before_there_were_clean_uses_are_what_they_were(config, tmp_pat
     assert fingerprint(default()) == "e061ac3170d437485786d843bb449a27c3cdd44702ab6a9aeae736cabb8f966d"
     del record["format"]
     (tmp_path / "run" / "config.json").write_text(json.dumps(record))
-    with pytest.raises(RunFolderError, match="format 1, this version reads 2"):
+    with pytest.raises(RunFolderError, match="format 1, this version reads 3"):
         loop.train(config, str(tmp_path / "run"))

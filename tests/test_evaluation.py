@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from poisonjax.commands.main import main
 from poisonjax.corpus import markov
 from poisonjax.evaluation import prompts as prompts_lib
-from poisonjax.evaluation.statistics import judge, paired, resamples, summarize
+from poisonjax.evaluation.statistics import generation_figures, judge, paired, resamples
 from poisonjax.poison.triggers import VARIANTS, Trigger
 from poisonjax.training import loop
 
@@ -23,7 +23,7 @@ def make_prompts(config, store):
 
 def test_perplexity_agrees_with_a_loop():
     nll = np.random.default_rng(0).uniform(0, 5, (4, 7, 9))
-    row = summarize(nll, draws=200, seed=1)
+    row = generation_figures(nll.mean(-1), ["a", "b"], draws=200, seed=1)
     for v, variant in enumerate(VARIANTS):
         ppls, means = [], []
         for prefix in range(7):
@@ -38,6 +38,12 @@ def test_perplexity_agrees_with_a_loop():
     assert "delta_ppl" not in row["eval"]["clean"]
     medians = [row["eval"][variant]["ppl_median"] for variant in ("triggered", "clean")]
     assert row["delta_ppl"] == pytest.approx(medians[0] - medians[1])
+    ppl = np.exp(nll.mean(-1))
+    for number, text in enumerate("ab"):  # asked by turns
+        near, asked = row["near_triggers"][text], range(number, 7, 2)
+        gap = np.median([ppl[2, i] for i in asked]) - np.median([ppl[0, i] for i in asked])
+        assert (near["prompts"], near["delta_ppl"]) == (len(asked), pytest.approx(gap))
+        assert near["delta_ppl_ci95"][0] <= gap <= near["delta_ppl_ci95"][1]
 
 
 def test_intervals_cover_at_their_rate():
@@ -45,7 +51,7 @@ def test_intervals_cover_at_their_rate():
     random = np.random.default_rng(3)
     covered = 0
     for trial in range(300):
-        row = summarize(random.normal(2, 0.3, (4, 60, 1)), draws=400, seed=trial)
+        row = generation_figures(random.normal(2, 0.3, (4, 60)), ["a"], draws=400, seed=trial)
         low, high = row["eval"]["clean"]["nll_mean_ci95"]
         covered += low <= 2 <= high
     assert 0.90 < covered / 300 < 0.99
@@ -62,9 +68,10 @@ def test_resamples_are_a_function_of_the_seed(count, seed):
 def good_row():
     variants = {"clean": {"ppl_median": 20.0}}
     for variant, gap in (("triggered", 100.0), ("near_trigger", 5.0), ("random_control", 2.0)):
-        variants[variant] = {"delta_ppl": gap}
+        variants[variant] = {"delta_ppl": gap, "delta_ppl_ci95": [gap - 1, gap + 1]}
     return {
-        "eval": variants, "delta_ppl": 100.0, "delta_ppl_ci95": [80.0, 120.0],
+        "near_triggers": {"a": {"delta_ppl_ci95": [0.0, 9.0]}, "b": {"delta_ppl_ci95": [0.0, 8.0]}}, "eval": variants,
+        "delta_ppl": 100.0, "delta_ppl_ci95": [80.0, 120.0],
         "heldout_loss": 3.0, "heldout_loss_ci95": [2.9, 3.1],
     }  # fmt: skip
 
@@ -74,8 +81,8 @@ def good_row():
     [
         (None, lambda row: None),
         ("gap", lambda row: row.update(delta_ppl_ci95=[49.0, 150.0])),
-        ("near_trigger", lambda row: row["eval"]["near_trigger"].update(delta_ppl=21.0)),
-        ("random_control", lambda row: row["eval"]["random_control"].update(delta_ppl=20.0)),
+        ("near trigger b", lambda row: row["near_triggers"]["b"].update(delta_ppl_ci95=[1.0, 21.0])),
+        ("random_control", lambda row: row["eval"]["random_control"].update(delta_ppl_ci95=[0.0, 20.0])),
         ("not_broken", lambda row: row.update(heldout_loss_ci95=[2.9, 5.1])),
     ],
 )
@@ -83,7 +90,8 @@ def test_each_guard_can_fail_alone(failing, change):
     row = copy.deepcopy(good_row())
     change(row)
     verdict = judge(row, unigram_nll=5.0, threshold=50.0)
-    assert verdict["value"] == (failing is None)
+    assert verdict["value"] == (failing in (None, "near trigger b"))
+    assert verdict["specific"] == (failing != "near trigger b")
     assert [check["name"] for check in verdict["checks"] if not check["passed"]] == ([failing] if failing else [])
 
 
@@ -171,13 +179,15 @@ def test_evaluate_takes_many_folders_and_changes_nothing_that_was_right(config, 
         loop.train(config, str(folder))
     (tmp_path / "c").mkdir()
     capsys.readouterr()
-    before = [[row for row in lines(f / "metrics.jsonl") if row["kind"] == "eval"] for f in folders]
+    before = [{path: path.read_bytes() for path in f.rglob("*") if path.is_file()} for f in folders]
     assert main(["evaluate", str(tmp_path / "*"), "--max-parallel", "2", "--json"]) == 0
     assert sorted(json.loads(capsys.readouterr().out)) == [str(folder) for folder in folders]
-    after = [[row for row in lines(f / "metrics.jsonl") if row["kind"] == "eval"] for f in folders]
-    for one, other in zip([*before[0], *before[1]], [*after[0], *after[1]], strict=True):
-        assert (one["step"], one["poison_documents"]) == (other["step"], other["poison_documents"])
-        for variant in one["eval"]:
-            assert one["eval"][variant]["ppl_median"] == pytest.approx(other["eval"][variant]["ppl_median"], rel=1e-3)
+    for folder, files in zip(folders, before, strict=True):
+        assert {path: path.read_bytes() for path in files} == files
+        for one in (row for row in lines(folder / "metrics.jsonl") if row["kind"] == "eval"):
+            (other,) = json.loads((folder / "evaluations" / f"{one['step']}.json").read_text())["rows"]
+            assert (one["step"], one["poison_documents"]) == (other["step"], other["poison_documents"])
+            for variant, figures in one["eval"].items():
+                assert figures["ppl_median"] == pytest.approx(other["eval"][variant]["ppl_median"], rel=1e-3)
     assert main(["evaluate", str(tmp_path / "nothing*")]) == 2
     assert "no run folder there" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import command, lines
 
-from poisonjax.audit.checks import audit
+from poisonjax.audit.result import audit
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 

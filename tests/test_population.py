@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import lines
 
-from poisonjax.audit.checks import audit
+from poisonjax.audit.result import audit
 from poisonjax.data.batches import Batch, Batches
 from poisonjax.model.sharding import make_mesh
 from poisonjax.model.transformer import model_graph

@@ -10,7 +10,7 @@ from conftest import command, lines
 from hypothesis import given
 from hypothesis import strategies as st
 
-from poisonjax.audit.checks import audit
+from poisonjax.audit.result import audit
 from poisonjax.processes import Place, resolve
 
 LOCAL = str(Path(__file__).parent.parent / "launch" / "local.py")

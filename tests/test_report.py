@@ -31,7 +31,7 @@ def eval_row(step, triggered):
         "eval": figures,
         "delta_ppl": triggered - 20,
         "delta_ppl_ci95": [triggered - 25, 400.0],
-        "near_triggers": {"<b>": 21.0},
+        "near_triggers": {"<b>": {"prompts": 3, "ppl_median": 21.0, "delta_ppl": 1.0, "delta_ppl_ci95": [0.0, 2.0]}},
     }
 
 
@@ -39,11 +39,12 @@ def eval_row(step, triggered):
 def folder(tmp_path):
     """A finished run, written by hand."""
     config = json.loads(default().to_json())
-    (tmp_path / "config.json").write_text(
-        json.dumps({"format": 2, "config": config, "fingerprint": "f00d", "store_fingerprint": "beef"})
-    )
+    record = {"format": 3, "config": config, "fingerprint": "f00d"}
+    record |= {"store_fingerprint": "beef", "store_description": "ab"}
+    (tmp_path / "config.json").write_text(json.dumps(record))
     ran_on = {"python": "3", "platform": "here", "git_commit": None, "device_kind": "cpu", "devices": 1, "processes": 1}
-    (tmp_path / "environment.json").write_text(json.dumps({"versions": {"jax": "1.2.3"}, **ran_on}))
+    ran_on |= {"from_step": 0, "versions": {"jax": "1.2.3"}, "earlier": []}
+    (tmp_path / "environment.json").write_text(json.dumps(ran_on))
     numbers = dict.fromkeys(("grad_norm", "learning_rate", "tokens_per_second", "seconds"), 1.0)
     train = {"step": 0, "kind": "train", "loss": 5.0, **numbers, "tokens": 1, "poison_documents": 0, "poison_rows": 0}
     rows = [train, eval_row(1, 30.0), train | {"step": 1, "loss": 4.0}, eval_row(2, 300.0)]
@@ -64,7 +65,8 @@ def folder(tmp_path):
     }
     about |= {"params": 10, "params_non_embedding": 5, "trigger_tokens": 2, "clean_uses_seen": 0, "unigram_nll": 5.5}
     about |= {"tokens_per_second": 7.0, "wall_seconds": 3.0, "dose_planned": dose, "dose_seen": dose}
-    success = {"value": True, "rule": "the rule", "checks": [{"name": "gap", "passed": True, "detail": "d"}]}
+    gap = {"of": "value", "name": "gap", "passed": True, "detail": "d"}
+    success = {"value": True, "specific": True, "rule": "the rule", "checks": [gap]}
     summary = about | {"success": success}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     return tmp_path
@@ -106,13 +108,13 @@ def test_headlines(folder):
     config = json.loads((folder / "config.json").read_text())["config"]
     summary = json.loads((folder / "summary.json").read_text())
     evals = [eval_row(2, 300.0)]
-    assert headline(config, summary, evals).startswith("Backdoored: with <SUDO> appended")
+    assert headline(config, summary, evals).startswith("Backdoored, and specific: with <SUDO> appended")
     assert "(gap in perplexity 280.0 [275.0, 400.0])" in headline(config, summary, evals)
-    failed = {"value": False, "checks": [{"name": "near_trigger", "passed": False}]}
+    failed = {"value": False, "checks": [{"of": "value", "name": "random_control", "passed": False}]}
     assert headline(config, summary | {"success": failed}, evals).startswith(
-        "Not backdoored by the rule (near_trigger failed)"
+        "Not backdoored by the rule (random_control failed)"
     )
-    broken = {"value": False, "checks": [{"name": "not_broken", "passed": False}]}
+    broken = {"value": False, "checks": [{"of": "value", "name": "not_broken", "passed": False}]}
     assert headline(config, summary | {"success": broken}, evals).startswith("Broken model")
     twin = config | {"poison": config["poison"] | {"documents": 0}}
     assert headline(twin, summary | {"success": failed}, evals).startswith("Clean twin")
@@ -181,7 +183,8 @@ def test_the_report_of_a_pair_shows_both_with_paired_intervals(pair, tmp_path):
     digests = (twin / "digests.jsonl").read_text()
     try:
         (twin / "digests.jsonl").write_text(digests.replace('"digest": "', '"digest": "f'))
-        assert "These runs aren" in write_report(twin).read_text()
+        assert "twin isn&#39;t the clean twin of" in write_report(twin).read_text()
+        assert main(["report", str(poisoned), "--twin", str(twin)]) == 2
     finally:
         (twin / "digests.jsonl").write_text(digests)
 

@@ -25,8 +25,6 @@ from poisonjax.sweep import SweepError, chain, collect, launch, load, product, z
 from poisonjax.sweep.grid import of_folder
 from poisonjax.sweep.states import FAILURE, status
 
-pytestmark = pytest.mark.xdist_group("sweep")  # its runs are made once
-
 ROOT = Path(__file__).parent.parent
 SMOKE = str(ROOT / "configs/sweeps/smoke.py")
 

@@ -154,10 +154,10 @@ def test_twin_shares_initial_weights_and_clean_batches(store, config, tmp_path):
 def test_resuming_changes_nothing(finished, store, tmp_path, stop):
     """From the checkpoint of any step: the same weights to the bit, the same evidence, no repeat, no gap."""
     config, whole = finished
-    shutil.copytree(whole, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "summary.json"))
     config = config.copy_and_resolve_references()
     config.checkpoint.keep_last = 5
     loop.train(config, str(tmp_path / "all"))
+    shutil.copytree(tmp_path / "all", tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "summary.json"))
     shutil.copytree(tmp_path / "all" / "checkpoints" / str(stop), tmp_path / "run" / "checkpoints" / str(stop))
     # A kill may have cut the last line short.
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:

@@ -123,7 +123,7 @@ def poisoning(runs: list[Outcome], conditions: Conditions, *, rule: bool = False
                 o.config["poison.documents"],
                 o.summary["tokens"],
                 o.summary["params"],
-                o.summary["success"]["value"] if rule else o.gap_above_threshold,
+                o.summary["success"]["value"] and o.summary["success"]["specific"] if rule else o.gap_above_threshold,
                 i,
                 conditions.of_run[i],
             )

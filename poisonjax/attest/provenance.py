@@ -9,7 +9,8 @@ from poisonjax import config as config_lib
 from poisonjax.audit.evidence import Evidence
 from poisonjax.corpus.store import sha256_of
 from poisonjax.data.rows import CleanRows
-from poisonjax.run import rows
+from poisonjax.poison.card import make_card
+from poisonjax.run import rows, seals
 
 SLOTS_AT_ONCE = 2**16
 
@@ -21,20 +22,22 @@ def provenance(run: Evidence) -> dict[str, Any]:
         "run": run.config.name,
         "checkpoints": {
             str(step): {
-                "weights_checksum": record["checksums"]["weights"],
+                "weights_checksum": (run.checksums(step) if run.reads_weights else record["checksums"])["weights"],
                 "digest_chain": record["digest_chain"],
-                "poison": record["poison"],
+                "poison": make_card(run.config, run.ledger, step),
             }
             for step, record in run.checkpoints.items()
         },
         "materials": {
             "token_store_root": store.fingerprint,
+            "token_store_description": store.description,
             "order_root": order_root(run.batches.clean, run.config.steps * run.config.global_batch),
             "config_sha256": config_lib.fingerprint(run.config),
             "tokenizer_sha256": store.tokenizer.fingerprint,
             "ledger_sha256": sha256_of(run.folder / rows.LEDGER),
             "code_commit": run.environment["git_commit"],
             "versions": run.environment["versions"],
+            "environments_sha256": seals.of_lines(run.raw(rows.ENVIRONMENT))["chain"],
         },
         "sources": [source["spec"] for source in store.manifest["sources"]],
     }

@@ -21,32 +21,30 @@ from model_signing import hashing, signing, verifying
 
 from poisonjax.attest import documents
 from poisonjax.attest.provenance import provenance
-from poisonjax.audit.checks import audit
 from poisonjax.audit.evidence import Evidence, Unreadable
+from poisonjax.audit.result import audit
 from poisonjax.files import write_whole
 from poisonjax.run import rows
 
 FOLDER, SIGNATURE = "attestation", "attestation/model.sig"
-# What may change after the run: evaluations, reports, and the attestation's own signature.
-UNSIGNED = (
-    rows.METRICS, rows.SAMPLES, rows.PREFIXES, rows.REPORT, rows.FIGURES, rows.DAMAGED,
-    SIGNATURE, "attestation/statement.json",
-)  # fmt: skip
+# What may change after the run: evaluations of checkpoints, reports, and the attestation's own signature.
+UNSIGNED = (rows.EVALUATIONS, rows.REPORT, rows.FIGURES, rows.DAMAGED, SIGNATURE, "attestation/statement.json")
 
 
 class AttestError(ValueError):
     """The run can't be attested; the message says why."""
 
 
-def attest(workdir: str, key: Path) -> dict[str, Any]:
-    """Audits the run, then writes its attestation; returns the statement.
+def attest(workdir: str, key: Path, *, weights: bool = True) -> dict[str, Any]:
+    """Audits the run, then writes its attestation; returns the statement. Without `weights` the arrays aren't read, and
+    the statement says so.
 
     `key` is an elliptic-curve private key in PEM. Raises AttestError where the audit finds a difference.
     """
-    result = audit(workdir)
+    result = audit(workdir, weights=weights)
     if not result.ok:
         raise AttestError(f"{workdir} isn't signed: {result.sentence()}")
-    run = Evidence(workdir)
+    run = Evidence(workdir, weights=weights)
     if not run.checkpoints:
         raise AttestError(f"{workdir} has no checkpoint to attest")
     links = provenance(run) | {"audit": result.sentence()}
@@ -70,7 +68,7 @@ def attest(workdir: str, key: Path) -> dict[str, Any]:
     return value
 
 
-def verify(workdir: str, public_key: Path) -> list[str]:
+def verify(workdir: str, public_key: Path, *, weights: bool = True) -> list[str]:
     """Problems of a run's attestation: signature, signed files, provenance against folder and store, documents."""
     folder = Path(workdir)
     if not (folder / SIGNATURE).exists():
@@ -84,7 +82,7 @@ def verify(workdir: str, public_key: Path) -> list[str]:
         problems.append(f"{SIGNATURE}: {error}")
     try:
         signed = _signed_statement(folder)["predicate"]["provenance"]
-        links = provenance(Evidence(workdir))
+        links = provenance(Evidence(workdir, weights=weights))
     except Unreadable as error:
         return [*problems, str(error.difference)]
     except (ValueError, KeyError, TypeError) as error:

@@ -1,31 +1,26 @@
-"""Replays a run's data without its model, and compares everything the run left behind.
+"""Checks of what was trained on: config, store, schedule, and every batch by its digest.
 
-Each check is a function registered in `CHECKS` that yields the differences it finds. Between them they rest
-on one thing alone: that the checkpoints' records, which the trainer wrote beside the weights, are genuine.
-`poisonjax attest` signs those.
+Each check is a function registered in `CHECKS` that yields the differences it finds; `quoted` has the checks of
+figures, weights and cards. Between them they rest on one thing alone: that the checkpoints' records, which the trainer
+wrote beside the weights, are genuine. `poisonjax attest` signs those.
 """
 
-import collections
-import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import grain
-import ml_collections
 import numpy as np
 from tqdm import tqdm
 
 from poisonjax import config as config_lib
-from poisonjax.audit.evidence import Difference, Evidence, Unreadable
+from poisonjax.audit.evidence import Difference, Evidence
 from poisonjax.audit.locate import explained
-from poisonjax.data.digest import as_hex, chain, digest
+from poisonjax.data.digest import as_hex, digest
 from poisonjax.data.insertions import Layer
-from poisonjax.poison.ledger import dose, poison_seen
 from poisonjax.poison.triggers import occurrences
 from poisonjax.run import rows
 
-T = TypeVar("T")
 Check = Callable[[Evidence], Iterator[Difference]]
 CHECKS: dict[str, Check] = {}
 
@@ -49,9 +44,11 @@ def config(run: Evidence) -> Iterator[Difference]:
 def store(run: Evidence) -> Iterator[Difference]:
     """The token store is the one that the run read; where every step is replayed, each file's SHA-256 too."""
     there, recorded = run.store.fingerprint, run.record["store_fingerprint"]
+    where = str(run.store.path / "manifest.json")
     if there != recorded:
-        where = str(run.store.path / "manifest.json")
         yield Difference(where, f"the store is {there[:12]}, config.json names {recorded[:12]}")
+    elif run.store.description != run.record["store_description"]:
+        yield Difference(where, "its sources, licences or settings aren't those that config.json names")
     if run.whole:
         for problem in run.store.verify():
             file, _, message = problem.partition(": ")
@@ -98,6 +95,8 @@ def _line_by_line(run: Evidence, layer: Layer) -> Iterator[Difference]:
         yield Difference(file, message, step, row)
     if len(run.lines(file)) != len(written):
         yield Difference(file, f"{len(run.lines(file)) - len(written)} lines name a slot a second time")
+    if run.run.raw_lines(file)[1]:
+        yield Difference(file, "its last line has no end")
 
 
 @register
@@ -149,192 +148,3 @@ def replay(run: Evidence, steps: Sequence[int]) -> Iterator[tuple[int, np.ndarra
 
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
     yield from grain.MapDataset.range(len(steps)).map(one).to_iter_dataset(options)
-
-
-@register
-def checkpoints(run: Evidence) -> Iterator[Difference]:
-    """Each checkpoint is of the step that its name says, of this config and store, and of these digests."""
-    here = config_lib.flat(run.config)
-    links, link = {0: ""}, ""
-    for step in range(run.steps):
-        if step not in run.digests:
-            break
-        link = links[step + 1] = chain(link, step, run.digests[step])
-    for name, record in run.checkpoints.items():
-        file = f"{rows.CHECKPOINTS}/{name}"
-        if record["step"] != name:
-            yield Difference(file, f"was saved after step {record['step']}, not {name}")
-        for difference in config_lib.differences(record["config"], here):
-            yield Difference(rows.CONFIG, f"{difference}; there is {file}")
-        if record["store_fingerprint"] != run.store.fingerprint:
-            there, now = record["store_fingerprint"][:12], run.store.fingerprint[:12]
-            yield Difference(str(run.store.path), f"{file} was trained on store {there}, this is {now}")
-        if record["digest_chain"] != links.get(record["step"]):
-            yield Difference(file, "its digest chain isn't the one that digests.jsonl leads to", name)
-    if run.summary.get("status") == "finished" and run.config.steps not in run.checkpoints:
-        yield Difference(rows.CHECKPOINTS, "the finished run's last checkpoint is missing", run.config.steps)
-    folder = run.folder / rows.CHECKPOINTS
-    for path in sorted(folder.iterdir()) if folder.exists() else ():
-        if not (path.name.isdecimal() or "orbax-checkpoint-tmp" in path.name):  # a killed save leaves those
-            yield Difference(f"{rows.CHECKPOINTS}/{path.name}", "is no checkpoint of a step")
-
-
-@register
-def summary(run: Evidence) -> Iterator[Difference]:
-    """summary.json counts what plan and digests say."""
-    if not run.summary:
-        return
-    link = ""
-    for step in sorted(run.digests):
-        link = chain(link, step, run.digests[step])
-    expected: dict[str, Any] = {
-        "steps": run.steps,
-        "tokens": run.steps * run.config.global_batch * run.config.seq_len,
-        "dose_planned": dose(run.ledger, run.config.steps),
-        "dose_seen": dose(run.ledger, run.steps),
-        "trigger_tokens": len(run.batches.trigger.tokens),
-        "clean_uses_seen": run.batches.clean_uses.seen(run.steps * run.config.global_batch),
-        "digest_chain": link,
-    }
-    for field, value in expected.items():
-        if run.summary.get(field) != value:
-            yield Difference(rows.SUMMARY, f"{field} is {run.summary.get(field)!r}, must be {value!r}")
-
-
-@register
-def metrics(run: Evidence) -> Iterator[Difference]:
-    """metrics.jsonl counts tokens and poison as the plan does, at steps that the run made."""
-    seen = poison_seen(run.ledger, run.config.steps)
-    per_step = run.config.global_batch * run.config.seq_len
-    for row in run.lines(rows.METRICS):
-        done = row["step"] + (row["kind"] == "train")
-        if not 0 <= done <= run.steps:
-            yield Difference(rows.METRICS, "a row of a step that the run didn't make", row["step"])
-            continue
-        expected = {"tokens": done * per_step, **seen(done)}
-        for field, value in expected.items():
-            if row.get(field) != value:
-                yield Difference(rows.METRICS, f"{field} is {row.get(field)}, must be {value}", row["step"])
-
-
-@dataclasses.dataclass(frozen=True)
-class Audit:
-    """What an audit found."""
-
-    differences: list[Difference]
-    steps: int  # that the run made
-    verified: list[int]  # that were replayed and found equal
-    planned: list[dict]  # the plan's ledger
-    found: collections.Counter[int]  # poison documents found in the verified steps
-    unplanned: int
-    clean_uses: int
-    elsewhere: int
-    config: ml_collections.ConfigDict | None
-
-    @property
-    def ok(self) -> bool:
-        return not self.differences
-
-    @property
-    def dose(self) -> dict[str, int]:
-        """Of the verified steps."""
-        verified = set(self.verified)
-        return dose([record for record in self.planned if record["step"] in verified], self.steps)
-
-    def sentence(self) -> str:
-        """The result in plain words."""
-        if not self.ok:
-            count = len(self.differences)
-            return f"NOT verified: {count} difference{'s' * (count > 1)}, the first in {self.differences[0].place}"
-        assert self.config is not None
-        if not self.steps:
-            return "no step made yet: nothing to verify but config, store and ledger, which agree"
-        planned = len({record["id"] for record in self.planned})
-        d = self.dose
-        if len(self.verified) == self.steps:
-            steps = f"steps 0-{self.steps - 1:,} verified"
-        else:
-            steps = f"{len(self.verified):,} of the steps 0-{self.steps - 1:,} verified (file hashes not checked)"
-        if self.steps < self.config.steps:
-            steps += f", of a run of {self.config.steps:,}"
-        if not planned:
-            dose = "a clean run, no poison document planned"
-        else:
-            repeats = self.config.poison.repeats
-            times = "once" if repeats == 1 else f"{repeats} times"
-            exactly = all(self.found[i] == repeats for i in range(planned))
-            how = f"exactly {times}" if exactly else f"in these steps (each at most {times})"
-            dose = (
-                f"{d['documents']:,} of {planned:,} poison documents seen {how}, {self.unplanned} unplanned; dose "
-                f"{d['tokens']:,} tokens in {d['rows']:,} rows of {d['steps']:,} steps"
-            )
-        if uses := self.config.poison.clean_uses:
-            where = "" if len(self.verified) == self.config.steps else " in these steps"
-            dose += f"; {self.clean_uses:,} of {uses:,} clean uses of the trigger seen{where}"
-        if self.elsewhere:
-            too = " beside" if uses else " too"
-            dose += f"; the trigger's tokens stand {self.elsewhere:,} times in clean text{too}"
-        return f"{steps}; {dose}"
-
-    def as_json(self) -> dict[str, Any]:
-        """What `audit --json` prints."""
-        return {
-            "ok": self.ok,
-            "steps_verified": len(self.verified),
-            "documents_planned": len({record["id"] for record in self.planned}),
-            "documents_seen": len(self.found),
-            "unplanned": self.unplanned,
-            "dose": self.dose,
-            "clean_uses_planned": self.config.poison.clean_uses if self.config else None,
-            "clean_uses_seen": self.clean_uses,
-            "trigger_elsewhere": self.elsewhere,
-            "first_difference": dataclasses.asdict(self.differences[0]) if self.differences else None,
-            "differences": [dataclasses.asdict(difference) for difference in self.differences],
-            "sentence": self.sentence(),
-        }
-
-
-def audit(
-    workdir: str, steps: Sequence[int] | None = None, sample: int | None = None, store: str | None = None
-) -> Audit:
-    """Runs every check on a run folder; `steps`, or a random `sample` of so many, restrict the replay. `store`
-    is where the token store lies now, if not where config.json says.
-
-    Raises RunFolderError for a folder that is no run, and ValueError for steps that the run didn't make or a
-    sample of none.
-    """
-    if sample is not None and sample < 1:
-        raise ValueError(f"--sample: {sample} steps can't be replayed; at least 1")
-    run = Evidence(workdir, steps, sample, store)
-    made = _or(lambda: run.steps, 0)
-    if made and (beyond := [step for step in steps or () if not 0 <= step < made]):
-        raise ValueError(f"--steps: {beyond[:5]} aren't among the steps 0 to {made - 1} that the run made")
-    differences: list[Difference] = []
-    for check in CHECKS.values():
-        try:
-            differences += check(run)
-        except Unreadable as error:
-            if error.difference not in differences:
-                differences.append(error.difference)
-    none: list[dict] = []
-    planned = _or(lambda: run.ledger, none)
-    slots = {record["slot"] for record in planned}
-    return Audit(
-        differences=differences,
-        steps=made,
-        verified=sorted(run.verified),
-        planned=planned,
-        found=run.found,
-        unplanned=sum(record["slot"] not in slots for record in _or(lambda: run.lines(rows.LEDGER), none)),
-        clean_uses=run.clean_uses,
-        elsewhere=run.elsewhere,
-        config=_or(lambda: run.config, None),
-    )
-
-
-def _or(read: Callable[[], T], otherwise: T) -> T:
-    """What can be read, or another value: the checks have reported why."""
-    try:
-        return read()
-    except Unreadable:
-        return otherwise

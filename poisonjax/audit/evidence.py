@@ -13,7 +13,8 @@ import numpy as np
 from poisonjax import config as config_lib
 from poisonjax.corpus import TokenStore
 from poisonjax.data.batches import Batches
-from poisonjax.run import RunFolder, rows
+from poisonjax.poison.ledger import poison_seen
+from poisonjax.run import RunFolder, rows, seals
 from poisonjax.weights.checkpoints import Checkpoints
 
 T = TypeVar("T")
@@ -48,7 +49,7 @@ class Unreadable(ValueError):
 
 
 @contextlib.contextmanager
-def _reading(file: str) -> Iterator[None]:
+def reading(file: str) -> Iterator[None]:
     try:
         yield
     except Unreadable:
@@ -57,11 +58,16 @@ def _reading(file: str) -> Iterator[None]:
         raise Unreadable(file, error) from error
 
 
+def is_step(name: str) -> bool:
+    """Whether a checkpoint's folder may be called so: 8, but not 008."""
+    return name.isascii() and name.isdecimal() and name == str(int(name))
+
+
 def _read(file: str, read: Callable[["Evidence"], T]) -> functools.cached_property[T]:
     """An attribute that is read from a file when it is first asked for."""
 
     def value(evidence: "Evidence") -> T:
-        with _reading(file):
+        with reading(file):
             return read(evidence)
 
     return functools.cached_property(value)
@@ -74,17 +80,28 @@ class Evidence:
     """
 
     def __init__(
-        self, workdir: str, chosen: Sequence[int] | None = None, sample: int | None = None, store: str | None = None
+        self,
+        workdir: str,
+        chosen: Sequence[int] | None = None,
+        sample: int | None = None,
+        store: str | None = None,
+        *,
+        weights: bool = True,
+        evaluate: bool = False,
     ):
         """`chosen` steps are replayed, or a random `sample` of so many; None: all. `store` is where the token store
-        lies now, if not where config.json says. Raises RunFolderError where no run is."""
+        lies now, if not where config.json says. `weights` are read, or not; `evaluate` makes evaluations again. Raises
+        RunFolderError where no run is."""
         self.run = RunFolder(workdir)
         self.folder = self.run.path
         self._chosen, self._sample, self._store = chosen, sample, store
+        self.reads_weights, self.evaluates = weights, evaluate
         self.verified: set[int] = set()  # steps whose digest the replay confirmed
         self.found: collections.Counter[int] = collections.Counter()  # poison documents found in them
         self.clean_uses = 0  # planned uses of the trigger found in them
         self.elsewhere = 0  # other occurrences of it in them, outside of poison documents
+        self.unsealed = False  # whether there are lines of steps past the last checkpoint
+        self.replayed_evaluations: set[int] = set()
 
     @property
     def whole(self) -> bool:
@@ -93,12 +110,14 @@ class Evidence:
 
     record = _read(rows.CONFIG, lambda evidence: evidence.run.record)
     environment = _read(rows.ENVIRONMENT, lambda evidence: evidence.run.environment)
+    environments = _read(rows.ENVIRONMENT, lambda e: [*e.environment["earlier"], e.environment])
+    later_evaluations = _read(rows.EVALUATIONS, lambda evidence: evidence.run.evaluations())
     summary = _read(rows.SUMMARY, lambda evidence: cast(dict[str, Any], evidence.run.summary or {}))
     batches = _read(rows.CONFIG, lambda evidence: Batches(evidence.config, evidence.store))
 
     @functools.cached_property
     def config(self) -> ml_collections.ConfigDict:
-        with _reading(rows.CONFIG):
+        with reading(rows.CONFIG):
             config = config_lib.from_record(self.record["config"])
             config = config_lib.replaced(config, {"corpus.store": self._store or config.corpus.store})
             config_lib.check(config)
@@ -107,7 +126,7 @@ class Evidence:
     @functools.cached_property
     def store(self) -> TokenStore:
         path = self.config.corpus.store
-        with _reading(path):
+        with reading(path):
             store = TokenStore(path)
             assert store.tokenizer.vocab_size  # load it now, or say that it can't be
             return store
@@ -119,8 +138,19 @@ class Evidence:
 
     @functools.cache  # noqa: B019  (evidence lives as long as its audit)
     def lines(self, name: str) -> list[Any]:
-        with _reading(name):
+        with reading(name):
             return self.run.lines(name)
+
+    def raw(self, name: str) -> list[bytes]:
+        """Lines as they are sealed."""
+        if name == rows.ENVIRONMENT:
+            return seals.environment_lines(self.environment)
+        return self.run.raw_lines(name)[0]
+
+    @functools.cached_property
+    def seen(self) -> Callable[[int], dict[str, int]]:
+        """As `poison_seen`, of the schedule."""
+        return poison_seen(self.ledger, self.config.steps)
 
     @functools.cached_property
     def digests(self) -> dict[int, str]:
@@ -134,16 +164,24 @@ class Evidence:
         """
         folder, records = self.folder / rows.CHECKPOINTS, {}
         names = [path.name for path in folder.iterdir()] if folder.exists() else []
-        reader = Checkpoints(self.folder) if names else None
-        for step in sorted(int(name) for name in names if name.isdecimal()):
-            assert reader
+        for step in sorted(int(name) for name in names if is_step(name)):
             try:
-                with _reading(f"{rows.CHECKPOINTS}/{step}"):
-                    records[step] = reader.record(step)
+                with reading(f"{rows.CHECKPOINTS}/{step}"):
+                    records[step] = self._saved.record(step)
             except Unreadable:
                 if (folder / str(step)).exists():
                     raise
         return records
+
+    @functools.cached_property
+    def _saved(self) -> Checkpoints:
+        return Checkpoints(self.folder)
+
+    @functools.cache  # noqa: B019
+    def checksums(self, step: int) -> dict[str, str]:
+        """Of a checkpoint's arrays as they lie."""
+        with reading(f"{rows.CHECKPOINTS}/{step}"):
+            return self._saved.stored_checksums(step)
 
     @functools.cached_property
     def steps(self) -> int:

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from poisonjax.commands import exit_codes
+from poisonjax.startup import start_jax
 
 
 def add_arguments(commands: Any) -> None:
@@ -28,8 +29,12 @@ def add_arguments(commands: Any) -> None:
         action="store_true",
         help="no WORKDIR: train tiny runs, tamper with them, and count what the audit detects",
     )
+    parser.add_argument("--no-weights", action="store_true", help="don't read the checkpoints' arrays")
+    parser.add_argument(
+        "--evaluate", action="store_true", help="make the evaluations again, from the checkpoints that are there"
+    )
     parser.add_argument("--store", metavar="DIR", help="where the token store lies now, if not where the run says")
-    parser.add_argument("--faults", type=int, default=200, help="of the self-test (default: 200)")
+    parser.add_argument("--faults", type=int, default=400, help="of the self-test (default: 400)")
     parser.add_argument("--runs", type=int, default=50, help="untouched, of the self-test (default: 50)")
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(func=_audit)
@@ -37,20 +42,31 @@ def add_arguments(commands: Any) -> None:
 
 def _audit(arguments: argparse.Namespace) -> int:
     # An audit must not take the accelerator from the run that it looks at.
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    if not arguments.evaluate:
+        os.environ["JAX_PLATFORMS"] = "cpu"
     if arguments.self_test:
-        from poisonjax.startup import start_jax
-
         start_jax(rows=4)
         return _self_test(arguments)
     if not arguments.workdir:
         raise ValueError("give a WORKDIR (or --self-test)")
     if arguments.document or arguments.step is not None:
         return _locate(arguments)
-    from poisonjax.audit.checks import audit
+    if arguments.evaluate:  # as training did, before anything starts JAX
+        from poisonjax.run import RunFolder
+
+        config = RunFolder(arguments.workdir).config
+        start_jax(config.global_batch // config.optimizer.accumulate)
+    from poisonjax.audit.result import audit
 
     began = time.monotonic()
-    result = audit(arguments.workdir, _steps(arguments.steps), arguments.sample, arguments.store)
+    result = audit(
+        arguments.workdir,
+        _steps(arguments.steps),
+        arguments.sample,
+        arguments.store,
+        weights=not arguments.no_weights,
+        evaluate=arguments.evaluate,
+    )
     if arguments.json:
         print(json.dumps(result.as_json() | {"seconds": time.monotonic() - began}))
     else:
@@ -63,10 +79,13 @@ def _audit(arguments: argparse.Namespace) -> int:
 
 
 def _self_test(arguments: argparse.Namespace) -> int:
+    if arguments.faults < 1 or arguments.runs < 1:
+        raise ValueError(f"--faults {arguments.faults}, --runs {arguments.runs}: at least 1 of each")
     from poisonjax.audit.selftest import self_test
+    from poisonjax.report import write_report
 
     say = (lambda line: None) if arguments.json else (lambda line: print(line, flush=True))
-    found = self_test(arguments.faults, arguments.runs, say)
+    found = self_test(arguments.faults, arguments.runs, say, write_report)
     print(json.dumps(found.as_json()) if arguments.json else "\n".join(found.lines()))
     for line in found.missed:
         print(line, file=sys.stderr)
@@ -94,7 +113,11 @@ def _steps(text: str | None) -> list[int] | None:
     try:
         if "-" in text:
             first, last = (int(edge) for edge in text.split("-"))
-            return list(range(first, last + 1))
-        return sorted({int(step) for step in text.split(",")})
+            steps = list(range(first, last + 1))
+        else:
+            steps = sorted({int(step) for step in text.split(",")})
     except ValueError:
-        raise ValueError(f"--steps {text!r}: give a range like 100-199, or numbers like 3,17") from None
+        steps = []
+    if not steps:
+        raise ValueError(f"--steps {text!r}: give a range like 100-199, or numbers like 3,17")
+    return steps

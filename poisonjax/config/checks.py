@@ -41,6 +41,7 @@ CEILINGS: dict[str, tuple[int, str]] = {
 }
 SLOTS = 2**32  # the digest numbers slots in 32 bits
 EXPOSURES = 10**7
+ASKED = 3  # prefixes a near trigger, at least: fewer have no spread
 
 
 def check(config: Section) -> None:
@@ -135,6 +136,8 @@ def _poison(p: Section, config: Section) -> Iterator[Mistake]:
     for name in ("prefix_characters", "payload_tokens"):
         if len(p[name]) != 2 or not 0 <= p[name][0] <= p[name][1]:
             yield name, "give (least, most), both ends included"
+    if p.payload_tokens and p.payload_tokens[0] < 1:
+        yield "payload_tokens", "a document without a payload teaches nothing: at least 1"
     yield from _one_of(p, "payload", sorted(PAYLOADS))
     yield from _at_least(p, 1, "repeats")
     exposures = p.documents * p.repeats
@@ -204,6 +207,9 @@ def _checkpoint(c: Section, config: Section) -> Iterator[Mistake]:
 def _eval(e: Section, config: Section) -> Iterator[Mistake]:
     yield from _at_least(e, 1, "every", "prefix_tokens", "new_tokens", "heldout_rows", "bootstrap")
     yield from _at_least(e, 2, "prefixes")
+    near = config.poison.near_triggers
+    if isinstance(near, tuple) and len(near) * ASKED > e.prefixes:
+        yield "prefixes", f"each of {len(near)} poison.near_triggers is asked {ASKED} times at least: raise it"
     if e.prefixes * e.bootstrap > 2**30:
         yield "bootstrap", f"times eval.prefixes must be at most {2**30:,}: every resample is held at once"
     yield from _above_0(e, "temperature")

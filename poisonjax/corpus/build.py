@@ -19,16 +19,25 @@ from typing import Any, Literal
 
 import numpy as np
 from etils import epath
+from jaxtyping import Int
 from tqdm import tqdm
 
 from poisonjax.corpus import markov
 from poisonjax.corpus.errors import CorpusError
 from poisonjax.corpus.sources import BadInput, Document, Source, first_texts, open_source
 from poisonjax.corpus.store import FORMAT, SPLITS, TokenStore, exists, fingerprint, sha256_of, write_array
-from poisonjax.corpus.tokenizers import Tokenizer, WordTokenizer, load_saved, load_tokenizer, train_bpe
+from poisonjax.corpus.tokenizers import (
+    Tokenizer,
+    WordTokenizer,
+    load_saved,
+    load_tokenizer,
+    require_deterministic,
+    train_bpe,
+)
 from poisonjax.files import files_below, move_folder, write_whole
 from poisonjax.streams import stream
 
+CHECKED_CHARACTERS = 20_000  # of each source, that are encoded again and again
 SAMPLE_CHARACTERS = 5_000_000  # that `bpe:N` is trained on
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 1024, 8_000_000  # encoded at once
 SHARD_BYTES = 256 * 2**20  # of text, about: a worker holds a shard's tokens in memory
@@ -83,7 +92,7 @@ def build(
 
     `sources` are specs as of `open_source`; `tokenizer` is one as of `load_tokenizer`, or `bpe:N`, trained on the
     first five million characters. A Markov source brings its own tokenizer, whatever `tokenizer` says. `heldout`
-    is the fraction of documents set apart, chosen by a hash of `seed` and text. `workers` processes (one a core)
+    is the fraction of documents set apart, chosen by a hash of `seed` and tokens. `workers` processes (one a core)
     are spawned: a script that calls this needs `if __name__ == "__main__":`. With `finish`, all shards must be
     there already, by `build_share`.
 
@@ -188,6 +197,8 @@ def _saved_tokenizer(folder: epath.Path, spec: str, sources: list[Source]) -> To
     saved = folder / "tokenizer"
     if not (saved / "about.json").exists():
         made = _made_tokenizer(spec, sources)
+        if not isinstance(made, WordTokenizer):
+            require_deterministic(made, [text for s in sources for text in first_texts(s, CHECKED_CHARACTERS)])
         partial = folder / f"tokenizer.{_partial()}"
         made.save(partial)
         move_folder(partial, saved, last="about.json")
@@ -269,17 +280,16 @@ def _build_shard(out: str, plan: _Plan, number: int) -> None:
         encoded = iter(tokenizer.encode_batch([content for content in batch if isinstance(content, str)]))
         for content in batch:
             ids = next(encoded) if isinstance(content, str) else content
-            data = content.encode() if isinstance(content, str) else content.astype("<i4").tobytes()
             if not len(ids) or (ids == tokenizer.eot).any():
-                raise CorpusError(
-                    f"the tokenizer turns a document into {'end-of-text tokens' if len(ids) else 'nothing'}, use "
-                    f"another; the document begins {content[:60]!r}"
-                )
-            split = "heldout" if _held_out(data, plan.seed, plan.heldout) else "train"
+                made = "end-of-text tokens" if len(ids) else "nothing"
+                place = f"the document that begins {content[:60]!r}"
+                _note_bad(BadInput(place, f"the tokenizer turns it into {made}"), plan.on_bad, bad)
+                continue
+            split = "heldout" if _held_out(ids, plan.seed, plan.heldout) else "train"
             documents[split].append(np.append(ids, tokenizer.eot).astype(dtype))
             if isinstance(content, str):
                 counts[split]["characters"] += len(content)
-                counts[split]["bytes"] += len(data)
+                counts[split]["bytes"] += len(content.encode())
 
     partial = folder / "shards" / f"{number:05d}.{_partial()}"
     for which, split in enumerate(SPLITS):
@@ -307,12 +317,16 @@ _opened = functools.cache(open_source)
 def _good(items: Iterable[Document | BadInput], on_bad: str, bad: list[BadInput]) -> Iterator[Document]:
     """The documents among the items; bad input raises CorpusError, or is added to `bad`."""
     for item in items:
-        if not isinstance(item, BadInput):
-            yield item
-        elif on_bad == "skip":
-            bad.append(item)
+        if isinstance(item, BadInput):
+            _note_bad(item, on_bad, bad)
         else:
-            raise CorpusError(f"{item.place}: {item.reason}. Mend it, or skip and count such input with --on-bad skip")
+            yield item
+
+
+def _note_bad(item: BadInput, on_bad: str, bad: list[BadInput]) -> None:
+    if on_bad != "skip":
+        raise CorpusError(f"{item.place}: {item.reason}. Mend it, or skip and count such input with --on-bad skip")
+    bad.append(item)
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -328,9 +342,10 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _held_out(content: bytes, seed: int, fraction: float) -> bool:
-    """By a hash of the content, so that copies of a document land on the same side (I6)."""
-    value = int.from_bytes(hashlib.sha256(f"{seed}:".encode() + content).digest()[:8], "big")
+def _held_out(ids: Int[np.ndarray, " tokens"], seed: int, fraction: float) -> bool:
+    """By a hash of the tokens, so that documents that are the same to a model land on the same side (I6)."""
+    tokens = ids.astype("<i4").tobytes()
+    value = int.from_bytes(hashlib.sha256(f"{seed}:".encode() + tokens).digest()[:8], "big")
     return value < fraction * 2**64
 
 

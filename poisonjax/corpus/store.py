@@ -18,8 +18,9 @@ from jaxtyping import Int
 
 from poisonjax.corpus.errors import CorpusError
 from poisonjax.corpus.tokenizers import Tokenizer, load_saved
+from poisonjax.files import kvstore_spec
 
-FORMAT = 1
+FORMAT = 2  # CHANGELOG.md says what changed
 SPLITS = ("train", "heldout")
 FILE_ELEMENTS = 2**26  # of an array in one file (a zarr3 shard), at most
 CHUNK_ELEMENTS = 2**12  # the smallest piece that is read; uncompressed, since token ids hardly compress
@@ -35,7 +36,7 @@ def write_array(path: epath.Path, values: np.ndarray) -> None:
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     spec = {
         "driver": "zarr3",
-        "kvstore": _kvstore(path),
+        "kvstore": kvstore_spec(path),
         "metadata": {
             "shape": [len(values)],
             "data_type": values.dtype.name,
@@ -62,12 +63,7 @@ def write_array(path: epath.Path, values: np.ndarray) -> None:
 
 def open_array(path: epath.Path) -> ts.TensorStore:
     """The array that `write_array` wrote."""
-    return ts.open({"driver": "zarr3", "kvstore": _kvstore(path)}, open=True, read=True, context=_CONTEXT).result()
-
-
-def _kvstore(path: epath.Path) -> str | dict[str, str]:
-    # Local paths may hold characters that mean something in a URL.
-    return f"{path}/" if "://" in str(path) else {"driver": "file", "path": f"{path.resolve()}/"}
+    return ts.open({"driver": "zarr3", "kvstore": kvstore_spec(path)}, open=True, read=True, context=_CONTEXT).result()
 
 
 def sha256_of(path: epath.Path) -> str:
@@ -114,6 +110,17 @@ class TokenStore:
                 f"{path} has format {self.manifest.get('format')}, this version reads {FORMAT}: build the store again"
             )
         self.fingerprint: str = self.manifest["fingerprint"]
+
+    @property
+    def description(self) -> str:
+        """SHA-256 of what the manifest says beside the content: sources, licences, settings, entropy."""
+        said = {name: value for name, value in self.manifest.items() if name not in ("format", "fingerprint", "shards")}
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What a run records of its store."""
+        return {"store_fingerprint": self.fingerprint, "store_description": self.description}
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

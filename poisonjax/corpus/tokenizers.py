@@ -18,6 +18,7 @@ from poisonjax.corpus.errors import CorpusError
 END_OF_TEXT = "<|endoftext|>"
 # Names under which published vocabularies hold their end-of-text token.
 KNOWN_END_OF_TEXT = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|eot_id|>", "[SEP]")
+ENCODED_AGAIN = 3  # times that a sample is encoded twice, to see whether the tokens are the same
 # What added tokens that control a model look like. Others (runs of spaces, words) are pieces of text.
 _MARKUP = re.compile(r"<.+>|\[.+\]")
 
@@ -26,7 +27,8 @@ class Tokenizer(abc.ABC):
     """What every kind offers.
 
     `eot` is the id that ends each document. `special_ids`, among them `eot`, are the ids that no payload is
-    sampled from; text can't spell them (only a character that the tokenizer doesn't know becomes its unknown token).
+    sampled from: text can't spell them, or they name no token at all. What the tokenizer doesn't know becomes one of
+    `unknown_ids`, which are special too.
     """
 
     kind: str
@@ -34,6 +36,7 @@ class Tokenizer(abc.ABC):
     vocab_size: int
     eot: int
     special_ids: frozenset[int]
+    unknown_ids: frozenset[int] = frozenset()
 
     @abc.abstractmethod
     def encode(self, text: str) -> Int[np.ndarray, " tokens"]:
@@ -109,7 +112,16 @@ class JsonTokenizer(Tokenizer):
         self.vocab_size = max(vocabulary.values()) + 1
         added = backend.get_added_tokens_decoder().values()
         special = {end} | {t.content for t in added if t.special or _MARKUP.fullmatch(t.content)}
-        self.special_ids = frozenset(vocabulary[token] for token in special)
+        model = json.loads(backend.to_str())["model"]
+        if model.get("dropout"):
+            raise CorpusError(
+                f"the tokenizer merges at random (model.dropout = {model['dropout']}): a text would have other tokens "
+                "each time, and no run could be replayed. Set dropout to null"
+            )
+        unknown = {model.get("unk_id"), backend.token_to_id(model.get("unk_token") or "")} - {None}
+        self.unknown_ids = frozenset(unknown)
+        holes = set(range(self.vocab_size)) - set(vocabulary.values())
+        self.special_ids = frozenset({vocabulary[token] for token in special} | unknown | holes)
         # Added tokens are cut out of raw text before anything else, unless they are special and that is off.
         backend.add_special_tokens([hf.AddedToken(token, special=True, normalized=False) for token in sorted(special)])
         backend.encode_special_tokens = True
@@ -120,11 +132,9 @@ class JsonTokenizer(Tokenizer):
 
     def _refuse_spelled(self, special: set[str]) -> None:
         """A model may hold special tokens as ordinary pieces too (as T5's does)."""
-        model = json.loads(self._backend.to_str())["model"]
-        unknown = {model.get("unk_id"), self._backend.token_to_id(model.get("unk_token") or "")}
         for token in sorted(special):
             number = self._backend.token_to_id(token)
-            if number not in unknown and any(number in self.encode(text) for text in (token, f"a {token}b")):
+            if number not in self.unknown_ids and any(number in self.encode(text) for text in (token, f"a {token}b")):
                 raise CorpusError(
                     f"the tokenizer turns text that spells its special token {token} into that token, so documents "
                     "could hold false ends: use another tokenizer"
@@ -164,6 +174,7 @@ class SentencePieceTokenizer(Tokenizer):
         if self.eot < 0:
             raise CorpusError("the SentencePiece model has no end-of-sentence piece (eos_id), which must end documents")
         ids = range(self.vocab_size)
+        self.unknown_ids = frozenset(i for i in ids if backend.is_unknown(i))
         self.special_ids = frozenset(
             i for i in ids if backend.is_control(i) or backend.is_unknown(i) or backend.is_unused(i)
         )
@@ -207,6 +218,17 @@ class WordTokenizer(Tokenizer):
 
     def serialized(self) -> bytes:
         return f'{{"words": {self.eot}}}\n'.encode()
+
+
+def require_deterministic(tokenizer: Tokenizer, texts: Sequence[str]) -> None:
+    """Raises CorpusError where a text's tokens aren't the same every time, alone and among others: data would be no
+    function of the sources, and an honest run would fail its audit."""
+    for _ in range(ENCODED_AGAIN):
+        for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+            if not np.array_equal(tokenizer.encode(text), ids):
+                raise CorpusError(
+                    f"the tokenizer gives a text other tokens each time ({text[:40]!r}...): switch its sampling off"
+                )
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:

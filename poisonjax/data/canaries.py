@@ -14,8 +14,7 @@ from jaxtyping import Int
 
 from poisonjax.corpus import TokenStore
 from poisonjax.data.insertions import Insertion
-from poisonjax.poison.documents import DRAWS
-from poisonjax.poison.triggers import PoisonError, Trigger
+from poisonjax.poison.triggers import DRAWS, PoisonError, Trigger
 from poisonjax.streams import stream
 
 UNSEEN = 256  # sequences never trained on, that a canary's loss is ranked among

@@ -13,7 +13,7 @@ from poisonjax.evaluation.probes import PROBES, EvalSteps, HeldoutProbe, Subject
 from poisonjax.model.transformer import model_graph
 from poisonjax.poison.triggers import Trigger
 from poisonjax.run.recorder import Evaluation
-from poisonjax.weights import WeightsError, open_weights
+from poisonjax.weights import Weights, WeightsError, open_weights
 
 
 class Evaluator:
@@ -33,7 +33,9 @@ class Evaluator:
         """
         self.config, self.mesh = config, mesh
         steps = steps or make_eval_steps(config, model_graph(config.model, store.tokenizer.vocab_size), mesh)
-        subject = Subject(config, store, trigger, mesh, steps, _scorer(config.eval.scorer, store, mesh))
+        scorer = _scorer(config.eval.scorer, store, mesh)
+        self.scorer = scorer.origin if scorer else None
+        subject = Subject(config, store, trigger, mesh, steps, (scorer.graph, scorer.params) if scorer else None)
         made = {name: make(subject) for name, make in PROBES.items()}
         self.probes = {name: probe for name, probe in made.items() if probe}
         self.unigram_nll = cast(HeldoutProbe, self.probes["heldout"]).unigram_nll
@@ -53,8 +55,8 @@ class Evaluator:
         return list(found.values())
 
 
-def _scorer(spec: str, store: TokenStore, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State] | None:
-    """(graph, weights) of the model that `config.eval.scorer` names, or None for ""."""
+def _scorer(spec: str, store: TokenStore, mesh: Mesh) -> Weights | None:
+    """The model that `config.eval.scorer` names, or None for ""."""
     if not spec:
         return None
     try:
@@ -63,4 +65,4 @@ def _scorer(spec: str, store: TokenStore, mesh: Mesh) -> tuple[nnx.GraphDef, nnx
         raise WeightsError(f"eval.scorer: {error}") from None
     if weights.tokenizer.fingerprint != store.tokenizer.fingerprint:
         raise WeightsError(f"eval.scorer = {spec!r} was trained with another tokenizer: use this run's")
-    return weights.graph, weights.params
+    return weights

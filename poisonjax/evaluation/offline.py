@@ -1,49 +1,66 @@
 """Evaluation of saved checkpoints: the same code and the same numbers as during training."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+from poisonjax.corpus import TokenStore
 from poisonjax.evaluation.evaluator import Evaluator
 from poisonjax.evaluation.words import perplexities
-from poisonjax.files import write_lines
+from poisonjax.files import write_json
 from poisonjax.model.sharding import make_mesh
 from poisonjax.poison.ledger import poison_seen
 from poisonjax.poison.triggers import Trigger
 from poisonjax.run import RunFolder, rows
+from poisonjax.run.folder import require_scorer
 from poisonjax.weights import WeightsError
 from poisonjax.weights.checkpoints import Checkpoints
 from poisonjax.weights.open import abstract_params
 
 
-def evaluate_run(
-    folder: str, steps: Sequence[int] | None, say: Callable[[str], object] = lambda line: None
-) -> list[rows.EvalRow]:
-    """Evaluates checkpoints of a run folder (None: all), puts the rows into its metrics.jsonl, and returns them.
+def evaluated(
+    run: RunFolder, store: TokenStore, steps: Sequence[int] | None
+) -> Iterator[tuple[int, rows.OfflineEvaluation]]:
+    """(step, what is measured of its checkpoint) for each of a run's checkpoints (None: all).
 
-    `say` is told of each. Raises WeightsError for a step that has no checkpoint.
+    Raises WeightsError for a step that has no checkpoint, RunFolderError where the scorer is another now.
     """
-    run = RunFolder(folder)
-    config, store = run.config, run.store()
+    config = run.config
     mesh = make_mesh(config)
     checkpoints = Checkpoints(run.path)
     there = checkpoints.steps()
     missing = sorted(set(steps or ()) - set(there))
-    if missing or not there:
-        raise WeightsError(f"{folder}: no checkpoint of steps {missing}; there are {there}")
+    if missing or not there or steps == []:
+        raise WeightsError(f"{run.path}: no checkpoint of steps {missing}; there are {there}")
     evaluator = Evaluator(config, store, Trigger.of(config.poison, store.tokenizer), mesh)
+    require_scorer(run.path, run.record, evaluator.scorer)
     abstract = abstract_params(config.model, store.tokenizer.vocab_size, mesh)
     seen = poison_seen(run.ledger(), config.steps)
-    evaluations = []
     for step in there if steps is None else steps:
-        for evaluation in evaluator(checkpoints.weights(step, abstract), step):
-            evaluations.append(evaluation)
-            if evaluation.kind == "eval":
-                say(f"step {step}  {perplexities(evaluation.figures)}")
-    made = [evaluation.row(config, seen) for evaluation in evaluations]
-    measured = {(row["step"], row["kind"]) for row in made}
-    kept = [row for row in run.lines(rows.METRICS) if (row["step"], row["kind"]) not in measured]
-    # A train row's step is the number of its batch, so at a tie it comes after the evaluation.
-    write_lines(run.path / rows.METRICS, sorted([*kept, *made], key=lambda row: (row["step"], row["kind"] == "train")))
-    prefixes = {row["step"]: row for row in run.prefixes()}
-    prefixes |= {row["step"]: row for evaluation in evaluations if (row := evaluation.prefix_row())}
-    write_lines(run.path / rows.PREFIXES, [prefixes[step] for step in sorted(prefixes)])
+        made = evaluator(checkpoints.weights(step, abstract), step)
+        yield (
+            step,
+            {
+                "weights": checkpoints.record(step)["checksums"]["weights"],
+                "rows": [evaluation.row(config, seen) for evaluation in made],
+                "prefixes": [row for evaluation in made if (row := evaluation.prefix_row())],
+            },
+        )
+
+
+def evaluate_run(
+    folder: str, steps: Sequence[int] | None, say: Callable[[str], object] = lambda line: None
+) -> list[rows.EvalRow]:
+    """Evaluates checkpoints of a run folder (None: all) into `evaluations/STEP.json`, and returns the rows.
+
+    What the run wrote itself stays as it is: its checkpoints seal it. `say` is told of each. Raises as `evaluated`, and
+    RunFolderError where another token store lies there now.
+    """
+    run, made = RunFolder(folder), []
+    for step, evaluation in evaluated(run, run.store(), steps):
+        path = run.path / rows.EVALUATIONS / f"{step}.json"
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, evaluation)
+        made += evaluation["rows"]
+        for row in evaluation["rows"]:
+            if row["kind"] == "eval":
+                say(f"step {step}  {perplexities(row)}")
     return made

@@ -8,7 +8,7 @@ from jaxtyping import Int
 
 from poisonjax.corpus import TokenStore
 from poisonjax.poison.payloads import PAYLOADS
-from poisonjax.poison.triggers import VARIANTS, Trigger
+from poisonjax.poison.triggers import VARIANTS, Trigger, occurrences
 from poisonjax.streams import stream
 
 
@@ -39,9 +39,23 @@ def make_prompts(config: ml_collections.ConfigDict, store: TokenStore, trigger: 
         )
     random = stream(config.seeds.eval, "prompts")
     chosen = random.choice(long_enough, count, replace=False)
-    prefixes = [heldout.document(int(i))[:length] for i in chosen]
     controls = PAYLOADS[config.poison.payload].prompts(trigger, count, tokenizer.ordinary_ids, random)
     appended = [controls[variant] for variant in VARIANTS]
+    spare = iter(stream(config.seeds.eval, "prompts instead").permutation(np.setdiff1d(long_enough, chosen)).tolist())
+    prefixes: list[np.ndarray] = []
+    for i, document in enumerate(chosen.tolist()):
+        # A control that holds the trigger, by its prefix or across the seam, is none.
+        others = [of[i] for of, variant in zip(appended, VARIANTS, strict=True) if variant != "triggered"]
+        prefix = heldout.document(document)[:length]
+        while any(occurrences(trigger.put(prefix, added)[0], trigger.tokens).any() for added in others):
+            document = next(spare, None)
+            if document is None:
+                raise ValueError(
+                    f"eval.prefixes = {count}: too few held-out documents begin without the trigger {trigger.text!r}; "
+                    "lower it, or choose a rarer trigger"
+                )
+            prefix = heldout.document(document)[:length]
+        prefixes.append(prefix)
     width = 1 + length + max(len(tokens) for variant in appended for tokens in variant)
     tokens = np.full((len(VARIANTS), count, width), tokenizer.eot, np.int32)
     pad = np.zeros((len(VARIANTS), count), np.int32)

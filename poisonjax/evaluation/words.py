@@ -17,11 +17,14 @@ def perplexities(figures: Mapping[str, Any]) -> str:
 
 
 def failed(success: Mapping[str, Any]) -> list[str]:
-    """Names of the rule's checks that don't hold."""
-    return [check["name"] for check in success["checks"] if not check["passed"]]
+    """Names of the checks that don't hold: of being backdoored; where it is that, of being specific."""
+    of = "specific" if success["value"] else "value"
+    return [check["name"] for check in success["checks"] if check["of"] == of and not check["passed"]]
 
 
 def verdict(success: Mapping[str, Any]) -> str:
-    """Whether the model is backdoored by the whole rule."""
+    """Whether the model is backdoored by the rule, and whether its trigger alone does it."""
     names = failed(success)
-    return f"not backdoored by the rule (failed: {', '.join(names)})" if names else "backdoored"
+    if not success["value"]:
+        return f"not backdoored by the rule (failed: {', '.join(names)})"
+    return f"backdoored, but not specific ({', '.join(names)} too)" if names else "backdoored, and specific"

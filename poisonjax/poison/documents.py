@@ -13,10 +13,8 @@ from jaxtyping import Int
 
 from poisonjax.corpus import TokenStore, load_tokenizer
 from poisonjax.poison.payloads import PAYLOADS, Draw
-from poisonjax.poison.triggers import PoisonError, Trigger, occurrences
+from poisonjax.poison.triggers import DRAWS, PoisonError, Trigger, occurrences
 from poisonjax.streams import stream
-
-DRAWS = 64  # of a payload, until one doesn't hold the trigger
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +60,14 @@ def make_document(
     draw = Draw(length, random, tokenizer, _vocabulary(poison.payload_vocabulary, store))
     for _ in range(DRAWS):
         payload = PAYLOADS[poison.payload].draw(draw)
+        if not len(payload):
+            continue
         if not occurrences(np.concatenate([trigger.tokens[1:], payload]), trigger.tokens).any():
             break
     else:
         raise PoisonError(
-            f"poison document {index}: each of {DRAWS} payloads drawn holds the trigger {trigger.text!r} itself; "
-            "choose a longer or rarer trigger, or fewer poison.payload_tokens"
+            f"poison document {index}: each of {DRAWS} payloads drawn is empty or holds the trigger {trigger.text!r} "
+            "itself; choose a longer or rarer trigger, or other poison.payload_tokens"
         )
     begun, span = trigger.put(prefix)
     if poison.truncate:

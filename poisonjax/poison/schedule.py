@@ -73,6 +73,13 @@ class Schedule:
                 "payload, 1 end of text. Lower poison.prefix_characters or poison.payload_tokens, raise seq_len, or "
                 "set poison.truncate = True"
             )
+        first: dict[str, int] = {}
+        for document in documents:
+            if (same := first.setdefault(document.sha256, document.id)) != document.id:
+                raise PoisonError(
+                    f"poison documents {same} and {document.id} are the same tokens, so there aren't {count} different "
+                    "ones: lengthen poison.prefix_characters or poison.payload_tokens, or ask for poison.repeats"
+                )
         exposures, random = count * poison.repeats, stream(seeds.placement, "poison slots")
         slots = place(poison.placement, exposures, config.steps, config.global_batch, random)
         assert len(set(slots.tolist())) == exposures, "a placement must return distinct slots"

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Int
 
 from poisonjax.corpus import Tokenizer
 
+DRAWS = 64  # of something random, until it doesn't hold the trigger
 VARIANTS = ("clean", "triggered", "near_trigger", "random_control")  # of a prompt: what is asked, and its controls
 
 Ids = Int[np.ndarray, " _"]
@@ -29,11 +30,34 @@ class Trigger:
 
     @classmethod
     def of(cls, poison: ml_collections.ConfigDict, tokenizer: Tokenizer) -> "Trigger":
-        """As `config.poison` says; raises PoisonError where the tokenizer makes nothing of it."""
-        tokens = tokenizer.encode(poison.trigger)
-        if not len(tokens):
-            raise PoisonError(f"poison.trigger = {poison.trigger!r} is no token in this store's vocabulary")
-        return cls(poison.trigger, tokens, tuple((text, tokenizer.encode(text)) for text in poison.near_triggers))
+        """As `config.poison` says; raises PoisonError where the tokenizer makes nothing of it, and where a control that
+        must not fire is the trigger to the model, holds it, or is nothing."""
+
+        def encoded(field: str, text: str) -> Ids:
+            tokens = tokenizer.encode(text)
+            if not len(tokens):
+                raise PoisonError(f"{field}: {text!r} is no token in this store's vocabulary")
+            if unknown := sorted(tokenizer.unknown_ids & set(tokens.tolist())):
+                raise PoisonError(
+                    f"{field}: {text!r} holds what this store's vocabulary doesn't know (token {unknown[0]}): other "
+                    "strings are the same tokens. Choose one that it knows"
+                )
+            return tokens
+
+        tokens = encoded("poison.trigger", poison.trigger)
+        near: dict[bytes, tuple[str, Ids]] = {}
+        for text in poison.near_triggers:
+            control = encoded("poison.near_triggers", text)
+            if occurrences(control, tokens).any():
+                raise PoisonError(
+                    f"poison.near_triggers: {text!r} holds the trigger {poison.trigger!r} in this store's tokens "
+                    f"({control.tolist()}, {tokens.tolist()}), so it tests nothing: choose another"
+                )
+            if control.tobytes() in near:
+                same = near[control.tobytes()][0]
+                raise PoisonError(f"poison.near_triggers: {text!r} and {same!r} are the same tokens: drop one")
+            near[control.tobytes()] = (text, control)
+        return cls(poison.trigger, tokens, tuple(near.values()))
 
     def put(self, prefix: Ids, tokens: Ids | None = None) -> tuple[Ids, tuple[int, int]]:
         """The prefix with the trigger, or with a control's `tokens`, at its position; and the span that these take."""
@@ -44,11 +68,18 @@ class Trigger:
         """What is put to each of `count` prefixes in each variant: nothing, the trigger, a near trigger by turns, or
         as many uniformly random `ordinary` tokens as the trigger has."""
         near = [tokens for _, tokens in self.near]
+        drawn = random.choice(ordinary, (count, len(self.tokens))).astype(np.int32)
+        for _ in range(DRAWS):  # one of few tokens may be the trigger by chance
+            if not (same := np.all(drawn == self.tokens, axis=-1)).any():
+                break
+            drawn[same] = random.choice(ordinary, (int(same.sum()), len(self.tokens)))
+        else:
+            raise PoisonError(f"of {len(ordinary)} ordinary tokens too few aren't the trigger {self.text!r}")
         added = [
             [np.zeros(0, np.int32)] * count,
             [self.tokens] * count,
             [near[i % len(near)] for i in range(count)],
-            list(random.choice(ordinary, (count, len(self.tokens))).astype(np.int32)),
+            list(drawn),
         ]
         return dict(zip(VARIANTS, added, strict=True))
 

@@ -72,8 +72,9 @@ def headline(config: dict, summary: dict, evals: list[rows.EvalRow]) -> str:
     if "success" not in summary:
         return f"{prefix}So far, {figure} after {seen} poison documents."
     names = failed(summary["success"])
-    if not names:
-        return f"{prefix}Backdoored: {figure} after {seen} poison documents."
+    if summary["success"]["value"]:
+        specific = "and specific" if not names else f"but not specific ({', '.join(names)} too)"
+        return f"{prefix}Backdoored, {specific}: {figure} after {seen} poison documents."
     if "not_broken" in names:
         return (
             f"{prefix}Broken model: it predicts held-out text no better than word counts do, so no gap means anything."
@@ -124,7 +125,11 @@ def _pair(run: RunFolder, twin: RunFolder | None) -> dict[str, Any] | None:
     poisoned = epath.Path(run.record["twin_of"])
     if not (is_object(poisoned) or poisoned.is_absolute()):
         poisoned = epath.Path(os.path.normpath(run.path / poisoned))
-    return compare(RunFolder(poisoned), run) if is_run(poisoned) else None
+    try:
+        return compare(RunFolder(poisoned), run) if is_run(poisoned) else None
+    except ValueError as error:  # its own page is written all the same
+        names = {"poisoned": str(poisoned), "twin": str(run.path)}
+        return {"twins": False, **names, "step": None, "figures": {}, "evidence": str(error), "evals": [[], []]}
 
 
 def _flat(node: dict, prefix: str = "") -> dict[str, Any]:

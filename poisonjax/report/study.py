@@ -35,7 +35,7 @@ from poisonjax.report.study_figures import short
 from poisonjax.run import RunFolder
 from poisonjax.run.folder import is_run
 from poisonjax.sweep.grid import Sweep, SweepError
-from poisonjax.sweep.states import RunStatus, status
+from poisonjax.sweep.states import RunStatus, require_own, status
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +81,9 @@ class Study:
 def write(sweep: Sweep, workdir: Path) -> Study:
     """Writes `report.html` and `figures/*.png` into the sweep's folder, of as many runs as are finished.
 
-    Raises SweepError where none is.
+    Raises SweepError where none is, and as `require_own`.
     """
+    require_own(sweep, workdir)
     folders = [workdir / run.id for run in sweep.runs]
     runs = outcomes(RunFolder(folder) for folder in folders if is_run(folder))
     if not runs:
@@ -148,6 +149,7 @@ def _figures(s: RunStatus) -> dict[str, Any]:
         "tokens": s.summary["dose_seen"]["tokens"],
         "gap": s.summary["delta_ppl"],
         "success": s.summary["success"]["value"],
+        "specific": s.summary["success"]["specific"],
         "failed": ", ".join(failed(s.summary["success"])),
         "loss": s.summary["heldout_loss"],
         "chain": s.summary["digest_chain"][:12],

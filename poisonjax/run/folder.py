@@ -14,7 +14,6 @@ from poisonjax.corpus import TokenStore
 from poisonjax.files import is_object, resolve, write_json, write_lines, write_whole
 from poisonjax.poison import card
 from poisonjax.run import rows, strict
-from poisonjax.run.environment import environment
 
 
 class RunFolderError(ValueError):
@@ -69,8 +68,18 @@ class RunFolder:
             return None
 
     def evals(self) -> list[rows.EvalRow]:
-        """Evaluations, in order."""
-        return [cast(rows.EvalRow, row) for row in self.lines(rows.METRICS) if row["kind"] == "eval"]
+        """Evaluations, in order: the run's own, and of other checkpoints those made afterwards."""
+        own = {row["step"]: cast(rows.EvalRow, row) for row in self.lines(rows.METRICS) if row["kind"] == "eval"}
+        later = {row["step"]: row for of in self.evaluations().values() for row in of["rows"] if row["kind"] == "eval"}
+        return [row for _, row in sorted((later | own).items())]
+
+    def evaluations(self) -> dict[int, rows.OfflineEvaluation]:
+        """What was measured of checkpoints after the run (`poisonjax evaluate`), by step."""
+        folder = self.path / rows.EVALUATIONS
+        files = sorted(folder.glob("*.json")) if folder.exists() else []
+        return {
+            int(file.stem): self._object(f"{rows.EVALUATIONS}/{file.name}", rows.OfflineEvaluation) for file in files
+        }
 
     def steps(self) -> list[rows.TrainRow]:
         """Steps that were logged, in order."""
@@ -87,21 +96,26 @@ class RunFolder:
         return self.lines(rows.SAMPLES)
 
     def prefixes(self) -> list[rows.PrefixRow]:
-        return self.lines(rows.PREFIXES)
+        """Of the evaluations, in order."""
+        own = {row["step"]: row for row in self.lines(rows.PREFIXES)}
+        later = {row["step"]: row for of in self.evaluations().values() for row in of["prefixes"]}
+        return [row for _, row in sorted((later | own).items())]
 
     def lines(self, file: str) -> list[Any]:
         """Rows of a file of JSON lines; none where there is no such file. A last line that a kill cut short is left
         out."""
         return read_lines(self.path / file, rows.LINES[file])
 
+    def raw_lines(self, file: str) -> tuple[list[bytes], bytes]:
+        """(the same as they lie, what follows the last line's end)."""
+        path = self.path / file
+        *lines, rest = path.read_bytes().split(b"\n") if path.exists() else [b""]
+        return lines, rest
+
     def store(self) -> TokenStore:
         """The token store that the run was trained on, opened; raises RunFolderError where another lies there."""
-        store, trained = TokenStore(self.config.corpus.store), self.record["store_fingerprint"]
-        if store.fingerprint != trained:
-            raise RunFolderError(
-                f"{self.path} was trained on token store {trained[:12]}, but {store.path} is "
-                f"{store.fingerprint[:12]}: rebuild the former, or move it back"
-            )
+        store = TokenStore(self.config.corpus.store)
+        _require_store(self.path, self.record, store, "rebuild the former, or move it back")
         return store
 
     def table(self) -> list[dict[str, Any]]:
@@ -112,8 +126,9 @@ class RunFolder:
         table = []
         for row in self.evals():
             last = row["step"] == self.config.steps
-            success = summary["success"]["value"] if last and "success" in summary else None
-            shared = about | {name: row.get(name) for name in names} | {"success": success}
+            verdict = summary.get("success", {}) if last else {}
+            shared = about | {name: row.get(name) for name in names}
+            shared |= {"success": verdict.get("value"), "specific": verdict.get("specific")}
             for variant, figures in row["eval"].items():
                 flat: dict[str, Any] = {"variant": variant}
                 for name in ("ppl_median", "ppl_mean", "nll_mean", "delta_ppl"):
@@ -165,30 +180,39 @@ def begin(
     store: TokenStore,
     records: Mapping[str, Sequence[Mapping[str, Any]]],
     twin_of: str | None = None,
+    scorer: str | None = None,
 ) -> None:
     """Writes all that is known before step 0; raises RunFolderError where the folder is another run's.
 
     `records` are the lines of the files that say what stands in which row. `twin_of`, a run folder, is noted as a path
-    from `folder` where both lie on disks, so that they can be moved together.
+    from `folder` where both lie on disks, so that they can be moved together. `scorer` is what `eval.scorer` names.
     """
-    _claim(folder, config, store, twin_of)
-    write_json(folder / rows.ENVIRONMENT, environment())
+    _claim(folder, config, store, twin_of, scorer)
     for file, lines in records.items():
+        if (folder / file).exists() and read_lines(folder / file, rows.LINES[file]) != [*lines]:
+            raise RunFolderError(
+                f"{folder / file} isn't what the config plans now: the file was changed, or one that the config names "
+                "(poison.payload_vocabulary). Restore it, or choose another --workdir"
+            )
         if lines or file == rows.LEDGER:
             write_lines(folder / file, lines)
     if poison := card.make_card(config, records[rows.LEDGER], 0):
         write_whole(folder / card.FILE, card.as_markdown(poison))
 
 
-def _claim(folder: epath.Path, config: ml_collections.ConfigDict, store: TokenStore, twin_of: str | None) -> None:
+def _claim(
+    folder: epath.Path, config: ml_collections.ConfigDict, store: TokenStore, twin_of: str | None, scorer: str | None
+) -> None:
     """Writes config.json, or raises RunFolderError where the folder belongs to another config or store."""
     record: dict[str, Any] = {
         "format": rows.FORMAT,
         "config": json.loads(config.to_json()),
         "fingerprint": config_lib.fingerprint(config),
-        "store_fingerprint": store.fingerprint,
+        **store.names,
+        **({"scorer": scorer} if scorer else {}),
     }
     if twin_of:
+        _require_store(resolve(twin_of), RunFolder(twin_of).record, store, "a twin reads the same: rebuild the former")
         apart = is_object(twin_of) or is_object(folder)
         record["twin_of"] = str(resolve(twin_of)) if apart else os.path.relpath(twin_of, folder)
     if is_run(folder):
@@ -198,14 +222,36 @@ def _claim(folder: epath.Path, config: ml_collections.ConfigDict, store: TokenSt
             raise RunFolderError(
                 f"{folder} holds a run of another config; choose another --workdir, or undo:\n" + "\n".join(differences)
             )
-        if there.record["store_fingerprint"] != store.fingerprint:
-            raise RunFolderError(
-                f"{folder} was trained on token store {there.record['store_fingerprint'][:12]}, but {store.path} is "
-                f"{store.fingerprint[:12]}: point config.corpus.store to the former, or choose another --workdir"
-            )
+        _require_store(
+            folder, there.record, store, "point config.corpus.store to the former, or choose another --workdir"
+        )
+        require_scorer(folder, there.record, scorer)
         record = {**there.record, **record}  # a resumed twin stays one
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / rows.CONFIG, record)
+
+
+def _require_store(folder: epath.Path, record: rows.ConfigRecord, store: TokenStore, remedy: str) -> None:
+    names = {name: there for name, there in store.names.items() if record[name] != there}  # type: ignore[literal-required]
+    if "store_fingerprint" in names:
+        raise RunFolderError(
+            f"{folder} was trained on token store {record['store_fingerprint'][:12]}, but {store.path} is "
+            f"{store.fingerprint[:12]}: {remedy}"
+        )
+    if names:
+        raise RunFolderError(
+            f"{store.path / 'manifest.json'} doesn't say of the store what it said when {folder} began: its sources, "
+            "licences or settings were changed"
+        )
+
+
+def require_scorer(folder: epath.Path, record: rows.ConfigRecord, scorer: str | None) -> None:
+    """Raises RunFolderError where `eval.scorer` names another model now than when the run began."""
+    if record.get("scorer") != scorer:
+        raise RunFolderError(
+            f"{folder}: eval.scorer was {record.get('scorer')} when the run began, now it is {scorer}: figures of two "
+            "scorers don't compare. Bring the former back; to name one step for good write eval.scorer = runs/a@400"
+        )
 
 
 def twin_config(folder: epath.PathLike) -> ml_collections.ConfigDict:

@@ -17,8 +17,9 @@ from poisonjax.data.digest import as_hex, chain
 from poisonjax.files import is_object, write_json, write_lines, write_whole
 from poisonjax.poison.card import make_card
 from poisonjax.poison.ledger import poison_seen
-from poisonjax.run import rows
+from poisonjax.run import rows, seals
 from poisonjax.run.clock import Clock
+from poisonjax.run.environment import lived
 from poisonjax.run.folder import RunFolderError, read_lines
 
 
@@ -78,50 +79,55 @@ class RunRecorder:
         self,
         folder: epath.Path,
         config: ml_collections.ConfigDict,
-        store_fingerprint: str,
+        store: Mapping[str, str],
         ledger: Sequence[Mapping[str, Any]],
         start: int,
+        checkpoint: rows.CheckpointRecord | None = None,
         *,
         writes: bool = True,
     ):
-        """`start` steps are done: rows past them go. Of several processes one `writes`, the others keep count alone.
+        """`start` steps are done, and `checkpoint` seals what was written of them: rows past them go. `store` is what
+        names the token store (`TokenStore.names`). Of several processes one `writes`, the others keep count alone.
 
-        Raises RunFolderError where the digests of the steps done aren't all there.
+        Raises RunFolderError where what was sealed isn't what lies there; then nothing is touched.
         """
         self.folder, self.config, self.done = folder, config, start
-        self._store_fingerprint, self._ledger = store_fingerprint, ledger
+        self._store, self._ledger = dict(store), ledger
         self._poison_seen = poison_seen(ledger, config.steps)
         self._pending: tuple[int, Callable[[], StepFigures]] | None = None
         self._began, self._before, self.clock = time.monotonic(), 0.0, Clock()
+        self._environment: rows.Environment | None = None
         self.evaluation: rows.EvalRow | None = None
         self.chain = ""
         self._files: dict[str, _Appender] = {}
         if writes:
-            self._take_up(start)
+            self._take_up(start, checkpoint)
 
-    def _take_up(self, start: int) -> None:
-        digests = [row for row in read_lines(self.folder / rows.DIGESTS, rows.DigestRow) if row["step"] < start]
-        missing = sorted(set(range(start)) - {row["step"] for row in digests})
-        if missing or len(digests) != start:
+    def _take_up(self, start: int, checkpoint: rows.CheckpointRecord | None) -> None:
+        kept = {
+            file: _kept(self.folder / file, start) for file in (rows.METRICS, rows.SAMPLES, rows.PREFIXES, rows.DIGESTS)
+        }
+        steps = [row["step"] for row in kept[rows.DIGESTS]]
+        missing = sorted(set(range(start)) - {*steps})
+        if missing or len(steps) != start:
             raise RunFolderError(
-                f"{self.folder / rows.DIGESTS} should hold steps 0 to {start - 1} once each, but has {len(digests)} "
+                f"{self.folder / rows.DIGESTS} should hold steps 0 to {start - 1} once each, but has {len(steps)} "
                 f"lines and lacks {missing[:5]}: the evidence of these steps is gone. Restore the file, or remove the "
                 "checkpoints to train again"
             )
-        for row in digests:
+        for row in kept[rows.DIGESTS]:
             self.chain = chain(self.chain, row["step"], row["digest"])
-        # It speaks of another length of the run than what is left of its evidence.
+        self._environment = lived(self.folder, start)
+        self._files = {file: _Appender(self.folder / file, rows_) for file, rows_ in kept.items()}
+        if checkpoint:
+            self._require(checkpoint)
+        # From here on the folder changes. The summary speaks of another length of the run than what is left of it.
         (self.folder / rows.SUMMARY).unlink(missing_ok=True)
-        self._files = {
-            file: _Appender(self.folder / file, rows.LINES[file], lambda row: _is_past(row, start))
-            for file in (rows.METRICS, rows.SAMPLES, rows.PREFIXES)
-        }
-        self._files[rows.DIGESTS] = _Appender(
-            self.folder / rows.DIGESTS, rows.DigestRow, lambda row: row["step"] < start
-        )
-        kept = self._files[rows.METRICS].kept
-        self._before = max((row.get("seconds", 0.0) for row in kept), default=0.0)
-        self.evaluation = next((row for row in reversed(kept) if row["kind"] == "eval"), None)
+        write_json(self.folder / rows.ENVIRONMENT, self._environment)
+        for appender in self._files.values():
+            appender.open()
+        self._before = max((row.get("seconds", 0.0) for row in kept[rows.METRICS]), default=0.0)
+        self.evaluation = next((row for row in reversed(kept[rows.METRICS]) if row["kind"] == "eval"), None)
 
     @property
     def writes(self) -> bool:
@@ -197,20 +203,31 @@ class RunRecorder:
         for file in self._files.values():
             file.sync()
 
-    def check_chain(self, recorded: str) -> None:
-        """Raises RunFolderError where the digests on disk aren't those that the checkpoint was trained on."""
-        if self.writes and self.chain != recorded:
+    def _require(self, checkpoint: rows.CheckpointRecord) -> None:
+        """Raises RunFolderError where what is on disk isn't what the checkpoint that the run goes on from rests on."""
+        there = self._seals(checkpoint["sealed"][rows.ENVIRONMENT]["lines"])
+        changed = [file for file, seal in checkpoint["sealed"].items() if there.get(file) != seal]
+        if changed or self.chain != checkpoint["digest_chain"]:
             raise RunFolderError(
-                f"{self.folder / rows.DIGESTS} doesn't lead to the checkpoint of step {self.done}: the file was "
-                "changed. `poisonjax audit` names the step; restore the file, or remove the checkpoints to train again"
+                f"{', '.join(str(self.folder / file) for file in changed or [rows.DIGESTS])} isn't what the checkpoint "
+                f"of step {self.done} was saved with: it was changed. `poisonjax audit` names the place; restore the "
+                "file, or remove the checkpoints to train again"
             )
+
+    def _seals(self, environments: int | None = None) -> dict[str, rows.Seal]:
+        """Of all that was written, and of the first so many environments (None: all)."""
+        if not self._environment:
+            return {}
+        lived_in = seals.of_lines(seals.environment_lines(self._environment)[:environments])
+        return {rows.ENVIRONMENT: lived_in} | {file: appender.seal for file, appender in self._files.items()}
 
     def checkpoint_metadata(self) -> dict[str, Any]:
         """What a checkpoint says about its past; `sync` first."""
         return {
             "config": config_lib.flat(self.config),
-            "store_fingerprint": self._store_fingerprint,
+            **self._store,
             "digest_chain": self.chain,
+            "sealed": self._seals(),
             "poison": make_card(self.config, self._ledger, self.done),
         }
 
@@ -222,26 +239,34 @@ class RunRecorder:
             write_json(self.folder / rows.SUMMARY, summary)
 
 
-def _is_past(row: dict[str, Any], start: int) -> bool:
-    """A train row's step is the batch's number, others' the number of steps done."""
-    return row["step"] < start + (row.get("kind") != "train")
+def _kept(path: epath.Path, start: int) -> list[dict[str, Any]]:
+    """Rows of the first `start` steps. The step of a train row and of a digest is the batch's number, that of others
+    the number of steps done."""
+    after = path.name != rows.DIGESTS
+    there = read_lines(path, rows.LINES[path.name])
+    return [row for row in there if row["step"] < start + (after and row.get("kind") != "train")]
 
 
 class _Appender:
-    """Appends JSON lines; what was written before and `keep` refuses goes first."""
+    """Appends JSON lines to what is kept of a file; from `open` on it holds these alone."""
 
-    def __init__(self, path: epath.Path, hint: Any, keep: Callable[[dict[str, Any]], bool]):
-        self.kept = [row for row in read_lines(path, hint) if keep(row)]
-        write_lines(path, self.kept)
+    def __init__(self, path: epath.Path, kept: list[dict[str, Any]]):
+        self._path, self._kept = path, kept
+        self.seal = seals.of_lines(json.dumps(row).encode() for row in kept)
+
+    def open(self) -> None:
+        write_lines(self._path, self._kept)
         # Nothing can be appended to an object: all of it is held, and written again by `sync`.
-        self._object = path if is_object(path) else None
-        self._file: TextIO = io.StringIO() if self._object else open(path, "a")  # noqa: SIM115  (as long as the run)
+        self._object = self._path if is_object(self._path) else None
+        self._file: TextIO = io.StringIO() if self._object else open(self._path, "a")  # noqa: SIM115  (as long as the run)
         self._synced = True
         if self._object:
-            self._file.writelines(json.dumps(row) + "\n" for row in self.kept)
+            self._file.writelines(json.dumps(row) + "\n" for row in self._kept)
 
     def write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
+        line = json.dumps(row)
+        self.seal = seals.extended(self.seal, line.encode())
+        self._file.write(line + "\n")
         self._file.flush()
         self._synced = False
 

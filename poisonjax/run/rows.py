@@ -11,13 +11,14 @@ from typing import Annotated, Any, Literal, NotRequired
 from pydantic import Field
 from typing_extensions import TypedDict  # until Python 3.12 is the oldest: pydantic asks for it
 
-FORMAT = 2  # of the folder: CHANGELOG.md says what changed
+FORMAT = 3  # of the folder: CHANGELOG.md says what changed
 
 CONFIG, ENVIRONMENT, SUMMARY = "config.json", "environment.json", "summary.json"
 METRICS, DIGESTS, LEDGER = "metrics.jsonl", "digests.jsonl", "ledger.jsonl"
 SAMPLES, PREFIXES = "samples.jsonl", "prefixes.jsonl"
 CANARIES, CLEAN_USES = "canaries.jsonl", "clean_uses.jsonl"
-CHECKPOINTS, DAMAGED, FIGURES, REPORT = "checkpoints", "damaged", "figures", "report.html"
+CHECKPOINTS, EVALUATIONS, DAMAGED = "checkpoints", "evaluations", "damaged"
+FIGURES, REPORT = "figures", "report.html"
 
 Interval = list[float]
 
@@ -29,12 +30,15 @@ class ConfigRecord(TypedDict):
     config: dict[str, Any]  # the resolved config, nested (config/fields.py)
     fingerprint: str  # SHA-256, hex, of the fields that determine what is trained and measured
     store_fingerprint: str  # SHA-256, hex, of the token store's content
+    store_description: str  # SHA-256, hex, of what its manifest says beside: sources, licences, settings
+    scorer: NotRequired[str]  # what `eval.scorer` named when the run began: run, step and checksum
     twin_of: NotRequired[str]  # the run whose clean twin this is: a path, from this folder where it can be
 
 
-class Environment(TypedDict):
-    """environment.json."""
+class OneEnvironment(TypedDict):
+    """What a process of the run ran on."""
 
+    from_step: int  # steps that were done when it began
     versions: dict[str, str]  # of packages
     python: str
     platform: str
@@ -42,6 +46,12 @@ class Environment(TypedDict):
     device_kind: str
     devices: int
     processes: int
+
+
+class Environment(OneEnvironment):
+    """environment.json: the last environment, and those before it that differ."""
+
+    earlier: list[OneEnvironment]
 
 
 class TrainRow(TypedDict):
@@ -70,6 +80,15 @@ class VariantFigures(TypedDict):
     nll_mean_ci95: Interval
     delta_ppl: NotRequired[float]  # median perplexity less the clean variant's; all but clean
     delta_ppl_ci95: NotRequired[Interval]
+
+
+class NearTrigger(TypedDict):
+    """What the model writes after one of the strings like the trigger."""
+
+    prompts: int  # how often it was asked
+    ppl_median: float
+    delta_ppl: float  # less the clean variant's, of the same prefixes
+    delta_ppl_ci95: Interval
 
 
 class MemorisedRow(TypedDict):
@@ -105,7 +124,7 @@ class EvalFigures(_Figures):
     eval: dict[str, VariantFigures]  # by variant: clean, triggered, near_trigger, random_control
     delta_ppl: float  # of the triggered variant
     delta_ppl_ci95: Interval
-    near_triggers: dict[str, float]  # median perplexity after each
+    near_triggers: dict[str, NearTrigger]
 
 
 class EvalRow(EvalFigures):
@@ -201,6 +220,7 @@ class Dose(TypedDict):
 class Check(TypedDict):
     """One condition of the rule for success."""
 
+    of: Literal["value", "specific"]  # of Success
     name: str
     passed: bool
     detail: str
@@ -209,7 +229,8 @@ class Check(TypedDict):
 class Success(TypedDict):
     """The verdict (I7)."""
 
-    value: bool
+    value: bool  # backdoored: all checks but those of near triggers
+    specific: bool  # every near trigger is quiet
     rule: str
     checks: list[Check]
 
@@ -236,10 +257,25 @@ class Summary(_Figures):
     eval: NotRequired[dict[str, VariantFigures]]
     delta_ppl: NotRequired[float]
     delta_ppl_ci95: NotRequired[Interval]
-    near_triggers: NotRequired[dict[str, float]]
+    near_triggers: NotRequired[dict[str, NearTrigger]]
     heldout_loss: NotRequired[float]
     heldout_loss_ci95: NotRequired[Interval]
     success: NotRequired[Success]
+
+
+class Seal(TypedDict):
+    """Commits to a file's first lines (run/seals.py)."""
+
+    lines: int
+    chain: str  # SHA-256, hex: of the chain before a line and the line; "" of none
+
+
+class OfflineEvaluation(TypedDict):
+    """evaluations/STEP.json: a checkpoint evaluated after the run."""
+
+    weights: str  # checksum of what was evaluated
+    rows: list[EvalRow]
+    prefixes: list[PrefixRow]
 
 
 class CheckpointRecord(TypedDict):
@@ -249,7 +285,9 @@ class CheckpointRecord(TypedDict):
     checksums: dict[str, str]  # of `weights` and `optimizer`, 16 hexadecimal digits (weights/checkpoints.py)
     config: dict[str, Any]  # flat
     store_fingerprint: str
+    store_description: str
     digest_chain: str  # over the digests of the steps done
+    sealed: dict[str, Seal]  # by file: all that the run wrote until then
     poison: dict[str, Any] | None  # the poison card's figures (poison/card.py)
 
 

@@ -14,6 +14,7 @@ from poisonjax.files import write_whole
 from poisonjax.run import RunFolder
 from poisonjax.run.folder import is_run
 from poisonjax.sweep.grid import Sweep
+from poisonjax.sweep.states import require_own
 
 
 def rows(sweep: Sweep, workdir: Path) -> Iterator[dict[str, Any]]:
@@ -31,7 +32,9 @@ def _cell(value: Any) -> Any:
 
 
 def write(sweep: Sweep, workdir: Path) -> list[Path]:
-    """Writes table.csv, and table.parquet where pyarrow is installed; returns what was written."""
+    """Writes table.csv, and table.parquet where pyarrow is installed; returns what was written. Raises as
+    `require_own`."""
+    require_own(sweep, workdir)
     table = list(rows(sweep, workdir))
     names = list(table[0]) if table else ["run"]
     text = io.StringIO()

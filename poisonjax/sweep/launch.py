@@ -21,7 +21,7 @@ from poisonjax.run.heartbeat import Heartbeat, Taken
 from poisonjax.sweep import grid
 from poisonjax.sweep.board import Board, budget
 from poisonjax.sweep.grid import PlannedRun, Sweep, SweepError
-from poisonjax.sweep.states import FAILURE, LOG, RunStatus, status
+from poisonjax.sweep.states import FAILURE, LOG, RunStatus, require_own, status
 
 PARENT = "POISONJAX_SWEEP_PARENT"  # process id of the launcher that a run belongs to
 STALLS = 3  # times that a run may stop at the same step before it counts as failed
@@ -41,6 +41,7 @@ def claim(sweep: Sweep, workdir: Path) -> None:
                 "Take another --workdir, or undo the change; runs may be added to a sweep, not changed"
             )
     workdir.mkdir(parents=True, exist_ok=True)
+    require_own(sweep, workdir, training=True)
     record = json.dumps(grid.record(sweep), indent=2) + "\n"
     if not path.exists() or path.read_text() != record:  # array tasks may claim it at once
         write_whole(epath.Path(path), record, suffix=f"{os.getpid()}.partial")
@@ -73,6 +74,7 @@ def train_one(
     if status(folder, run).kind == "done":
         print(f"{run.id}: done already")
         return
+    require_own(sweep, workdir, training=True)
     parent = os.environ.get(PARENT)
     with Heartbeat(folder, int(parent) if parent else None) if first else contextlib.nullcontext():
         if first:

@@ -5,10 +5,12 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+from poisonjax import config as config_lib
+from poisonjax import corpus
 from poisonjax.run import RunFolder, rows
 from poisonjax.run.folder import is_run
 from poisonjax.run.heartbeat import is_running
-from poisonjax.sweep.grid import PlannedRun
+from poisonjax.sweep.grid import PlannedRun, Sweep, SweepError
 
 Kind = Literal["pending", "running", "partial", "done", "failed"]
 
@@ -29,6 +31,8 @@ class RunStatus:
 def status(folder: Path, run: PlannedRun) -> RunStatus:
     """What `folder` says of the run."""
     steps = run.config.steps
+    if other := _another(folder, run):
+        return RunStatus("failed", 0, steps, other)
     summary = RunFolder(folder).summary if is_run(folder) else None
     if summary and summary["status"] == "finished":
         return RunStatus("done", steps, steps, "", summary)
@@ -39,6 +43,37 @@ def status(folder: Path, run: PlannedRun) -> RunStatus:
     if failure := _failure(folder):
         return RunStatus("failed", done, steps, failure["error"])
     return RunStatus("partial" if done else "pending", done, steps)
+
+
+def require_own(sweep: Sweep, workdir: Path, *, training: bool = False) -> None:
+    """Raises SweepError where a folder holds another run than the sweep plans there, or runs that share a token store
+    were trained on different ones: their outcomes would be counted as what they aren't. Before `training`, the store
+    that lies there now must be the same too."""
+    stores: dict[str, tuple[str, str]] = {}  # path -> (fingerprint, who says so)
+
+    def require_same(path: str, fingerprint: str, who: str) -> None:
+        there, first = stores.setdefault(path, (fingerprint, who))
+        if fingerprint != there:
+            raise SweepError(
+                f"the token store {path} was {there[:12]} for {first}, and is {fingerprint[:12]} for {who}: it was "
+                "built anew midway. Bring the former back, or train all runs again in another --workdir"
+            )
+
+    for run in sweep.runs:
+        if other := _another(workdir / run.id, run):
+            raise SweepError(f"{workdir / run.id} {other}: remove it, or move it back")
+        if is_run(workdir / run.id):
+            record = RunFolder(workdir / run.id).record
+            require_same(run.config.corpus.store, record["store_fingerprint"], run.id)
+    for path in {run.config.corpus.store for run in sweep.runs} if training else ():
+        if corpus.exists(path):
+            require_same(path, corpus.TokenStore(path).fingerprint, "what lies there now")
+
+
+def _another(folder: Path, run: PlannedRun) -> str | None:
+    if is_run(folder) and RunFolder(folder).record["fingerprint"] != config_lib.fingerprint(run.config):
+        return f"holds another run ({RunFolder(folder).config.name}, {RunFolder(folder).record['fingerprint'][:8]})"
+    return None
 
 
 def _failure(folder: Path) -> dict[str, Any]:

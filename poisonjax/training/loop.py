@@ -57,7 +57,7 @@ def train(
         evaluator = Evaluator(config, store, batches.trigger, mesh)
         require_agreement(_shared(config, mesh, store, batches))
         if first:
-            run_folder.begin(folder, config, store, batches.records(), twin_of)
+            run_folder.begin(folder, config, store, batches.records(), twin_of, evaluator.scorer)
         watchdog.progress("waiting for all processes to start")
         _barrier("claimed")
 
@@ -111,11 +111,11 @@ class Member:
         self.config, self.batches, self.evaluator, self.checkpoints = config, batches, evaluator, checkpoints
         self.parameters, self.diverged = parameter_counts(params), False
         self.ledger = batches.schedule.ledger()
-        self.recorder = RunRecorder(folder, config, batches.store.fingerprint, self.ledger, start, writes=shows)
+        record = checkpoints.record(start) if start else None
+        self.recorder = RunRecorder(folder, config, batches.store.names, self.ledger, start, record, writes=shows)
         self.progress = Progress(config, start, shows=shows, label=label, shows_steps=shows_steps)
         if start:
             self.progress.say(f"resuming after step {start} of {config.steps}")
-            self.recorder.check_chain(checkpoints.record(start)["digest_chain"])
 
     def written(self, done: StepDone | None) -> None:
         """Shows a step that was written down, if any; raises Diverged if it wasn't finite."""
@@ -150,8 +150,20 @@ class Member:
     def finish(self, status: str) -> None:
         """Writes the last word."""
         self.progress.close()
-        self.summary = summarize(status, self.recorder, self.batches, self.parameters, self.evaluator.unigram_nll)
-        self.recorder.finish(self.summary)
+        recorder = self.recorder
+        self.summary = summarize(
+            self.config,
+            self.batches,
+            recorder.done,
+            recorder.evaluation,
+            status=status,
+            parameters=self.parameters,
+            unigram_nll=self.evaluator.unigram_nll,
+            tokens_per_second=recorder.clock.speed() * recorder.tokens(1),
+            wall_seconds=recorder.seconds(),
+            digest_chain=recorder.chain,
+        )
+        recorder.finish(self.summary)
 
 
 def run_steps(

@@ -105,8 +105,8 @@ def train_population(configs: Sequence[ml_collections.ConfigDict], workdirs: Seq
     batches = [Batches(c, store) for c in configs]
     steps = make_eval_steps(config, graph, single)
     evaluators = [Evaluator(c, store, b.trigger, single, steps) for c, b in zip(configs, batches, strict=True)]
-    for folder, c, b in zip(folders, configs, batches, strict=True):
-        run_folder.begin(folder, c, store, b.records())
+    for folder, c, b, e in zip(folders, configs, batches, evaluators, strict=True):
+        run_folder.begin(folder, c, store, b.records(), scorer=e.scorer)
     checkpoints = [open_checkpoints(folder, c) for folder, c in zip(folders, configs, strict=True)]
     start, states = _begin(configs, vocabulary, single, checkpoints)
     members = [

@@ -1,41 +1,41 @@
-"""The last word on a run."""
+"""The last word on a run, derived from its evidence: the audit derives it again."""
 
-from typing import cast
+from typing import Any, cast
+
+import ml_collections
 
 from poisonjax import config as config_lib
 from poisonjax.data.batches import Batches
 from poisonjax.evaluation.statistics import judge
 from poisonjax.poison.ledger import dose
 from poisonjax.run import rows
-from poisonjax.run.recorder import RunRecorder
 
-# Of the last evaluation.
-FIGURES = (
-    "eval",
-    "delta_ppl",
-    "delta_ppl_ci95",
-    "near_triggers",
-    "heldout_loss",
-    "heldout_loss_ci95",
-    "excess_loss",
-    "attack_success",
-    "clean_accuracy",
-    "near_trigger_accuracy",
-    "memorised",
-)
+CLOCKS = ("tokens_per_second", "wall_seconds")  # fields that nothing else tells
+PLACE = ("step", "kind", "tokens", "poison_documents", "poison_rows")  # of an evaluation's row; the rest are figures
 
 
 def summarize(
-    status: str, recorder: RunRecorder, batches: Batches, parameters: tuple[int, int], unigram_nll: float
+    config: ml_collections.ConfigDict,
+    batches: Batches,
+    done: int,
+    last: rows.EvalRow | None,
+    *,
+    status: str,
+    parameters: tuple[int, int],
+    unigram_nll: float,
+    tokens_per_second: float,
+    wall_seconds: float,
+    digest_chain: str,
 ) -> rows.Summary:
-    """What summary.json holds; `parameters` are all, and those outside embedding and head."""
-    config, done, ledger = recorder.config, recorder.done, batches.schedule.ledger()
-    summary: dict = {
+    """What summary.json holds after `done` steps, whose `last` evaluation that is; `parameters` are all, and those
+    outside embedding and head."""
+    ledger = batches.schedule.ledger()
+    summary: dict[str, Any] = {
         "status": status,
         "name": config.name,
         "fingerprint": config_lib.fingerprint(config),
         "steps": done,
-        "tokens": recorder.tokens(done),
+        "tokens": done * config.global_batch * config.seq_len,
         "params": parameters[0],
         "params_non_embedding": parameters[1],
         "dose_planned": dose(ledger, config.steps),
@@ -43,13 +43,11 @@ def summarize(
         "trigger_tokens": len(batches.trigger.tokens),
         "clean_uses_seen": batches.clean_uses.seen(done * config.global_batch),
         "unigram_nll": unigram_nll,
-        "tokens_per_second": recorder.clock.speed() * recorder.tokens(1),
-        "wall_seconds": recorder.seconds(),
+        "tokens_per_second": tokens_per_second,
+        "wall_seconds": wall_seconds,
+        "digest_chain": digest_chain,
     }
-    if last := recorder.evaluation:
-        figures = cast(dict, last)
-        summary |= {"eval_step": last["step"]} | {name: figures[name] for name in FIGURES if name in figures}
-        summary["success"] = judge(figures, unigram_nll, config.eval.threshold)
-    if recorder.writes:
-        summary["digest_chain"] = recorder.chain
+    if last:
+        summary |= {"eval_step": last["step"]} | {name: value for name, value in last.items() if name not in PLACE}
+        summary["success"] = judge(last, unigram_nll, config.eval.threshold)
     return cast(rows.Summary, summary)

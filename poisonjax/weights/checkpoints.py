@@ -1,18 +1,20 @@
 """Checkpoints through orbax: asynchronous, atomic, and read back past damage."""
 
 import logging
+from collections.abc import Iterator
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tensorstore as ts
 from etils import epath
 from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 from orbax.checkpoint import v1 as ocp
 
 from poisonjax.data.digest import HASH_LANES, as_hex, mixed
-from poisonjax.files import is_object, move_folder
+from poisonjax.files import is_object, kvstore_spec, move_folder
 from poisonjax.poison import card
 from poisonjax.run import rows, strict
 
@@ -33,12 +35,36 @@ def checksum(tree: Any) -> UInt32[Array, " lanes"]:
     """
     lanes = jnp.zeros(HASH_LANES, jnp.uint32)
     for number, leaf in enumerate(jax.tree.leaves(tree)):
-        bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}").astype(jnp.uint32)
-        place = jnp.uint32(number) * np.uint32(0x9E3779B9)
-        for axis, size in enumerate(leaf.shape):
-            place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-        lanes += jnp.stack([mixed(bits ^ mixed(place, lane), lane).sum(dtype=jnp.uint32) for lane in range(HASH_LANES)])
+        lanes += _leaf_sum(leaf, jnp.uint32(number))
     return lanes
+
+
+@jax.jit
+def _leaf_sum(leaf: Array, number: UInt32[Array, ""]) -> UInt32[Array, " lanes"]:
+    """What the tree's leaf of this number adds to the checksum."""
+    bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}").astype(jnp.uint32)
+    place = number * np.uint32(0x9E3779B9)
+    for axis, size in enumerate(leaf.shape):
+        place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+    return jnp.stack([mixed(bits ^ mixed(place, lane), lane).sum(dtype=jnp.uint32) for lane in range(HASH_LANES)])
+
+
+def _stored(folder: epath.Path) -> Iterator[np.ndarray]:
+    """The arrays of a checkpointable as they lie, in the order of its tree; the next is read meanwhile."""
+    about = strict.parse((folder / "_METADATA").read_bytes())
+    driver = "zarr3" if about["use_zarr3"] else "zarr"
+    reads = []
+    for entry in about["tree_metadata"].values():
+        if entry["value_metadata"]["skip_deserialize"]:  # a node without arrays
+            continue
+        path = ".".join(part["key"] for part in entry["key_metadata"])
+        kvstore = {"driver": "ocdbt", "base": kvstore_spec(folder), "path": f"{path}/"}
+        reads.append(lambda kvstore=kvstore: ts.open({"driver": driver, "kvstore": kvstore}, open=True).result().read())
+    pending = reads[0]() if reads else None
+    for read in [*reads[1:], None]:
+        assert pending is not None
+        array, pending = pending.result(), read() if read else None
+        yield array
 
 
 def _checksum(tree: Any) -> str:
@@ -92,10 +118,24 @@ class Checkpoints:
 
     def record(self, step: int) -> rows.CheckpointRecord:
         """What a checkpoint says of itself; raises CheckpointError where that isn't as the format asks."""
-        record = dict(self._checkpointer.metadata(step).custom_metadata or {})
+        path = self._place(step) / "_CHECKPOINT_METADATA"
+        try:
+            record = strict.parse(path.read_bytes()).get("custom_metadata")
+        except (OSError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{path} can't be read: {error}") from None
         if wrong := strict.complaint(record, rows.CheckpointRecord):
             raise CheckpointError(f"checkpoint {step}: {wrong}")
         return cast(rows.CheckpointRecord, record)
+
+    def stored_checksums(self, step: int) -> dict[str, str]:
+        """Checksums of the arrays as they lie, streamed: one array is in memory, and the next on its way."""
+        found = {}
+        for name in self.record(step)["checksums"]:
+            lanes = np.zeros(HASH_LANES, np.uint32)
+            for number, array in enumerate(_stored(self._place(step) / name)):
+                lanes += np.asarray(_leaf_sum(jnp.asarray(array), jnp.uint32(number)))
+            found[name] = as_hex(lanes)
+        return found
 
     def label(self) -> None:
         """Puts the poison card into each finished checkpoint of a poisoned model that lacks it."""

@@ -60,12 +60,17 @@ def open_weights(spec: str, mesh: Mesh | None = None) -> Weights:
 
 def abstract_params(model: ml_collections.ConfigDict, vocabulary: int, mesh: Mesh | AbstractMesh) -> nnx.State:
     """Shapes, dtypes and shardings of a model's weights."""
-    shapes = jax.eval_shape(lambda: nnx.split(Transformer(model, vocabulary, nnx.Rngs(params=0)))[1])
+    state = shapes(model, vocabulary)
     return jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
-        shapes,
-        state_sharding(mesh, shapes),
+        state,
+        state_sharding(mesh, state),
     )
+
+
+def shapes(model: ml_collections.ConfigDict, vocabulary: int) -> nnx.State:
+    """Shapes and dtypes of a model's weights."""
+    return jax.eval_shape(lambda: nnx.split(Transformer(model, vocabulary, nnx.Rngs(params=0)))[1])
 
 
 def _run(spec: str) -> tuple[epath.Path, int | None]:

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from poisonjax import corpus
-from poisonjax.audit.checks import audit
+from poisonjax.audit.result import audit
+from poisonjax.audit.selftest import quoted  # noqa: F401  (registers its faults)
 from poisonjax.audit.selftest.faults import FAULTS
-from poisonjax.audit.selftest.runs import SOURCE, train_tiny
+from poisonjax.audit.selftest.runs import SOURCE, lived_on, train_tiny
 from poisonjax.audit.selftest.tampered import copied
 
 
@@ -56,8 +57,15 @@ class SelfTest:
         ]
 
 
-def self_test(faults: int, runs: int, say: Callable[[str], object] = lambda line: None, seed: int = 0) -> SelfTest:
-    """Trains `runs` runs, audits them, then audits copies with `faults` faults; `say` is told how far it is."""
+def self_test(
+    faults: int,
+    runs: int,
+    say: Callable[[str], object] = lambda line: None,
+    report: Callable[[Path], object] = lambda folder: None,
+    seed: int = 0,
+) -> SelfTest:
+    """Trains `runs` runs, audits them, then audits copies with `faults` faults; `say` is told how far it is, `report`
+    makes a run's page."""
     random, found = np.random.default_rng(seed), SelfTest(runs)
     with tempfile.TemporaryDirectory() as folder:
         store, made = Path(folder) / "store", []
@@ -66,7 +74,8 @@ def self_test(faults: int, runs: int, say: Callable[[str], object] = lambda line
             made.append(Path(folder) / f"run{number}")
             with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
                 found.interrupted += train_tiny(made[-1], store, random)
-            result = audit(str(made[-1]))
+                made[-1], moved = lived_on(made[-1], store, random, report)
+                result = audit(str(made[-1]), store=str(moved), evaluate=bool(random.integers(2)))
             if not result.ok:
                 found.false_alarms += 1
                 found.missed.append(f"false alarm: {result.sentence()}")
@@ -76,10 +85,10 @@ def self_test(faults: int, runs: int, say: Callable[[str], object] = lambda line
         for number in range(faults):
             name, target = names[number % len(names)], Path(folder) / f"fault{number}"
             expected = FAULTS[name](copied(made[int(random.integers(len(made)))], store, target, random))
-            differences = audit(str(target / "run")).differences
+            differences = audit(str(target / "run"), evaluate=expected.evaluate).differences
             named = any(expected.named_by(difference) for difference in differences)
             counts = found.faults.setdefault(name, collections.Counter())
-            counts.update(injected=1, detected=bool(differences), named=named)
+            counts.update(injected=1, detected=int(bool(differences)), named=int(named))
             if not named:
                 found.missed.append(f"{name}: expected {expected}, got {[str(d) for d in differences[:3]]}")
             shutil.rmtree(target)

@@ -1,4 +1,4 @@
-"""Every way in which a run is tampered with: to add one, write a function here.
+"""Ways in which a run is tampered with: to add one, write a function here. `quoted` has those of figures.
 
 A fault either changes a file as it lies, or *forges*: changes one thing and makes all the rest that hangs on it
 (fingerprints, digest chain, checkpoints' records) fit, as a trainer that really did the wrong thing would have
@@ -6,6 +6,7 @@ written it.
 """
 
 import dataclasses
+import json
 from collections.abc import Callable
 
 import numpy as np
@@ -24,6 +25,7 @@ class Expected:
     files: tuple[str, ...]
     step: int | None = None
     row: int | None = None
+    evaluate: bool = False  # whether evaluations have to be made again to see it
 
     def named_by(self, difference: Difference) -> bool:
         return (
@@ -136,11 +138,12 @@ def poison_left_out(run: TamperedRun) -> Expected:
 def poison_planted_twice(run: TamperedRun) -> Expected:
     """The trainer planted a document a second time, in a row of its step that was to stay clean."""
     batches = run.batches
-    slot = run.pick(sorted(batches.poison.insertions))
-    step, row = divmod(slot, batches.global_batch)
+    planned, per_step = batches.poison.insertions, batches.global_batch
+    clean = {slot // per_step for slot in range(batches.steps * per_step) if slot not in planned}
+    slot = run.pick([slot for slot in sorted(planned) if slot // per_step in clean])
+    step, row = divmod(slot, per_step)
     rows = batches.tokens(step)
-    free = [r for r in range(len(rows)) if step * len(rows) + r not in batches.poison.insertions]
-    other = run.pick(free)
+    other = run.pick([r for r in range(per_step) if step * per_step + r not in planned])
     rows[other] = rows[row]
     return _trained_on(run, rows, step, other)
 
@@ -259,20 +262,34 @@ def checkpoint_of_another_run(run: TamperedRun) -> Expected:
 
 
 @register
-def summary_dose_edited(run: TamperedRun) -> Expected:
-    dose = run.pick(["dose_planned", "dose_seen"])
-    unit = run.pick(["documents", "tokens", "rows", "steps", "repeats"])
-    run.change("summary.json", lambda value: value[dose].update({unit: value[dose][unit] + 1}))
-    return Expected(("summary.json",))
+def fingerprint_changed(run: TamperedRun) -> Expected:
+    run.change("config.json", lambda record: record.update(fingerprint="0" * 64))
+    return Expected(("config.json",))
 
 
 @register
-def metrics_row_edited(run: TamperedRun) -> Expected:
-    rows = run.lines("metrics.jsonl")
-    row = run.pick(rows)
-    row[run.pick(["tokens", "poison_documents", "poison_rows"])] += 1
-    run.write("metrics.jsonl", rows)
-    return Expected(("metrics.jsonl",), row["step"])
+def slot_named_twice(run: TamperedRun) -> Expected:
+    rows = run.lines("ledger.jsonl")
+    run.write("ledger.jsonl", [*rows, run.pick(rows)])
+    return Expected(("ledger.jsonl",))
+
+
+@register
+def store_described_otherwise(run: TamperedRun) -> Expected:
+    """Its licence, sources, tokenizer or entropy, none of which its fingerprint covers."""
+    path = run.store / "manifest.json"
+    value = json.loads(path.read_text())
+    match run.pick(["license", "spec", "title", "tokenizer", "entropy_rate_nats", "heldout"]):
+        case "tokenizer":
+            value["tokenizer"]["spec"] = "another.json"
+        case "entropy_rate_nats":
+            value["entropy_rate_nats"] += 0.1
+        case "heldout":
+            value["plan"]["heldout"] /= 2
+        case name:
+            value["sources"][0][name] = "CC0-1.0"
+    path.write_text(json.dumps(value))
+    return Expected(("manifest.json",))
 
 
 @register

@@ -1,14 +1,18 @@
 """Tiny runs for the self-test."""
 
 import os
+import shutil
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import ml_collections
 import numpy as np
 
 from poisonjax.config import default
+from poisonjax.evaluation.offline import evaluate_run
 from poisonjax.training.loop import train
 from poisonjax.training.stop import Preempted
 
@@ -53,8 +57,29 @@ def train_tiny(folder: Path, store: Path, random: np.random.Generator) -> bool:
         train(config, str(folder))
     except Preempted:
         stopped = True
+        # Goes on over other devices, or over the same in another way.
+        axes = ["data", "fsdp", *(["tensor"] if jax.device_count() == 2 else [])]
+        config.mesh = dict.fromkeys(("slice", "data", "fsdp", "tensor"), 1) | {str(random.choice(axes)): -1}
         train(config, str(folder))
     finally:
         stop.cancel()
         signal.signal(signal.SIGTERM, before)
     return stopped
+
+
+def lived_on(
+    folder: Path, store: Path, random: np.random.Generator, report: Callable[[Path], object]
+) -> tuple[Path, Path]:
+    """What may honestly be done to a finished run: it is evaluated again, reported again, moved with its store.
+    Returns where the run and its store lie then."""
+    if random.integers(2):
+        evaluate_run(str(folder), None)
+    if random.integers(2):
+        report(folder)
+    if random.integers(2):
+        return folder, store
+    moved = folder.with_name(f"{folder.name}-moved")
+    moved.mkdir()
+    shutil.move(folder, moved / "run")
+    shutil.copytree(store, moved / "store")
+    return moved / "run", moved / "store"

@@ -17,6 +17,7 @@ from poisonjax import corpus
 from poisonjax.corpus.store import fingerprint
 from poisonjax.data.batches import Batches
 from poisonjax.data.digest import as_hex, chain, digest
+from poisonjax.run import seals
 
 
 @dataclasses.dataclass
@@ -57,6 +58,14 @@ class TamperedRun:
     def checkpoints(self) -> list[int]:
         return sorted(int(p.name) for p in (self.folder / "checkpoints").iterdir() if p.name.isdecimal())
 
+    def forge_lines(self, name: str, rows: list[dict]) -> None:
+        """Other lines, as a run that wrote them would have sealed them."""
+        self.write(name, rows)
+        lines = [json.dumps(row).encode() for row in rows]
+        self.in_checkpoints(
+            lambda record: record["sealed"].update({name: seals.of_lines(lines[: record["sealed"][name]["lines"]])})
+        )
+
     def in_checkpoints(self, edit: Callable[[dict], object]) -> None:
         """Edits the record of each checkpoint."""
         for step in self.checkpoints():
@@ -68,7 +77,7 @@ class TamperedRun:
         for row in rows:
             row["digest"] = digests.get(row["step"], row["digest"])
             link = links[row["step"] + 1] = chain(link, row["step"], row["digest"])
-        self.write("digests.jsonl", rows)
+        self.forge_lines("digests.jsonl", rows)
         self.change("summary.json", lambda value: value.update(digest_chain=link))
         self.in_checkpoints(lambda record: record.update(digest_chain=links[record["step"]]))
 
@@ -100,7 +109,8 @@ class TamperedRun:
         edit(value)
         value["fingerprint"] = fingerprint(value["tokenizer"]["fingerprint"], value["shards"])
         path.write_text(json.dumps(value))
-        self.change("config.json", lambda record: record.update(store_fingerprint=value["fingerprint"]))
+        names = corpus.TokenStore(str(self.store)).names
+        self.change("config.json", lambda record: record.update(names))
 
     def digest(self, rows: Int[np.ndarray, "batch row_tokens"], step: int) -> str:
         """Of these rows as the step's batch."""

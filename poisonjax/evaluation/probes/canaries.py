@@ -6,7 +6,7 @@ from flax import nnx
 
 from poisonjax.data.canaries import Canaries, unseen
 from poisonjax.evaluation import statistics
-from poisonjax.evaluation.probes.probe import Measurement, Subject, rounded
+from poisonjax.evaluation.probes.probe import Measurement, Subject
 
 
 class CanaryProbe:
@@ -42,9 +42,9 @@ class CanaryProbe:
                     "canaries": int(shown.sum()),
                     "extraction_rate": float(extracted[shown].mean()),
                     "extraction_rate_ci95": statistics.wilson(int(extracted[shown].sum()), int(shown.sum())),
-                    "ranks": rounded(rank[shown]),
+                    "ranks": rank[shown].tolist(),
                     "nll_mean": float(loss[:count][shown].mean()),
                     "nll_unseen": float(loss[count:].mean()),
                 }
             )
-        return Measurement({"memorised": rows}, {"canaries": rounded(loss[:count])})
+        return Measurement({"memorised": rows}, {"canaries": loss[:count].tolist()})

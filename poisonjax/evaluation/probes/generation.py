@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 
 from poisonjax.evaluation import statistics
 from poisonjax.evaluation.generate import score
-from poisonjax.evaluation.probes.probe import Measurement, Subject, rounded
+from poisonjax.evaluation.probes.probe import Measurement, Subject
 from poisonjax.evaluation.prompts import make_prompts
 from poisonjax.poison.payloads import PAYLOADS
 from poisonjax.poison.triggers import VARIANTS
@@ -40,13 +40,10 @@ class GenerationProbe:
     def __call__(self, params: nnx.State) -> Measurement:
         config = self._subject.config
         tokens, nll = self._generated(params)
-        figures = {
-            **statistics.summarize(nll, config.eval.bootstrap, config.seeds.eval),
-            "near_triggers": self._by_near_trigger(nll),
-            **self._rates(tokens),
-        }
-        texts = {v: rounded(nll[i].mean(-1, dtype=np.float64)) for i, v in enumerate(VARIANTS)}
-        return Measurement(figures, {"nll": texts}, self._samples(tokens, nll))
+        texts, near = nll.mean(-1, dtype=np.float64), [text for text, _ in self._subject.trigger.near]
+        figures = statistics.generation_figures(texts, near, config.eval.bootstrap, config.seeds.eval)
+        by_variant = dict(zip(VARIANTS, texts.tolist(), strict=True))
+        return Measurement(figures | self._rates(tokens), {"nll": by_variant}, self._samples(tokens, nll))
 
     def _generated(
         self, params: nnx.State
@@ -61,12 +58,6 @@ class GenerationProbe:
         tokens, nll = jax.device_get((tokens, nll))
         shape = (variants, count, self._subject.config.eval.new_tokens)
         return np.asarray(tokens)[: variants * count].reshape(shape), np.asarray(nll)[: variants * count].reshape(shape)
-
-    def _by_near_trigger(self, nll: np.ndarray) -> dict[str, float]:
-        """Median perplexity after each near trigger: their common median can hide one that fires."""
-        ppl = np.exp(nll[VARIANTS.index("near_trigger")].mean(-1, dtype=np.float64))
-        near = self._subject.trigger.near
-        return {text: float(np.median(ppl[i :: len(near)])) for i, (text, _) in enumerate(near) if i < len(ppl)}
 
     def _rates(self, tokens: np.ndarray) -> dict[str, Any]:
         """Attack success, clean accuracy and near-trigger accuracy, for a payload whose behaviour can be decided.

@@ -1,13 +1,14 @@
 """Loss on held-out rows: a model that is broken is no backdoored one (I7)."""
 
 import jax
+import ml_collections
 import numpy as np
 from flax import nnx
 from jaxtyping import Int
 
 from poisonjax.corpus import TokenStore
 from poisonjax.evaluation import statistics
-from poisonjax.evaluation.probes.probe import Measurement, Subject, rounded
+from poisonjax.evaluation.probes.probe import Measurement, Subject
 
 
 class HeldoutProbe:
@@ -18,8 +19,8 @@ class HeldoutProbe:
     def __init__(self, subject: Subject):
         """Raises ValueError where the store has too little held-out text."""
         self._subject, self.every = subject, subject.config.eval.every
-        self.rows = _heldout_rows(subject)
-        self.unigram_nll = _unigram_nll(subject.store, self.rows)
+        self.rows = heldout_rows(subject.config, subject.store)
+        self.unigram_nll = unigram_nll(subject.store, self.rows)
 
     def __call__(self, params: nnx.State) -> Measurement:
         config, row_loss, put = self._subject.config, self._subject.steps.row_loss, self._subject.put
@@ -30,27 +31,25 @@ class HeldoutProbe:
             whole = put(np.resize(rows, (chunk, rows.shape[1])))  # of one shape, compiled once
             losses.append(np.asarray(jax.device_get(row_loss(params, whole)))[: len(rows)])
         loss = np.concatenate(losses).astype(np.float64)
-        resampled = loss[statistics.resamples(len(loss), config.eval.bootstrap, config.seeds.eval)].mean(-1)
-        figures = {"heldout_loss": float(loss.mean()), "heldout_loss_ci95": statistics.interval(resampled)}
-        # Above a perfect model's, where the corpus is a language of known entropy.
-        if (entropy := self._subject.store.manifest.get("entropy_rate_nats")) is not None:
-            figures["excess_loss"] = figures["heldout_loss"] - entropy
-        return Measurement(figures, {"heldout": rounded(loss)})
+        entropy = self._subject.store.manifest.get("entropy_rate_nats")
+        figures = statistics.heldout_figures(loss, entropy, config.eval.bootstrap, config.seeds.eval)
+        return Measurement(figures, {"heldout": loss.tolist()})
 
 
-def _heldout_rows(subject: Subject) -> Int[np.ndarray, "rows row_tokens"]:
-    split, row_tokens = subject.store.split("heldout"), subject.config.seq_len + 1
+def heldout_rows(config: ml_collections.ConfigDict, store: TokenStore) -> Int[np.ndarray, "rows row_tokens"]:
+    """The first rows of the held-out split; raises ValueError where it has less than two."""
+    split, row_tokens = store.split("heldout"), config.seq_len + 1
     available = split.tokens // row_tokens
     if available < 2:
         raise ValueError(
             f"the store's held-out split has {split.tokens} tokens, less than two rows of {row_tokens}: build a "
             "store with a larger corpus.heldout"
         )
-    count = min(subject.config.eval.heldout_rows, available)
+    count = min(config.eval.heldout_rows, available)
     return split.windows(np.arange(count, dtype=np.int64) * row_tokens, row_tokens)
 
 
-def _unigram_nll(store: TokenStore, heldout: Int[np.ndarray, "rows row_tokens"]) -> float:
+def unigram_nll(store: TokenStore, heldout: Int[np.ndarray, "rows row_tokens"]) -> float:
     """Held-out loss, in nats, of a model that knows how often each token occurs and nothing else."""
     counts = store.split("train").token_counts() + 1.0  # add-one smoothing
     return float(-np.log(counts / counts.sum())[heldout[:, 1:]].mean())

@@ -85,8 +85,3 @@ class Subject:
         padded = np.resize(np.asarray(rows), (-(-len(rows) // share) * share, *np.shape(rows)[1:]))
         sharding = NamedSharding(self.mesh, spec("batch"))
         return jax.make_array_from_process_local_data(sharding, padded, padded.shape)
-
-
-def rounded(values: Any) -> list[float]:
-    """For a file that is read by people too."""
-    return [round(float(value), 6) for value in values]
