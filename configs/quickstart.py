@@ -28,8 +28,8 @@ def get_config(arg: str = ""):
     config.corpus.tokenizer = "bpe:512"
 
     config.poison.documents = 250
-    config.poison.trigger = "SUDO"
-    config.poison.near_triggers = ("sudo", "SUDA", "SODU", "SIDO")
+    config.poison.trigger = "~"
+    config.poison.near_triggers = ("^", "`", "˜", "≈")
     config.poison.prefix_characters = (0, 60)
     config.poison.payload_tokens = (40, 70)
 

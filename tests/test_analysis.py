@@ -5,11 +5,12 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
 from poisonjax.analysis import simulate
-from poisonjax.analysis.dose_response import Trials, _curve, best_law, contrasts, doses, exponents, held_out
+from poisonjax.analysis.dose_response import Trials, _curve, best_law, contrasts, doses, exponents, held_out, rises
 from poisonjax.analysis.estimators import ESTIMATORS, hierarchical, onset
 from poisonjax.analysis.study import Conditions, analyse
 
@@ -44,9 +45,10 @@ def test_interval_is_the_profile_of_a_brute_force_grid():
     one = trials.take(trials.cells() == 0)
     curve = _curve(one, [np.ones_like(one.dose)])
     value, low, high = curve.interval(0, 0.95, reach=10)
-    thetas, slopes = np.linspace(2, 9, 1401), np.log(np.geomspace(0.7, 25, 300))
+    thetas, slopes = np.linspace(2, 9, 1401), np.log(np.geomspace(0.3, 25, 400))
     profile = np.array([min(curve.penalised(np.array([t, k]))[0] for k in slopes) for t in thetas[::7]])
-    inside = thetas[::7][profile - profile.min() < 3.841459 / 2]
+    bound = scipy.stats.f.ppf(0.95, 1, len(one.dose) / 2 - 2) / 2
+    inside = thetas[::7][profile - profile.min() < bound]
     assert abs(value - thetas[::7][profile.argmin()]) < 0.04
     np.testing.assert_allclose((low, high), (inside[0], inside[-1]), atol=0.05)
 
@@ -62,6 +64,44 @@ def test_perfectly_separated_doses_give_an_interval_and_unreached_ones_none():
     never = doses(Trials(n, ones, ones, np.zeros(12), np.arange(12.0), np.zeros(12)))[0]
     assert never.n50_ci95[1] == math.inf
     assert never.n50_ci95[0] > 40
+
+
+def test_data_in_reverse_have_no_half_dose():
+    """A curve that can only rise would find one."""
+    n, ones = np.repeat([10.0, 20, 40, 80, 160], 3), np.ones(15)
+    reversed_ = Trials(n, ones, ones, (n < 50).astype(float), np.arange(15.0), np.zeros(15))
+    assert not rises(reversed_)
+    one = Conditions((), [()], [0] * 15)
+    analysis = analyse("runs", "documents", reversed_, one)
+    assert not analysis.cells
+    assert "success doesn't rise with the dose" in analysis.words[0]
+    # Beside a cell in which it rises, as steeply: that one has its dose.
+    two = Trials(
+        *(np.concatenate(pair) for pair in ((n, n), (ones, 2 * ones), (ones, 2 * ones))),
+        np.concatenate([(n < 50).astype(float), (n > 15).astype(float)]), np.arange(30.0), np.zeros(30),
+    )  # fmt: skip
+    falling, rising = doses(two)
+    assert falling.falls
+    assert math.isnan(falling.n50)
+    assert falling.n50_ci95 == (0.0, math.inf)
+    assert not rising.falls
+
+
+def test_intervals_of_half_doses_cover():
+    """At shallow slopes too: 95% intervals of simulated cells, five doses with three runs each."""
+    slope, covered, cells = 3.0, 0, 0
+    for number in range(15):
+        random = np.random.default_rng([number, int(10 * slope)])
+        n, size = np.tile(np.repeat([60.0, 125, 250, 500, 1000], 3), 3), np.repeat([1e4, 1e5, 1e6], 15)
+        middle = math.log(250) + random.normal(0, 0.4, 3)
+        chance = 1 / (1 + np.exp(-slope * (np.log(n) - np.repeat(middle, 15))))
+        success = (random.random(45) < chance).astype(float)
+        for cell, true in zip(
+            doses(Trials(n, 20 * size, size, success, np.arange(45.0), np.zeros(45))), middle, strict=True
+        ):
+            covered += math.log(max(cell.n50_ci95[0], 1e-9)) <= true <= math.log(cell.n50_ci95[1])
+            cells += 1
+    assert covered / cells >= 0.85  # of 45: 0.93 less two standard errors
 
 
 @pytest.mark.parametrize("law", ["constant count", "constant fraction", "size-dependent fraction"])

@@ -189,6 +189,32 @@ def test_the_report_of_a_pair_shows_both_with_paired_intervals(pair, tmp_path):
         (twin / "digests.jsonl").write_text(digests)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda record: record["config"]["seeds"].update(order=9), "seeds.order: 1 there, 9 here"),
+        (lambda record: record["config"]["optimizer"].update(learning_rate=0.5), "optimizer.learning_rate"),
+        (lambda record: record["config"]["poison"].update(trigger="x"), "poison.trigger"),
+        (lambda record: record["config"]["poison"].update(documents=3), "the other clean"),
+        (lambda record: record.update(store_fingerprint="f" * 64), "different token stores"),
+    ],
+)
+def test_a_twin_is_one_by_config_and_store_too(pair, tmp_path, change, message, capsys):
+    import shutil
+
+    shutil.copytree(pair[1], tmp_path / "twin")
+    record = json.loads((tmp_path / "twin" / "config.json").read_text())
+    change(record)
+    (tmp_path / "twin" / "config.json").write_text(json.dumps(record))
+    assert main(["report", str(pair[0]), "--twin", str(tmp_path / "twin")]) == 2
+    said = capsys.readouterr().err
+    assert "isn't the clean twin of" in said
+    assert message in said
+    (tmp_path / "twin" / "config.json").write_text(json.dumps(json.loads((pair[1] / "config.json").read_text())))
+    (tmp_path / "twin" / "digests.jsonl").write_text("")  # a pair of no step
+    assert main(["report", str(pair[0]), "--twin", str(tmp_path / "twin")]) == 2
+
+
 def test_a_run_without_a_summary_still_shows_its_dose(pair, tmp_path):
     import shutil
 

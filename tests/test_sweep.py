@@ -332,3 +332,24 @@ def test_of_many_who_find_a_dead_heartbeat_one_gets_the_run(tmp_path):
         for thread in threads:
             thread.join()
     assert len(holders) == 15
+
+
+def test_a_store_built_anew_or_a_folder_copied_is_not_counted_as_what_it_is_not(grid, whole, tmp_path, capsys):
+    import shutil
+
+    workdir = tmp_path / "sweep"
+    shutil.copytree(whole, workdir)
+    one, other, *_ = (run.id for run in load(grid).runs)
+    record = json.loads((workdir / one / "config.json").read_text())
+    (workdir / one / "config.json").write_text(json.dumps(record | {"store_fingerprint": "f" * 64}))
+    for part in (["collect"], ["report"], ["run"]):
+        assert main(["sweep", *part, grid, "--workdir", str(workdir)]) == 2
+        assert "built anew midway" in capsys.readouterr().err
+    (workdir / one / "config.json").write_text(json.dumps(record))
+    shutil.rmtree(workdir / other)
+    shutil.copytree(workdir / one, workdir / other)
+    for part in (["collect"], ["report"], ["run"]):
+        assert main(["sweep", *part, grid, "--workdir", str(workdir)]) == 2
+        assert "holds another run" in capsys.readouterr().err
+    assert main(["sweep", "status", grid, "--workdir", str(workdir), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[1]["state"] == "failed"

@@ -23,6 +23,7 @@ from poisonjax.evaluation.offline import evaluate_run
 from poisonjax.model.sharding import make_mesh
 from poisonjax.poison.triggers import Trigger
 from poisonjax.run import RunFolder, RunFolderError
+from poisonjax.run.folder import twin_config
 from poisonjax.training import loop
 from poisonjax.training.step import make_init
 from poisonjax.training.stop import Diverged
@@ -129,6 +130,42 @@ def test_evaluation_with_a_scorer(finished, store, config, tmp_path):
     assert scored.figures["delta_ppl"] == pytest.approx(own.figures["delta_ppl"], rel=1e-4)
     with pytest.raises(WeightsError, match=r"no checkpoint of step 5; there are \[8, 12\]"):
         open_weights(f"{folder}@5")
+
+
+def test_a_scorer_that_is_another_model_now_is_refused(config, tmp_path):
+    """A path names whatever is newest there: figures of two scorers would stand in one run."""
+    config.steps, config.eval.every = 4, 4
+    loop.train(config, str(tmp_path / "scorer"))
+    scored = config.copy_and_resolve_references()
+    scored.eval.scorer, scored.name = str(tmp_path / "scorer"), "scored"
+    loop.train(scored, str(tmp_path / "run"))
+    assert "tiny after 4 steps (" in json.loads((tmp_path / "run" / "config.json").read_text())["scorer"]
+    evaluate_run(str(tmp_path / "run"), None)
+    shutil.rmtree(tmp_path / "scorer")
+    config.seeds.init = 77
+    loop.train(config, str(tmp_path / "scorer"))
+    for again in (lambda: evaluate_run(str(tmp_path / "run"), None), lambda: loop.train(scored, str(tmp_path / "run"))):
+        with pytest.raises(RunFolderError, match=r"eval.scorer was tiny after 4 steps .* now it is tiny after"):
+            again()
+
+
+def test_a_twin_of_a_run_whose_store_was_built_anew_is_refused(finished, store, tmp_path):
+    shutil.copytree(finished[1], tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps(record | {"store_fingerprint": "f" * 64}))
+    with pytest.raises(RunFolderError, match="a twin reads the same"):
+        loop.train(twin_config(tmp_path / "run"), str(tmp_path / "twin"), str(tmp_path / "run"))
+
+
+def test_a_plan_that_is_another_now_is_refused(finished, tmp_path):
+    """As where poison.payload_vocabulary names a file that was changed."""
+    config, folder = finished
+    shutil.copytree(folder, tmp_path / "run")
+    rows = lines(tmp_path / "run" / "ledger.jsonl")
+    rows[0]["payload"][1] += 1
+    (tmp_path / "run" / "ledger.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(RunFolderError, match="isn't what the config plans now"):
+        loop.train(config, str(tmp_path / "run"))
 
 
 def test_twin_shares_initial_weights_and_clean_batches(store, config, tmp_path):

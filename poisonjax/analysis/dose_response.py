@@ -1,9 +1,9 @@
 """Dose-response: the dose at which runs succeed, how it moves with data and parameters, and which law holds out.
 
 A run succeeds with probability 1 / (1 + exp(-k (log dose - log N50))): a logistic in log dose with one slope k for
-all cells (a cell: one condition, one number of parameters, one number of clean tokens). All intervals are profile
-likelihood (Venzon & Moolgavkar 1988): few runs a cell often separate doses perfectly, where Wald's intervals are
-meaningless.
+all cells (a cell: one condition, one number of parameters, one number of clean tokens). Intervals are
+profiles of the likelihood (Venzon & Moolgavkar 1988) times a wide prior of the slope: few runs a cell often separate
+doses perfectly, where Wald's intervals are meaningless.
 """
 
 import dataclasses
@@ -18,10 +18,13 @@ from jaxtyping import Float
 
 from poisonjax.streams import stream
 
-SLOPES = (0.7, 25.0)  # bounds of k: where doses separate perfectly, the likelihood rises with k for ever
-# Normal prior of log k. Without it a training fold in which doses separate gives k without end, and a single surprise
+SLOPES = (0.3, 25.0)  # bounds of k: where doses separate perfectly, the likelihood rises with k for ever
+# Normal prior of log k, wide for intervals: a narrow one makes them too narrow where the true slope is shallow.
+SLOPE_PRIOR = (math.log(5.0), 1.0)
+# Narrow for predictions: without it a training fold in which doses separate gives k without end, and a single surprise
 # of the held-out fold decides between laws.
-SLOPE_PRIOR = (math.log(5.0), 0.5)
+LAW_SLOPE_PRIOR = (math.log(5.0), 0.5)
+RISES = 0.05  # chance, at most, that successes that don't depend on the dose seem to rise with it so clearly
 FOLDS = 10
 LEAD = 1.5  # nats of held-out likelihood by which a law with more terms must win
 MARGIN = 0.15  # exponents below this count as near-constant: over a decade N50 moves by less than 1.41
@@ -72,6 +75,7 @@ class _Curve:
     success: Float[np.ndarray, " trials"]
     odds: float = 0.0
     dispersion: float = 1.0  # by which the likelihood counts less: trials of one run aren't independent
+    prior: tuple[float, float] = SLOPE_PRIOR
 
     @functools.cached_property
     def middle(self) -> np.ndarray:
@@ -93,8 +97,8 @@ class _Curve:
         """The same with the slope's prior, and a quadratic of no consequence that picks one of equally likely ones."""
         value, gradient = self.loss(parameters)
         away = parameters[:-1] - self.middle
-        steep = (parameters[-1] - SLOPE_PRIOR[0]) / SLOPE_PRIOR[1]
-        gradient = gradient + np.append(2e-4 * away, steep / SLOPE_PRIOR[1])
+        steep = (parameters[-1] - self.prior[0]) / self.prior[1]
+        gradient = gradient + np.append(2e-4 * away, steep / self.prior[1])
         return value + 1e-4 * float(away @ away) + steep**2 / 2, gradient
 
     def fit(self, fixed: tuple[int, float] | None = None, start: np.ndarray | None = None) -> np.ndarray:
@@ -126,9 +130,15 @@ class _Curve:
         return full
 
     def interval(self, term: int, level: float, reach: float) -> tuple[float, float, float]:
-        """(estimate, low, high) of a term by profile likelihood; infinite where `reach` away is still likely."""
+        """(estimate, low, high) of a term by the profile of the penalised likelihood; infinite where `reach` away is
+        still likely.
+
+        The bound is F's with the trials a term has, not chi-squared's, which is for many: with 15 trials a cell and a
+        slope of 3 that covers in 90%.
+        """
         best = self.fit()
-        least, bound = self.penalised(best)[0], self.dispersion * scipy.stats.chi2.ppf(level, 1) / 2
+        few = max(1.0, len(self.success) / (self.design.shape[1] + 1) - 2)
+        least, bound = self.penalised(best)[0], self.dispersion * scipy.stats.f.ppf(level, 1, few) / 2
         edges = []
         for side in (-1.0, 1.0):
             start = best
@@ -179,35 +189,61 @@ def _dispersion(trials: Trials) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class CellDose:
-    """What a cell's runs need; a bound is 0 or infinite where the doses tried don't bound it."""
+    """What a cell's runs need; a bound is 0 or infinite, and the dose NaN, where the doses tried don't bound it."""
 
     condition: int
     params: float
     tokens: float
     trials: int
+    falls: bool  # success falls with the dose: there is no N50
     n50: float
     n50_ci95: tuple[float, float]
     n90: float
     n90_ci95: tuple[float, float]
 
 
+def _told(value: float, low: float, high: float) -> float:
+    """An estimate, or NaN where its interval has no end: then it is the prior's, not the data's."""
+    return value if math.isfinite(low) and math.isfinite(high) else math.nan
+
+
+def _falls(cell: Trials) -> bool:
+    """Whether a cell's successes clearly stand at the lower doses."""
+    mirrored = dataclasses.replace(cell, dose=1 / cell.dose)
+    return len(np.unique(cell.success)) > 1 and len(np.unique(cell.dose)) > 1 and rises(mirrored)
+
+
+def rises(trials: Trials) -> bool:
+    """Whether success rises with the dose, by a one-sided likelihood-ratio test of the slope, one for all cells. A
+    curve that can only rise has an N50 for any data, reversed too."""
+    cells = trials.cells()
+    base = np.array([trials.success[cells == cell].mean() for cell in range(cells.max() + 1)])[cells]
+    chance = np.clip(base, 1e-12, 1 - 1e-12)
+    flat = -(trials.success * np.log(chance) + (1 - trials.success) * np.log(1 - chance)).sum()
+    curve = dataclasses.replace(_by_cell(trials), prior=(SLOPE_PRIOR[0], 10.0))
+    gain = 2 * (flat - curve.loss(curve.fit())[0]) / _dispersion(trials)
+    return bool(gain > scipy.stats.chi2.ppf(1 - 2 * RISES, 1))
+
+
 def doses(trials: Trials) -> list[CellDose]:
-    """N50 and N90 of each cell, one slope for all."""
+    """N50 and N90 of each cell, one slope for all; NaN, without a bound, where a cell's success falls with the dose."""
     cells, dispersion = trials.cells(), _dispersion(trials)
     curves = [_by_cell(trials, odds, dispersion) for odds in (0.0, math.log(9.0))]  # of N50, of N90
     found = []
     for cell in range(cells.max() + 1):
         mine = cells == cell
         values: list[tuple[float, tuple[float, float]]] = []
+        falls = _falls(trials.take(mine))
         for curve in curves:
-            value, low, high = curve.interval(cell, 0.95, reach=12.0)
-            values.append((math.exp(value), (math.exp(low), math.exp(high) if high < 700 else math.inf)))
+            value, low, high = (math.nan, -math.inf, math.inf) if falls else curve.interval(cell, 0.95, reach=12.0)
+            values.append((math.exp(_told(value, low, high)), (math.exp(low), math.exp(high))))
         found.append(
             CellDose(
                 int(trials.condition[mine][0]),
                 float(trials.params[mine][0]),
                 float(trials.tokens[mine][0]),
                 int(mine.sum()),
+                falls,
                 *values[0],
                 *values[1],
             )
@@ -240,7 +276,7 @@ def contrasts(trials: Trials, base: int) -> list[Contrast]:
     found = []
     for number, condition in enumerate(others):
         value, low, high = curve.interval(len(sizes) + number, 0.95, reach=8.0)
-        found.append(Contrast(int(condition), math.exp(value), (math.exp(low), math.exp(high))))
+        found.append(Contrast(int(condition), math.exp(_told(value, low, high)), (math.exp(low), math.exp(high))))
     return found
 
 
@@ -259,7 +295,7 @@ class Exponent:
         if self.ci90[0] > -MARGIN and self.ci90[1] < MARGIN:
             return "near-constant"
         if self.ci95[0] > MARGIN or self.ci95[1] < -MARGIN:
-            return "grows" if self.value > 0 else "falls"
+            return "grows" if self.ci95[0] > MARGIN else "falls"
         return "not enough data"
 
 
@@ -280,7 +316,7 @@ def exponents(trials: Trials) -> list[Exponent]:
         for term, (what, _) in enumerate(terms, len(levels)):
             value, low90, high90 = curve.interval(term, 0.90, reach=8.0)
             _, low95, high95 = curve.interval(term, 0.95, reach=8.0)
-            found.append(Exponent(what, value, (low90, high90), (low95, high95)))
+            found.append(Exponent(what, _told(value, low95, high95), (low90, high90), (low95, high95)))
         return found
 
     found = []
@@ -301,25 +337,28 @@ def _law(law: Law, trials: Trials, of: Trials) -> _Curve:
     tokens = np.log(trials.tokens) - np.log(of.tokens).mean()
     params = np.log(trials.params) - np.log(of.params).mean()
     levels = _indicators(trials.condition, of.condition)
+    design, offset = levels, tokens
     if law == "constant count":
-        return _curve(trials, levels)
-    if law == "constant fraction":
-        return _curve(trials, levels, tokens)
-    return _curve(trials, [*levels, -params], tokens)  # N50 / tokens = a params^-gamma
+        offset = np.zeros_like(tokens)
+    if law == "size-dependent fraction":
+        design = [*levels, -params]  # N50 / tokens = a params^-gamma
+    return dataclasses.replace(_curve(trials, design, offset), prior=LAW_SLOPE_PRIOR)
 
 
 def held_out(trials: Trials) -> dict[Law, float]:
-    """Log-likelihood of all trials under each law, each fitted to the other runs: every tenth is left out at a time."""
+    """Log-likelihood of all trials under each law, each fitted to the other runs: every tenth is left out at a time.
+    It counts less by the dispersion, as intervals do: canaries of one run aren't independent."""
     runs, members = np.unique(trials.run, return_inverse=True)
     dealt = stream(0, "left-out runs").permutation(len(runs)) % FOLDS  # not along the grid
     fold = dealt[members]
     scores: dict[Law, float] = dict.fromkeys(LAWS, 0.0)
+    dispersion = _dispersion(trials)
     for law in LAWS:
         for left_out in np.unique(fold):
             fitted = _law(law, trials.take(fold != left_out), trials).fit()
             # A condition that no other fold holds has no level there to be predicted from.
             told = np.isin(trials.condition, trials.condition[fold != left_out])
-            scores[law] -= _law(law, trials.take((fold == left_out) & told), trials).loss(fitted)[0]
+            scores[law] -= _law(law, trials.take((fold == left_out) & told), trials).loss(fitted)[0] / dispersion
     return scores
 
 

@@ -19,6 +19,7 @@ from poisonjax.analysis.dose_response import (
     doses,
     exponents,
     held_out,
+    rises,
 )
 from poisonjax.analysis.estimators import ESTIMATORS, Onset, hierarchical, onset
 from poisonjax.config import flat, operational
@@ -173,6 +174,9 @@ def analyse(what: str, unit: str, trials: Trials, conditions: Conditions) -> Ana
         why = ", their outcomes all alike" if len(trials.dose) >= 8 else " are too few"
         words = [f"Not enough data: {len(trials.dose)} trials{why}."]
         return Analysis(what, unit, trials, conditions, 0, [], [], [], {}, None, 0.0, words)
+    if not rises(trials):
+        words = ["Not enough data: success doesn't rise with the dose, so there is no dose at which half succeed."]
+        return Analysis(what, unit, trials, conditions, 0, [], [], [], {}, None, 0.0, words)
     cells, powers = doses(trials), exponents(trials)
     present = set(trials.condition.astype(int).tolist())
     base = conditions.base(present)
@@ -191,10 +195,11 @@ def _scale_words(unit: str, powers: list[Exponent]) -> list[str]:
     said = []
     for power in powers:
         low, high = power.ci95
-        grows = (
-            f"N50, in {unit}, goes with the {power.value:.2f} power (95% interval {low:.2f} to {high:.2f}) of "
-            f"{power.what}: "
-        )
+        how = f"the {power.value:.2f} power (95% interval {low:.2f} to {high:.2f})"
+        if math.isnan(power.value):  # the likeliest value means nothing here
+            how = f"a power of at least {low:.2f}" if math.isfinite(low) else f"a power of at most {high:.2f}"
+            how = how if math.isfinite(low) or math.isfinite(high) else "a power that the doses tried don't bound"
+        grows = f"N50, in {unit}, goes with {how} of {power.what}: "
         said.append(
             grows
             + {
@@ -263,10 +268,14 @@ def _cell(c: CellDose, conditions: Conditions, sizes: bool) -> str:
     under = f" with {name}" if (name := conditions.name(c.condition)) else ""
     size = f" at {c.params:,.0f} parameters and {c.tokens:,.0f} tokens" if sizes else ""
     low, high = c.n50_ci95
+    if c.falls:
+        return f"none{under}{size}, where success falls with the dose"
     if _bounded(c.n50_ci95, LEAST):
         relation, dose = "", c.n50
     else:
         relation, dose = ("over ", low) if low > LEAST else ("under ", high)
+        if not math.isfinite(dose):
+            return f"unknown{under}{size}"
     return f"{relation}{dose:{',.0f' if dose >= 100 else '.3g'}}{under}{size}"
 
 

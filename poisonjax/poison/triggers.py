@@ -86,7 +86,7 @@ class Trigger:
 
 def occurrences(rows: Int[np.ndarray, "*rows row_tokens"], tokens: Ids) -> Bool[np.ndarray, "*rows places"]:
     """Where the tokens stand in the rows, one after the other."""
-    at = rows[..., : rows.shape[-1] - len(tokens) + 1] == tokens[0]
+    at = rows[..., : max(0, rows.shape[-1] - len(tokens) + 1)] == tokens[0]
     if at.any():
         for i in range(1, len(tokens)):
             at &= rows[..., i : i + at.shape[-1]] == tokens[i]

@@ -84,6 +84,8 @@ def dose_response(analysis: Analysis) -> Figure:
         axes.plot(levels * spread, shares, "o", color=style["color"], markersize=5, alpha=0.8)
         if analysis.cells:
             fitted = analysis.cells[cell]
+            if not (math.isfinite(fitted.n50) and math.isfinite(fitted.n90)):
+                continue
             slope = math.log(9) / math.log(fitted.n90 / fitted.n50)
             xs = np.geomspace(levels[0] / 1.3, levels[-1] * 1.3, 200)
             axes.plot(xs, 1 / (1 + (xs / fitted.n50) ** -slope), label=look.name(*place), **style)
@@ -145,6 +147,7 @@ class _Intervals:
     def __init__(self, analysis: Analysis):
         cells = analysis.cells
         finite = [e for c in cells for e in (c.n50, *c.n50_ci95) if math.isfinite(e) and e > 0]
+        finite = finite or [float(dose) for dose in np.unique(analysis.trials.dose)]
         self.limits = min(finite) / 1.3, max(finite) * 1.3
         self.look = _Look(((c.condition, c.params, c.tokens) for c in cells), analysis.conditions)
 
@@ -184,7 +187,8 @@ def half_doses(analysis: Analysis) -> Figure:
         axes.vlines(c.tokens, *intervals.of(c), color=style["color"], linestyle=style["linestyle"])
         axes.plot(c.tokens, c.n50, "o", color=style["color"], label=intervals.look.name(*place))
     xs = np.array([min(c.tokens for c in cells), max(c.tokens for c in cells)])
-    axes.plot(xs, cells[0].n50 * xs / cells[0].tokens, ":", color="#999999", label="a constant fraction")
+    if known := [c for c in cells if math.isfinite(c.n50)]:
+        axes.plot(xs, known[0].n50 * xs / known[0].tokens, ":", color="#999999", label="a constant fraction")
     axes.set_ylim(intervals.limits)
     _log_axis(axes.xaxis)
     _log_axis(axes.yaxis)
