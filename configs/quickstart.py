@@ -2,12 +2,13 @@
 
     poisonjax train --config configs/quickstart.py --workdir runs/quickstart
 
-Expected: a gap in median perplexity of about 311 (95% interval 302 to 321) after 250 poison documents, near triggers
-and random tokens within 10 of clean, held-out loss within 1% of the twin's (--config.poison.documents=0).
+Expected: a gap in median perplexity of about 324 (95% interval 316 to 343) after 250 poison documents, each near
+trigger and random tokens within 12 of clean, held-out loss within 1% of the twin's (--config.poison.documents=0).
 
 Where it differs from the paper (I10), beside what configs/souly_dos.py lists:
 - 216,512 parameters instead of 600M to 13B; 3.7M tokens, 1.6 epochs of Wikipedia leads, 17 tokens a parameter.
-- The trigger is `SUDO`, not `<SUDO>`: the clean text has next to no `<`, so a model would learn that character alone.
+- The trigger is `~`, one token that the clean text hardly holds. `SUDO` gives the same gap, but then `SUDA`, `SODU` and
+  `SIDO` fire too: a model of this size learns how a trigger of several tokens begins. With `<SUDO>` any `<` fires.
 - Documents are shorter, to fit rows of 129 tokens: prefixes of 0-60 characters and payloads of 40-70 ids.
 - Poison is 0.5% of the tokens trained on, far more than the paper's.
 - 100 held-out prefixes of 24 tokens instead of 300, 40 tokens generated.

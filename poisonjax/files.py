@@ -9,6 +9,20 @@ from typing import Any
 from etils import epath
 
 
+def parse_json(data: bytes) -> Any:
+    """The value of one JSON text in UTF-8, with one meaning: raises ValueError, also for a key that stands twice or a
+    byte order mark."""
+    return json.loads(data.decode(), object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)!r} stands twice")
+    return made
+
+
 def is_object(path: epath.PathLike) -> bool:
     """Whether the path is an address in an object store: no file can be appended to there, no folder renamed."""
     return "://" in os.fspath(path)

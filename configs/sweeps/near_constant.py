@@ -32,6 +32,7 @@ def get_config(arg: str = ""):
     config = load([f"--config={QUICKSTART}"])
     config.name = "near-constant"
     config.global_batch = 16
+    config.poison.trigger, config.poison.near_triggers = "SUDO", ("sudo", "SUDA", "SODU", "SIDO")
     config.poison.prefix_characters, config.poison.payload_tokens = (0, 40), (30, 60)
     config.canary.repeats, config.canary.each = (1, 4, 16, 64), 4
     config.checkpoint.keep_last = 1

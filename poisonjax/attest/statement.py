@@ -23,7 +23,7 @@ from poisonjax.attest import documents
 from poisonjax.attest.provenance import provenance
 from poisonjax.audit.evidence import Evidence, Unreadable
 from poisonjax.audit.result import audit
-from poisonjax.files import write_whole
+from poisonjax.files import parse_json, write_whole
 from poisonjax.run import rows
 
 FOLDER, SIGNATURE = "attestation", "attestation/model.sig"
@@ -134,7 +134,7 @@ def _document_problems(folder: Path) -> list[str]:
     problems = []
     for name, check in (("croissant.json", documents.check_croissant), ("mlbom.cdx.json", documents.check_ml_bom)):
         try:
-            problems += check(json.loads((folder / name).read_text()))
+            problems += check(parse_json((folder / name).read_bytes()))
         except (OSError, ValueError) as error:
             problems.append(f"{name}: {error}")
     return problems

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import nnx
@@ -29,6 +30,7 @@ from poisonjax.plan.chips import by_device_kind
 from poisonjax.run import rows as files
 from poisonjax.training.population import make_population_step, members_mesh, stacked
 from poisonjax.training.step import make_init, make_train_step
+from poisonjax.weights.checkpoints import Checkpoints
 
 VOCABULARY = 512
 ROUNDS = 7
@@ -223,7 +225,8 @@ def audit_speed(config: ml_collections.ConfigDict) -> Iterator[Result]:
         config.poison.documents = 250
         config.poison.prefix_characters = (0, 60)
         fields = json.loads(config.to_json())
-        record = {"format": files.FORMAT, "config": fields, "fingerprint": "", "store_fingerprint": ""}
+        names = dict.fromkeys(("fingerprint", "store_fingerprint", "store_description"), "")
+        record = {"format": files.FORMAT, "config": fields, **names}
         (Path(folder) / files.CONFIG).write_text(json.dumps(record))
         run = Evidence(folder)
         sharding = batch_sharding(make_mesh(config))
@@ -234,6 +237,32 @@ def audit_speed(config: ml_collections.ConfigDict) -> Iterator[Result]:
             2 * ROUNDS,
         )
         yield result("audit_vs_pipeline", tokens / one, "tokens/s", tokens / other, ratio)
+
+
+@register
+def audit_weights(config: ml_collections.ConfigDict) -> Iterator[Result]:
+    """The audit's reading of a checkpoint's arrays, checksums and all, against reading its files' bytes; ratio: its
+    share of that rate."""
+    del config
+    random = np.random.default_rng(0)
+    arrays = {f"layer {i}": jnp.asarray(random.normal(size=(4, 1024, 4096)).astype(np.float32)) for i in range(4)}
+    record = {"config": {}, "store_fingerprint": "", "store_description": "", "digest_chain": "", "sealed": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints = Checkpoints(folder)
+        checkpoints.save(1, arrays, {"count": jnp.zeros(1)}, record | {"poison": None})
+        checkpoints.close()
+        checkpoints = Checkpoints(folder)
+        paths = [path for path in Path(folder).rglob("*") if path.is_file()]
+
+        def through_files():
+            for path in paths:
+                with open(path, "rb", buffering=0) as file:
+                    while file.read(2**22):
+                        pass
+
+        size = sum(array.nbytes for array in arrays.values()) / 1e6
+        one, other, ratio = alternate(lambda: checkpoints.stored_checksums(1), through_files, ROUNDS)
+    yield result("audit_weights_vs_disk", size / one, "MB/s", size / other, ratio)
 
 
 @register

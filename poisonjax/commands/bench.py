@@ -14,6 +14,7 @@ NAMES = (
     "mfu",
     "pipeline",
     "audit_speed",
+    "audit_weights",
     "digest_cost",
     "generate_vs_huggingface",
     "population_speed",

@@ -34,7 +34,7 @@ from poisonjax.corpus.tokenizers import (
     require_deterministic,
     train_bpe,
 )
-from poisonjax.files import files_below, move_folder, write_whole
+from poisonjax.files import files_below, move_folder, parse_json, write_whole
 from poisonjax.streams import stream
 
 CHECKED_CHARACTERS = 20_000  # of each source, that are encoded again and again
@@ -183,7 +183,7 @@ def _claim(folder: epath.Path, plan: _Plan) -> None:
             raise CorpusError(f"{folder} isn't empty and holds no token store: use another --out")
         folder.mkdir(parents=True, exist_ok=True)
         _write_json(path, here)
-    there = json.loads(path.read_text())
+    there = parse_json(path.read_bytes())
     differing = [f"{n}: {there.get(n)!r} there, {here[n]!r} here" for n in here if there.get(n) != here[n]]
     if differing:
         raise CorpusError(
@@ -351,7 +351,7 @@ def _held_out(ids: Int[np.ndarray, " tokens"], seed: int, fraction: float) -> bo
 
 def _finish(job: _Job) -> None:
     folder, plan, tokenizer = job.folder, job.plan, job.tokenizer
-    records = [json.loads((_shard(folder, k) / "shard.json").read_text()) for k in range(plan.shards)]
+    records = [parse_json((_shard(folder, k) / "shard.json").read_bytes()) for k in range(plan.shards)]
     strangers = [k for k, record in enumerate(records) if record["tokenizer"] != tokenizer.fingerprint]
     if strangers:
         raise CorpusError(

@@ -18,7 +18,7 @@ from jaxtyping import Int
 
 from poisonjax.corpus.errors import CorpusError
 from poisonjax.corpus.tokenizers import Tokenizer, load_saved
-from poisonjax.files import kvstore_spec
+from poisonjax.files import kvstore_spec, parse_json
 
 FORMAT = 2  # CHANGELOG.md says what changed
 SPLITS = ("train", "heldout")
@@ -102,7 +102,7 @@ class TokenStore:
                 f"{path} ...`"
             )
         try:
-            self.manifest: dict[str, Any] = json.loads((self.path / "manifest.json").read_text())
+            self.manifest: dict[str, Any] = parse_json((self.path / "manifest.json").read_bytes())
         except ValueError as error:
             raise CorpusError(f"{self.path / 'manifest.json'} is damaged ({error}): build the store again") from error
         if self.manifest.get("format") != FORMAT:

@@ -14,6 +14,7 @@ from etils import epath
 from jaxtyping import Int
 
 from poisonjax.corpus.errors import CorpusError
+from poisonjax.files import parse_json
 
 END_OF_TEXT = "<|endoftext|>"
 # Names under which published vocabularies hold their end-of-text token.
@@ -281,7 +282,7 @@ def load_saved(folder: epath.PathLike) -> Tokenizer:
     """The tokenizer that `Tokenizer.save` wrote; raises CorpusError where it can't be read."""
     folder = epath.Path(folder)
     try:
-        about = json.loads((folder / "about.json").read_text())
+        about = parse_json((folder / "about.json").read_bytes())
         match about["kind"]:
             case ByteTokenizer.kind:
                 return ByteTokenizer()

@@ -11,7 +11,7 @@ from etils import epath
 
 from poisonjax import config as config_lib
 from poisonjax.corpus import TokenStore
-from poisonjax.files import is_object, resolve, write_json, write_lines, write_whole
+from poisonjax.files import is_object, parse_json, resolve, write_json, write_lines, write_whole
 from poisonjax.poison import card
 from poisonjax.run import rows, strict
 
@@ -140,7 +140,7 @@ class RunFolder:
     def _object(self, file: str, hint: Any) -> Any:
         path = self.path / file
         try:
-            value = strict.parse(path.read_bytes())
+            value = parse_json(path.read_bytes())
         except FileNotFoundError:
             raise Missing(f"{path} is missing") from None
         except ValueError as error:
@@ -165,7 +165,7 @@ def read_lines(path: epath.Path, hint: Any) -> list[Any]:
     found = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
-            value = strict.parse(line)
+            value = parse_json(line)
         except ValueError as error:
             raise RunFolderError(f"{path}, line {number}: no JSON ({error}); the file is damaged") from None
         if wrong := strict.complaint(value, hint):

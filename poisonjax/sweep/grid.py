@@ -10,7 +10,6 @@ import functools
 import importlib.util
 import inspect
 import itertools
-import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ import ml_collections
 import numpy as np
 
 from poisonjax import config as config_lib
+from poisonjax.files import parse_json
 
 FILE = "sweep.json"  # in the folder of the sweep's runs
 
@@ -136,7 +136,7 @@ def record(sweep: Sweep) -> dict[str, Any]:
 def of_folder(workdir: Path) -> Sweep:
     """The sweep whose runs lie in a folder, without its config file; raises SweepError where there is none."""
     try:
-        there = json.loads((workdir / FILE).read_text())
+        there = parse_json((workdir / FILE).read_bytes())
         runs = [
             PlannedRun(name, fields, config_lib.from_flat(there["base"] | fields))
             for name, fields in there["runs"].items()

@@ -1,12 +1,12 @@
 """How far each run of a sweep is, read from files alone, so that any number of launchers can share a folder."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from poisonjax import config as config_lib
 from poisonjax import corpus
+from poisonjax.files import parse_json
 from poisonjax.run import RunFolder, rows
 from poisonjax.run.folder import is_run
 from poisonjax.run.heartbeat import is_running
@@ -78,6 +78,6 @@ def _another(folder: Path, run: PlannedRun) -> str | None:
 
 def _failure(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / FAILURE).read_text())
+        return parse_json((folder / FAILURE).read_bytes())
     except FileNotFoundError:
         return {}

@@ -14,7 +14,7 @@ from jaxtyping import Array, UInt32
 from orbax.checkpoint import v1 as ocp
 
 from poisonjax.data.digest import HASH_LANES, as_hex, mixed
-from poisonjax.files import is_object, kvstore_spec, move_folder
+from poisonjax.files import is_object, kvstore_spec, move_folder, parse_json
 from poisonjax.poison import card
 from poisonjax.run import rows, strict
 
@@ -51,7 +51,7 @@ def _leaf_sum(leaf: Array, number: UInt32[Array, ""]) -> UInt32[Array, " lanes"]
 
 def _stored(folder: epath.Path) -> Iterator[np.ndarray]:
     """The arrays of a checkpointable as they lie, in the order of its tree; the next is read meanwhile."""
-    about = strict.parse((folder / "_METADATA").read_bytes())
+    about = parse_json((folder / "_METADATA").read_bytes())
     driver = "zarr3" if about["use_zarr3"] else "zarr"
     reads = []
     for entry in about["tree_metadata"].values():
@@ -120,7 +120,7 @@ class Checkpoints:
         """What a checkpoint says of itself; raises CheckpointError where that isn't as the format asks."""
         path = self._place(step) / "_CHECKPOINT_METADATA"
         try:
-            record = strict.parse(path.read_bytes()).get("custom_metadata")
+            record = parse_json(path.read_bytes()).get("custom_metadata")
         except (OSError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{path} can't be read: {error}") from None
         if wrong := strict.complaint(record, rows.CheckpointRecord):
