@@ -50,7 +50,7 @@ def test_every_mistake_is_reported_at_once(capsys, tmp_path):
         "poison.payload": "virus",
         "poison.placement": "nowhere",
         "poison.payload_tokens": "(9,3)",
-        "poison.near_triggers": "('a SUDO',)",
+        "poison.near_triggers": "('a ~',)",
         "model.dtype": "float8",
         "model.kv_heads": 3,
         "model.head_dim": 7,

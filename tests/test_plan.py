@@ -187,7 +187,7 @@ def test_bad_input_ends_with_a_message(capsys):
 
 
 TINY = ["--config.model.layers=3", "--config.model.width=256", "--config.model.heads=2", "--config.model.kv_heads=2",
-        "--config.model.mlp_width=512", "--config.seq_len=256", "--config.global_batch=32", "--config.eval.prefixes=6",
+        "--config.model.mlp_width=512", "--config.seq_len=256", "--config.global_batch=32", "--config.eval.prefixes=12",
         "--config.poison.payload_tokens=(20,40)", "--config.model.loss_tile=128"]  # fmt: skip
 
 
