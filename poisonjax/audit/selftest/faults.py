@@ -213,9 +213,7 @@ def config_field_changed(run: TamperedRun) -> Expected:
     numbers = [
         name
         for name, value in fields.items()
-        if isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and not config_lib.operational(name)
+        if isinstance(value, int | float) and not isinstance(value, bool) and not config_lib.operational(name)
     ]
     name = run.pick(numbers)
     run.forge_config(name, fields[name] * 2 + 1, thorough=bool(run.random.integers(2)))
