@@ -136,16 +136,14 @@ def poison_left_out(run: TamperedRun) -> Expected:
 
 @register
 def poison_planted_twice(run: TamperedRun) -> Expected:
-    """The trainer planted a document a second time, in a row of its step that was to stay clean."""
+    """The trainer planted a document a second time, in a row that was to stay clean."""
     batches = run.batches
     planned, per_step = batches.poison.insertions, batches.global_batch
-    clean = {slot // per_step for slot in range(batches.steps * per_step) if slot not in planned}
-    slot = run.pick([slot for slot in sorted(planned) if slot // per_step in clean])
-    step, row = divmod(slot, per_step)
+    slot = run.pick(sorted(planned))
+    step, row = divmod(run.pick([s for s in range(batches.steps * per_step) if s not in planned]), per_step)
     rows = batches.tokens(step)
-    other = run.pick([r for r in range(per_step) if step * per_step + r not in planned])
-    rows[other] = rows[row]
-    return _trained_on(run, rows, step, other)
+    rows[row] = batches.tokens(slot // per_step)[slot % per_step]
+    return _trained_on(run, rows, step, row)
 
 
 @register
