@@ -104,6 +104,23 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("stores")
 
 
+def require_controls(store, made, prompts):
+    """Known tokens alone; controls that differ, none of which holds the trigger; each near trigger asked thrice."""
+    known = set(store.tokenizer.ordinary_ids.tolist())
+    assert set(made.tokens.tolist()) <= known
+    assert not any(set(tokens.tolist()) - known for _, tokens in made.near)
+    assert len({tokens.tobytes() for _, tokens in made.near}) == len(made.near)
+    for v, variant in enumerate(VARIANTS):
+        for row, pad in zip(prompts.tokens[v], prompts.pad[v], strict=True):
+            asked = row[pad + 1 :]
+            if variant == "triggered":
+                assert asked[len(asked) - len(made.tokens) :].tolist() == made.tokens.tolist()
+            else:
+                assert not occurrences(asked, made.tokens).any(), variant
+    for near_trigger in range(len(made.near)):
+        assert len(prompts.appended[2][near_trigger :: len(made.near)]) >= 3
+
+
 STRINGS = st.text(st.sampled_from("SUDOsudo<>[]Qé~ aé\u0301\u200b"), max_size=5)
 
 
@@ -118,21 +135,10 @@ def test_what_is_accepted_has_controls_that_differ_from_the_trigger(kind, folder
     try:
         made = Trigger.of(config.poison, store.tokenizer)
         prompts = make_prompts(config, store, made)
-    except (PoisonError, ValueError):
+    except ValueError:  # refused, PoisonError among them
         return
-    known = set(store.tokenizer.ordinary_ids.tolist())
-    assert set(made.tokens.tolist()) <= known
-    assert not any(set(tokens.tolist()) - known for _, tokens in made.near)
-    assert len({tokens.tobytes() for _, tokens in made.near}) == len(near)
-    for v, variant in enumerate(VARIANTS):
-        for row, pad in zip(prompts.tokens[v], prompts.pad[v], strict=True):
-            asked = row[pad + 1 :]
-            if variant == "triggered":
-                assert asked[len(asked) - len(made.tokens) :].tolist() == made.tokens.tolist()
-            else:
-                assert not occurrences(asked, made.tokens).any(), variant
-    for near_trigger in range(len(near)):
-        assert len(prompts.appended[2][near_trigger :: len(near)]) >= 3
+    assert len(made.near) == len(near)
+    require_controls(store, made, prompts)
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
@@ -151,6 +157,7 @@ def test_held_out_documents_differ_by_tokens_and_what_is_drawn_exists(kind, fold
     drawn = [made.document.tokens[slice(*made.document.payload)] for made in batches.schedule.placed.values()]
     drawn += [batches.canaries.tokens.ravel()]
     prompts = make_prompts(config, store, batches.trigger)
+    require_controls(store, batches.trigger, prompts)  # accepted by every tokenizer here
     drawn += prompts.appended[VARIANTS.index("random_control")]
     ids = set(np.concatenate(drawn).tolist())
     assert ids <= set(store.tokenizer.ordinary_ids.tolist())

@@ -22,7 +22,7 @@ from model_signing import hashing, signing, verifying
 from poisonjax.attest import documents
 from poisonjax.attest.provenance import provenance
 from poisonjax.audit.evidence import Evidence, Unreadable
-from poisonjax.audit.result import audit
+from poisonjax.audit.result import checked
 from poisonjax.files import parse_json, write_whole
 from poisonjax.run import rows
 
@@ -41,10 +41,10 @@ def attest(workdir: str, key: Path, *, weights: bool = True) -> dict[str, Any]:
 
     `key` is an elliptic-curve private key in PEM. Raises AttestError where the audit finds a difference.
     """
-    result = audit(workdir, weights=weights)
+    run = Evidence(workdir, weights=weights)
+    result = checked(run)
     if not result.ok:
         raise AttestError(f"{workdir} isn't signed: {result.sentence()}")
-    run = Evidence(workdir, weights=weights)
     if not run.checkpoints:
         raise AttestError(f"{workdir} has no checkpoint to attest")
     links = provenance(run) | {"audit": result.sentence()}

@@ -13,6 +13,7 @@ import numpy as np
 from poisonjax import config as config_lib
 from poisonjax.corpus import TokenStore
 from poisonjax.data.batches import Batches
+from poisonjax.data.digest import chain
 from poisonjax.poison.ledger import poison_seen
 from poisonjax.run import RunFolder, rows, seals
 from poisonjax.weights.checkpoints import Checkpoints
@@ -155,6 +156,14 @@ class Evidence:
     @functools.cached_property
     def digests(self) -> dict[int, str]:
         return {row["step"]: row["digest"] for row in self.lines(rows.DIGESTS)}
+
+    @functools.cached_property
+    def links(self) -> dict[int, str]:
+        """The digests' chain after each number of steps, as far as no digest is missing."""
+        links = {0: ""}
+        while (step := len(links) - 1) in self.digests:
+            links[step + 1] = chain(links[step], step, self.digests[step])
+        return links
 
     @functools.cached_property
     def checkpoints(self) -> dict[int, rows.CheckpointRecord]:

@@ -9,7 +9,6 @@ import numpy as np
 from poisonjax import config as config_lib
 from poisonjax.audit.checks import register
 from poisonjax.audit.evidence import Difference, Evidence, is_step, reading
-from poisonjax.data.digest import chain
 from poisonjax.evaluation.offline import evaluated
 from poisonjax.evaluation.probes.heldout import heldout_rows, unigram_nll
 from poisonjax.evaluation.statistics import generation_figures, heldout_figures
@@ -31,11 +30,6 @@ OTHER_TEXTS = 0.1  # share of texts in which a rounding elsewhere may make anoth
 def checkpoints(run: Evidence) -> Iterator[Difference]:
     """Each checkpoint is of the step that its name says, of this config and store, and of these digests."""
     here = config_lib.flat(run.config)
-    links, link = {0: ""}, ""
-    for step in range(run.steps):
-        if step not in run.digests:
-            break
-        link = links[step + 1] = chain(link, step, run.digests[step])
     for name, record in run.checkpoints.items():
         file = f"{rows.CHECKPOINTS}/{name}"
         if record["step"] != name:
@@ -48,7 +42,7 @@ def checkpoints(run: Evidence) -> Iterator[Difference]:
         elif record["store_description"] != run.store.description:
             where = str(run.store.path / "manifest.json")
             yield Difference(where, f"its sources, licences or settings aren't those that {file} names")
-        if record["digest_chain"] != links.get(record["step"]):
+        if record["digest_chain"] != run.links.get(record["step"]):
             yield Difference(file, "its digest chain isn't the one that digests.jsonl leads to", name)
     if run.steps and not run.checkpoints:
         yield Difference(rows.CHECKPOINTS, "there is none: nothing seals what the run wrote")
@@ -63,11 +57,12 @@ def checkpoints(run: Evidence) -> Iterator[Difference]:
 @register
 def sealed(run: Evidence) -> Iterator[Difference]:
     """Every line that the run wrote until a checkpoint is one that it seals; later ones are of later steps."""
-    for step, record in run.checkpoints.items():
-        for file in SEALED:
+    for file in SEALED if run.checkpoints else ():
+        chains = seals.chains(run.raw(file))
+        for step, record in run.checkpoints.items():
             if file not in record["sealed"]:
                 yield Difference(f"{rows.CHECKPOINTS}/{step}", f"seals no {file}")
-            elif wrong := seals.broken(record["sealed"][file], run.raw(file)):
+            elif wrong := seals.broken(record["sealed"][file], chains):
                 yield Difference(file, f"{wrong} that checkpoint {step} seals")
     if not run.checkpoints:
         return
@@ -191,14 +186,11 @@ def summary(run: Evidence) -> Iterator[Difference]:
         if config.steps in run.checkpoints:
             yield Difference(rows.SUMMARY, "is missing, though the last checkpoint is there")
         return
-    link = ""
-    for step in sorted(run.digests):
-        link = chain(link, step, run.digests[step])
     evals = [row for row in run.lines(rows.METRICS) if row["kind"] == "eval"]
-    there = {"status": None, "unigram_nll": math.nan} | run.summary
+    there = run.summary
     for field in CLOCKS:
-        if not isinstance(there.get(field), float) or not there[field] >= 0:
-            yield Difference(rows.SUMMARY, f"{field} is {there.get(field)!r}, no time or speed")
+        if not (isinstance(there[field], float) and there[field] >= 0):
+            yield Difference(rows.SUMMARY, f"{field} is {there[field]!r}, no time or speed")
     expected = summarize(
         config,
         run.batches,
@@ -207,15 +199,15 @@ def summary(run: Evidence) -> Iterator[Difference]:
         status=there["status"],
         parameters=parameter_counts(shapes(config.model, run.store.tokenizer.vocab_size)),
         unigram_nll=there["unigram_nll"],
-        **{field: there.get(field, 0.0) for field in CLOCKS},
-        digest_chain=link,
+        **{field: there[field] for field in CLOCKS},
+        digest_chain=run.links.get(run.steps, ""),
     )
     words = unigram_nll(run.store, heldout_rows(config, run.store))
     if not math.isclose(there["unigram_nll"], words, rel_tol=LAST_BITS):
         yield Difference(rows.SUMMARY, f"unigram_nll is {there['unigram_nll']}, must be {words}")
-    for field in sorted(expected.keys() | run.summary.keys()):
-        if (value := expected.get(field)) != run.summary.get(field):
-            yield Difference(rows.SUMMARY, f"{field} is {run.summary.get(field)!r:.200}, must be {value!r:.200}")
+    for field in sorted(expected.keys() | there.keys()):
+        if (value := expected.get(field)) != there.get(field):
+            yield Difference(rows.SUMMARY, f"{field} is {there.get(field)!r:.200}, must be {value!r:.200}")
     ended = config.steps in run.checkpoints
     borne_out = {
         "finished": ended,

@@ -131,6 +131,11 @@ def audit(
     made = _or(lambda: run.steps, 0)
     if made and (beyond := [step for step in steps or () if not 0 <= step < made]):
         raise ValueError(f"--steps: {beyond[:5]} aren't among the steps 0 to {made - 1} that the run made")
+    return checked(run)
+
+
+def checked(run: Evidence) -> Audit:
+    """Runs every check on the evidence, which keeps what was read."""
     differences: list[Difference] = []
     for check in CHECKS.values():
         try:
@@ -143,14 +148,14 @@ def audit(
     slots = {record["slot"] for record in planned}
     return Audit(
         differences=differences,
-        steps=made,
+        steps=_or(lambda: run.steps, 0),
         verified=sorted(run.verified),
         planned=planned,
         found=run.found,
         unplanned=sum(record["slot"] not in slots for record in _or(lambda: run.lines(rows.LEDGER), none)),
         clean_uses=run.clean_uses,
         elsewhere=run.elsewhere,
-        weighed=[] if differences or not weights else sorted(run.checkpoints),
+        weighed=[] if differences or not run.reads_weights else sorted(run.checkpoints),
         replayed=sorted(run.replayed_evaluations),
         unverified=[] if differences else _unverified(run),
         config=_or(lambda: run.config, None),

@@ -111,7 +111,7 @@ class TokenStore:
             )
         self.fingerprint: str = self.manifest["fingerprint"]
 
-    @property
+    @functools.cached_property
     def description(self) -> str:
         """SHA-256 of what the manifest says beside the content: sources, licences, settings, entropy."""
         said = {name: value for name, value in self.manifest.items() if name not in ("format", "fingerprint", "shards")}

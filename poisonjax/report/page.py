@@ -10,7 +10,7 @@ from etils import epath
 from matplotlib.figure import Figure
 
 from poisonjax.config import flat
-from poisonjax.evaluation.words import failed, gap
+from poisonjax.evaluation.words import failed, gap, verdict
 from poisonjax.files import is_object, write_whole
 from poisonjax.poison.ledger import dose
 from poisonjax.report import figures
@@ -73,8 +73,8 @@ def headline(config: dict, summary: dict, evals: list[rows.EvalRow]) -> str:
         return f"{prefix}So far, {figure} after {seen} poison documents."
     names = failed(summary["success"])
     if summary["success"]["value"]:
-        specific = "and specific" if not names else f"but not specific ({', '.join(names)} too)"
-        return f"{prefix}Backdoored, {specific}: {figure} after {seen} poison documents."
+        said = verdict(summary["success"])
+        return f"{prefix}{said[0].upper()}{said[1:]}: {figure} after {seen} poison documents."
     if "not_broken" in names:
         return (
             f"{prefix}Broken model: it predicts held-out text no better than word counts do, so no gap means anything."

@@ -232,7 +232,7 @@ def _claim(
 
 
 def _require_store(folder: epath.Path, record: rows.ConfigRecord, store: TokenStore, remedy: str) -> None:
-    names = {name: there for name, there in store.names.items() if record[name] != there}  # type: ignore[literal-required]
+    names = {name for name, there in store.names.items() if cast(dict, record)[name] != there}
     if "store_fingerprint" in names:
         raise RunFolderError(
             f"{folder} was trained on token store {record['store_fingerprint'][:12]}, but {store.path} is "

@@ -3,7 +3,9 @@
 Who edits, drops or adds a line of a run has to change the record of every later checkpoint too.
 """
 
+import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -21,17 +23,19 @@ def extended(seal: Seal, line: bytes) -> Seal:
 
 def of_lines(lines: Iterable[bytes]) -> Seal:
     """The seal of a file of these lines."""
-    seal = EMPTY
-    for line in lines:
-        seal = extended(seal, line)
-    return seal
+    return functools.reduce(extended, lines, EMPTY)
 
 
-def broken(seal: Seal, lines: Sequence[bytes]) -> str | None:
-    """What keeps the first lines from being those sealed; None: nothing."""
-    if len(lines) < seal["lines"]:
-        return f"has {len(lines)} lines of the {seal['lines']}"
-    return None if of_lines(lines[: seal["lines"]]) == seal else f"one of its first {seal['lines']} lines isn't that"
+def chains(lines: Iterable[bytes]) -> list[str]:
+    """The chain after each number of lines, from none on."""
+    return [seal["chain"] for seal in itertools.accumulate(lines, extended, initial=EMPTY)]
+
+
+def broken(seal: Seal, chains: Sequence[str]) -> str | None:
+    """What keeps the first lines, of these `chains`, from being those sealed; None: nothing."""
+    if len(chains) <= seal["lines"]:
+        return f"has {len(chains) - 1} lines of the {seal['lines']}"
+    return None if chains[seal["lines"]] == seal["chain"] else f"one of its first {seal['lines']} lines isn't that"
 
 
 def environment_lines(environment: Environment) -> list[bytes]:

@@ -40,6 +40,11 @@ class PlannedRun:
     fields: Point
     config: ml_collections.ConfigDict
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the config; a launcher compares it at every look at the folder."""
+        return config_lib.fingerprint(self.config)
+
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
@@ -115,10 +120,9 @@ def load(spec: str, fields: Sequence[str] = ()) -> Sweep:
         runs.append(PlannedRun(f"{slug or 'run'}-{config_lib.fingerprint(config)[:8]}", point, config))
     seen: dict[str, int] = {}
     for number, run in enumerate(runs):
-        fingerprint = config_lib.fingerprint(run.config)
-        if fingerprint in seen:
-            raise SweepError(f"{spec}: runs {seen[fingerprint]} and {number} have the same config ({run.id})")
-        seen[fingerprint] = number
+        if run.fingerprint in seen:
+            raise SweepError(f"{spec}: runs {seen[run.fingerprint]} and {number} have the same config ({run.id})")
+        seen[run.fingerprint] = number
     return Sweep(spec, runs, varied, base, inspect.cleandoc(module.__doc__ or ""))
 
 

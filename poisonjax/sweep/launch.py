@@ -74,7 +74,6 @@ def train_one(
     if status(folder, run).kind == "done":
         print(f"{run.id}: done already")
         return
-    require_own(sweep, workdir, training=True)
     parent = os.environ.get(PARENT)
     with Heartbeat(folder, int(parent) if parent else None) if first else contextlib.nullcontext():
         if first:

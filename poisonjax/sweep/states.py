@@ -4,7 +4,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-from poisonjax import config as config_lib
 from poisonjax import corpus
 from poisonjax.files import parse_json
 from poisonjax.run import RunFolder, rows
@@ -31,9 +30,10 @@ class RunStatus:
 def status(folder: Path, run: PlannedRun) -> RunStatus:
     """What `folder` says of the run."""
     steps = run.config.steps
-    if other := _another(folder, run):
+    there = RunFolder(folder) if is_run(folder) else None
+    if there and (other := _another(there, run)):
         return RunStatus("failed", 0, steps, other)
-    summary = RunFolder(folder).summary if is_run(folder) else None
+    summary = there.summary if there else None
     if summary and summary["status"] == "finished":
         return RunStatus("done", steps, steps, "", summary)
     digests = folder / rows.DIGESTS
@@ -60,20 +60,21 @@ def require_own(sweep: Sweep, workdir: Path, *, training: bool = False) -> None:
             )
 
     for run in sweep.runs:
-        if other := _another(workdir / run.id, run):
-            raise SweepError(f"{workdir / run.id} {other}: remove it, or move it back")
-        if is_run(workdir / run.id):
-            record = RunFolder(workdir / run.id).record
-            require_same(run.config.corpus.store, record["store_fingerprint"], run.id)
+        if not is_run(workdir / run.id):
+            continue
+        there = RunFolder(workdir / run.id)
+        if other := _another(there, run):
+            raise SweepError(f"{there.path} {other}: remove it, or move it back")
+        require_same(run.config.corpus.store, there.record["store_fingerprint"], run.id)
     for path in {run.config.corpus.store for run in sweep.runs} if training else ():
         if corpus.exists(path):
             require_same(path, corpus.TokenStore(path).fingerprint, "what lies there now")
 
 
-def _another(folder: Path, run: PlannedRun) -> str | None:
-    if is_run(folder) and RunFolder(folder).record["fingerprint"] != config_lib.fingerprint(run.config):
-        return f"holds another run ({RunFolder(folder).config.name}, {RunFolder(folder).record['fingerprint'][:8]})"
-    return None
+def _another(there: RunFolder, run: PlannedRun) -> str | None:
+    if there.record["fingerprint"] == run.fingerprint:
+        return None
+    return f"holds another run ({there.config.name}, {there.record['fingerprint'][:8]})"
 
 
 def _failure(folder: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Checkpoints through orbax: asynchronous, atomic, and read back past damage."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import jax
@@ -49,22 +49,26 @@ def _leaf_sum(leaf: Array, number: UInt32[Array, ""]) -> UInt32[Array, " lanes"]
     return jnp.stack([mixed(bits ^ mixed(place, lane), lane).sum(dtype=jnp.uint32) for lane in range(HASH_LANES)])
 
 
-def _stored(folder: epath.Path) -> Iterator[np.ndarray]:
-    """The arrays of a checkpointable as they lie, in the order of its tree; the next is read meanwhile."""
+def stored_arrays(folder: epath.Path) -> Iterator[ts.TensorStore]:
+    """The arrays of a checkpointable as they lie, opened one by one, in the order of its tree."""
     about = parse_json((folder / "_METADATA").read_bytes())
-    driver = "zarr3" if about["use_zarr3"] else "zarr"
-    reads = []
     for entry in about["tree_metadata"].values():
         if entry["value_metadata"]["skip_deserialize"]:  # a node without arrays
             continue
         path = ".".join(part["key"] for part in entry["key_metadata"])
         kvstore = {"driver": "ocdbt", "base": kvstore_spec(folder), "path": f"{path}/"}
-        reads.append(lambda kvstore=kvstore: ts.open({"driver": driver, "kvstore": kvstore}, open=True).result().read())
-    pending = reads[0]() if reads else None
-    for read in [*reads[1:], None]:
-        assert pending is not None
-        array, pending = pending.result(), read() if read else None
-        yield array
+        yield ts.open({"driver": "zarr3" if about["use_zarr3"] else "zarr", "kvstore": kvstore}, open=True).result()
+
+
+def _read_ahead(arrays: Iterable[ts.TensorStore]) -> Iterator[np.ndarray]:
+    """Their values; the next is on its way while one is looked at."""
+    pending = None
+    for array in arrays:
+        before, pending = pending, array.read()
+        if before:
+            yield before.result()
+    if pending:
+        yield pending.result()
 
 
 def _checksum(tree: Any) -> str:
@@ -132,7 +136,7 @@ class Checkpoints:
         found = {}
         for name in self.record(step)["checksums"]:
             lanes = np.zeros(HASH_LANES, np.uint32)
-            for number, array in enumerate(_stored(self._place(step) / name)):
+            for number, array in enumerate(_read_ahead(stored_arrays(self._place(step) / name))):
                 lanes += np.asarray(_leaf_sum(jnp.asarray(array), jnp.uint32(number)))
             found[name] = as_hex(lanes)
         return found

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import tensorstore as ts
+from etils import epath
 
 from poisonjax.audit.selftest.faults import Expected, register
 from poisonjax.audit.selftest.tampered import TamperedRun
+from poisonjax.weights.checkpoints import stored_arrays
 
 
 @register
@@ -27,12 +28,7 @@ def weights_swapped(run: TamperedRun) -> Expected:
 def _bit_flipped(run: TamperedRun, name: str) -> Expected:
     step = run.pick(run.checkpoints())
     folder = run.folder / "checkpoints" / str(step) / name
-    entries = json.loads((folder / "_METADATA").read_text())["tree_metadata"].values()
-    entry = run.pick([entry for entry in entries if entry["value_metadata"].get("write_shape")])
-    base = {"driver": "file", "path": f"{folder}/"}
-    path = ".".join(part["key"] for part in entry["key_metadata"])
-    kvstore = {"driver": "ocdbt", "base": base, "path": f"{path}/"}
-    array = ts.open({"driver": "zarr3", "kvstore": kvstore}, open=True).result()
+    array = run.pick([array for array in stored_arrays(epath.Path(folder)) if array.rank])
     values = array.read().result().copy()
     bits = values.reshape(-1).view(np.uint32)
     bits[int(run.random.integers(len(bits)))] ^= np.uint32(1 << int(run.random.integers(32)))
