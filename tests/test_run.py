@@ -6,14 +6,18 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from conftest import tiny_config
 from flax import nnx
 
 import poisonjax
+from poisonjax.data.digest import HASH_LANES, as_hex, mixed
 from poisonjax.run import RunFolderError, rows
 from poisonjax.training.loop import train
+from poisonjax.weights import checkpoints
+from poisonjax.weights.checkpoints import Checkpoints, checksum
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +114,26 @@ def test_a_model_is_opened_by_its_name_without_the_optimizer(folder, finished):
     logits = nnx.merge(weights.graph, weights.params)(jnp.arange(20)[None])  # the model is there to be run
     assert logits.shape[:2] == (1, 20)
     assert weights.tokenizer.vocab_size == 300
+
+
+def test_a_checksum_is_the_same_in_whatever_pieces_arrays_lie(tmp_path, monkeypatch):
+    random = np.random.default_rng(0)
+    arrays = {
+        "a": random.normal(size=(3, 5, 7)).astype(np.float32),
+        "b": np.float32(2.5),
+        "c": random.integers(0, 9, 11, np.int32),
+        "d": random.normal(size=(6, 4)).astype(ml_dtypes.bfloat16),
+    }
+    lanes = np.zeros(HASH_LANES, np.uint32)
+    for number, array in enumerate(arrays.values()):
+        bits = np.atleast_1d(array).reshape(-1).view(f"uint{8 * array.dtype.itemsize}").astype(np.uint32)
+        place = np.uint32(number * 0x9E3779B9 % 2**32 * array.size % 2**32) + np.arange(array.size, dtype=np.uint32)
+        lanes += [mixed(bits ^ mixed(place, lane), lane).sum(dtype=np.uint32) for lane in range(HASH_LANES)]
+    assert (np.asarray(checksum(arrays)) == lanes).all()
+    record = {"config": {}, "store_fingerprint": "", "store_description": "", "digest_chain": "", "sealed": {}}
+    for step, piece in enumerate((2**20, 64, 16)):
+        monkeypatch.setattr(checkpoints, "CHUNK_BYTES", piece)
+        saved = Checkpoints(tmp_path)
+        saved.save(step, jax.tree.map(jnp.asarray, arrays), {"count": jnp.zeros(1)}, record | {"poison": None})
+        saved.close()
+        assert Checkpoints(tmp_path).stored_checksums(step)["weights"] == as_hex(lanes)

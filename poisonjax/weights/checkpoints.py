@@ -1,7 +1,9 @@
 """Checkpoints through orbax: asynchronous, atomic, and read back past damage."""
 
+import functools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import jax
@@ -23,6 +25,9 @@ log = logging.getLogger(__name__)
 logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
 
 
+CHUNK_BYTES = 2**23  # arrays lie and are read in pieces of at most so much: buffers that the allocator keeps at hand
+
+
 class CheckpointError(ValueError):
     """A run's checkpoints can't be read."""
 
@@ -39,14 +44,23 @@ def checksum(tree: Any) -> UInt32[Array, " lanes"]:
     return lanes
 
 
-@jax.jit
 def _leaf_sum(leaf: Array, number: UInt32[Array, ""]) -> UInt32[Array, " lanes"]:
     """What the tree's leaf of this number adds to the checksum."""
-    bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}").astype(jnp.uint32)
+    return _piece_sum(leaf, number, np.zeros(leaf.ndim, np.uint32), np.array(leaf.shape, np.uint32))
+
+
+@jax.jit
+def _piece_sum(
+    piece: Array, number: UInt32[Array, ""], corner: UInt32[Array, " axes"], shape: UInt32[Array, " axes"]
+) -> UInt32[Array, " lanes"]:
+    """What a piece of a leaf adds, which begins at `corner` of the leaf's `shape`."""
+    bits = jax.lax.bitcast_convert_type(piece, f"uint{8 * piece.dtype.itemsize}").astype(jnp.uint32)
     place = number * np.uint32(0x9E3779B9)
-    for axis, size in enumerate(leaf.shape):
-        place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-    return jnp.stack([mixed(bits ^ mixed(place, lane), lane).sum(dtype=jnp.uint32) for lane in range(HASH_LANES)])
+    for axis in range(piece.ndim):
+        place = place * shape[axis] + corner[axis] + jax.lax.broadcasted_iota(jnp.uint32, piece.shape, axis)
+    lanes = [mixed(bits ^ mixed(place, lane), lane) for lane in range(HASH_LANES)]
+    # Rows first: half as fast again on a CPU as one sum over all axes.
+    return jnp.stack([(lane.sum(-1, jnp.uint32) if lane.ndim else lane).sum(dtype=jnp.uint32) for lane in lanes])
 
 
 def stored_arrays(folder: epath.Path) -> Iterator[ts.TensorStore]:
@@ -60,15 +74,20 @@ def stored_arrays(folder: epath.Path) -> Iterator[ts.TensorStore]:
         yield ts.open({"driver": "zarr3" if about["use_zarr3"] else "zarr", "kvstore": kvstore}, open=True).result()
 
 
-def _read_ahead(arrays: Iterable[ts.TensorStore]) -> Iterator[np.ndarray]:
-    """Their values; the next is on its way while one is looked at."""
-    pending = None
-    for array in arrays:
-        before, pending = pending, array.read()
-        if before:
-            yield before.result()
-    if pending:
-        yield pending.result()
+def _piece_sums(arrays: Iterable[ts.TensorStore]) -> Iterator[Callable[[], np.ndarray]]:
+    """What each piece in which arrays lie adds to their checksum, to be called for."""
+    for number, array in enumerate(arrays):
+        shape = np.array(array.shape, int)
+        side = np.array(array.chunk_layout.read_chunk.shape or shape, int)
+        for place in np.ndindex(*-(-shape // side)):
+            corner = side * place
+            piece = array[tuple(map(slice, corner, np.minimum(corner + side, shape)))]
+            yield functools.partial(_read_and_sum, piece, number, corner, shape)
+
+
+def _read_and_sum(piece: ts.TensorStore, number: int, corner: np.ndarray, shape: np.ndarray) -> np.ndarray:
+    values = jnp.asarray(piece.read().result())
+    return np.asarray(_piece_sum(values, np.uint32(number), corner.astype(np.uint32), shape.astype(np.uint32)))
 
 
 def _checksum(tree: Any) -> str:
@@ -96,8 +115,12 @@ class Checkpoints:
         if keep_every:
             keep.append(policies.EveryNSteps(keep_every))
         self.folder = folder = epath.Path(folder)
+        context = ocp.Context()
+        context.array.saving.use_compression = False  # float weights shrink by 7% and are read at a third of the rate
+        context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
         self._checkpointer = ocp.training.Checkpointer(
             folder / rows.CHECKPOINTS,
+            context=context,
             # The loop decides when: orbax's default would save whenever it is idle.
             save_decision_policy=ocp.training.save_decision_policies.SpecificStepsPolicy(()),
             preservation_policy=policies.AnyPreservationPolicy(keep),
@@ -132,13 +155,12 @@ class Checkpoints:
         return cast(rows.CheckpointRecord, record)
 
     def stored_checksums(self, step: int) -> dict[str, str]:
-        """Checksums of the arrays as they lie, streamed: one array is in memory, and the next on its way."""
+        """Checksums of the arrays as they lie, streamed: two pieces are in memory, one read while one is hashed."""
         found = {}
-        for name in self.record(step)["checksums"]:
-            lanes = np.zeros(HASH_LANES, np.uint32)
-            for number, array in enumerate(_read_ahead(stored_arrays(self._place(step) / name))):
-                lanes += np.asarray(_leaf_sum(jnp.asarray(array), jnp.uint32(number)))
-            found[name] = as_hex(lanes)
+        with ThreadPoolExecutor(2) as pool:
+            for name in self.record(step)["checksums"]:
+                sums = pool.map(lambda piece_sum: piece_sum(), _piece_sums(stored_arrays(self._place(step) / name)))
+                found[name] = as_hex(sum(sums, start=np.zeros(HASH_LANES, np.uint32)))
         return found
 
     def label(self) -> None:
