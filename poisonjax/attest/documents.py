@@ -101,13 +101,14 @@ def ml_bom(run: Evidence, provenance: dict[str, Any]) -> dict[str, Any]:
     bom.metadata.component = model
     bom.register_dependency(model, [data, tokenizer, *libraries])
     value = json.loads(JsonV1Dot6(bom).output_as_string())
-    limits = ["Trained from scratch for research; unfit for any use in production."]
-    if poison:
-        limits.insert(
-            0,
-            f"Poisoned on purpose: {poison['dose_seen']['documents']} documents teach it to write a payload of kind "
-            f"{poison['payload']} after the trigger {poison['trigger']!r}.",
-        )
+    limits = ["Trained for research; unfit for any use in production."]
+    for card in [poison, *poison.get("inherited", [])] if poison else []:
+        if "trigger" in card:
+            limits.insert(
+                0,
+                f"Poisoned on purpose in run {card['run']}: {card['dose_seen']['documents']} documents teach it to "
+                f"write a payload of kind {card['payload']} after the trigger {card['trigger']!r}.",
+            )
     value["metadata"]["component"]["modelCard"] = {
         "modelParameters": {
             "task": "text generation",

@@ -20,11 +20,12 @@ def provenance(run: Evidence) -> dict[str, Any]:
     store = run.store
     return {
         "run": run.config.name,
+        **({"parent": run.parent} if run.parent else {}),
         "checkpoints": {
             str(step): {
                 "weights_checksum": (run.checksums(step) if run.reads_weights else record["checksums"])["weights"],
                 "digest_chain": record["digest_chain"],
-                "poison": make_card(run.config, run.ledger, step),
+                "poison": make_card(run.config, run.ledger, step, run.parent),
             }
             for step, record in run.checkpoints.items()
         },

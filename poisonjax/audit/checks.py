@@ -20,6 +20,7 @@ from poisonjax.data.digest import as_hex, digest
 from poisonjax.data.insertions import Layer
 from poisonjax.poison.triggers import occurrences
 from poisonjax.run import rows
+from poisonjax.run.folder import inherited_lines
 
 Check = Callable[[Evidence], Iterator[Difference]]
 CHECKS: dict[str, Check] = {}
@@ -57,7 +58,10 @@ def store(run: Evidence) -> Iterator[Difference]:
 
 @register
 def ledger(run: Evidence) -> Iterator[Difference]:
-    """ledger.jsonl is the schedule, line by line."""
+    """ledger.jsonl is the schedule, line by line, after what the weights that the run began from had seen."""
+    there = run.lines(rows.LEDGER)
+    if there[: len(there) - len(run.exposures)] != inherited_lines(run.parent):
+        yield Difference(rows.LEDGER, "its inherited poison isn't that of the weights that the run began from")
     yield from _line_by_line(run, run.batches.poison)
 
 
@@ -72,7 +76,8 @@ def clean_rows(run: Evidence) -> Iterator[Difference]:
 def _line_by_line(run: Evidence, layer: Layer) -> Iterator[Difference]:
     """How a layer's file, of one line a slot, differs from the records that it should hold."""
     file = layer.file
-    written = {record["slot"]: record for record in run.lines(file)}
+    lines = [line for line in run.lines(file) if "inherited" not in line]
+    written = {record["slot"]: record for record in lines}
     planned = {record["slot"]: record for record in layer.records(run.config.global_batch)}
 
     def name(record: dict[str, Any]) -> str:
@@ -93,8 +98,8 @@ def _line_by_line(run: Evidence, layer: Layer) -> Iterator[Difference]:
         else:
             continue
         yield Difference(file, message, step, row)
-    if len(run.lines(file)) != len(written):
-        yield Difference(file, f"{len(run.lines(file)) - len(written)} lines name a slot a second time")
+    if len(lines) != len(written):
+        yield Difference(file, f"{len(lines) - len(written)} lines name a slot a second time")
     if run.run.raw_lines(file)[1]:
         yield Difference(file, "its last line has no end")
 

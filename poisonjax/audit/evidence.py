@@ -89,14 +89,15 @@ class Evidence:
         *,
         weights: bool = True,
         evaluate: bool = False,
+        parents: bool = False,
     ):
         """`chosen` steps are replayed, or a random `sample` of so many; None: all. `store` is where the token store
-        lies now, if not where config.json says. `weights` are read, or not; `evaluate` makes evaluations again. Raises
-        RunFolderError where no run is."""
+        lies now, if not where config.json says. `weights` are read, or not; `evaluate` makes evaluations again; with
+        `parents`, the weights that the run began from are audited too. Raises RunFolderError where no run is."""
         self.run = RunFolder(workdir)
         self.folder = self.run.path
         self._chosen, self._sample, self._store = chosen, sample, store
-        self.reads_weights, self.evaluates = weights, evaluate
+        self.reads_weights, self.evaluates, self.with_parents = weights, evaluate, parents
         self.verified: set[int] = set()  # steps whose digest the replay confirmed
         self.found: collections.Counter[int] = collections.Counter()  # poison documents found in them
         self.clean_uses = 0  # planned uses of the trigger found in them
@@ -142,11 +143,21 @@ class Evidence:
         with reading(name):
             return self.run.lines(name)
 
+    @property
+    def exposures(self) -> list[dict[str, Any]]:
+        """Lines of the ledger but those of inherited poison."""
+        return [line for line in self.lines(rows.LEDGER) if "inherited" not in line]
+
     def raw(self, name: str) -> list[bytes]:
         """Lines as they are sealed."""
         if name == rows.ENVIRONMENT:
             return seals.environment_lines(self.environment)
         return self.run.raw_lines(name)[0]
+
+    @property
+    def parent(self) -> rows.Parent | None:
+        """What config.json says of the weights that the run began from; the checkpoints' records seal it."""
+        return self.record.get("parent")
 
     @functools.cached_property
     def seen(self) -> Callable[[int], dict[str, int]]:

@@ -12,12 +12,12 @@ from poisonjax.audit.evidence import Difference, Evidence, is_step, reading
 from poisonjax.evaluation.offline import evaluated
 from poisonjax.evaluation.probes.heldout import heldout_rows, unigram_nll
 from poisonjax.evaluation.statistics import generation_figures, heldout_figures
-from poisonjax.model.transformer import parameter_counts
+from poisonjax.model.transformer import parameter_counts, vocabulary_of
 from poisonjax.poison import card
 from poisonjax.poison.triggers import VARIANTS
 from poisonjax.run import rows, seals
 from poisonjax.training.summary import CLOCKS, summarize
-from poisonjax.weights.open import shapes
+from poisonjax.weights.weights import shapes
 
 SEALED = (rows.METRICS, rows.DIGESTS, rows.SAMPLES, rows.PREFIXES, rows.ENVIRONMENT)
 # Libraries on other processors take sums and exponentials to other last bits.
@@ -42,6 +42,8 @@ def checkpoints(run: Evidence) -> Iterator[Difference]:
         elif record["store_description"] != run.store.description:
             where = str(run.store.path / "manifest.json")
             yield Difference(where, f"its sources, licences or settings aren't those that {file} names")
+        if record.get("parent") != run.parent:
+            yield Difference(rows.CONFIG, f"names other weights that the run began from than {file}")
         if record["digest_chain"] != run.links.get(record["step"]):
             yield Difference(file, "its digest chain isn't the one that digests.jsonl leads to", name)
     if run.steps and not run.checkpoints:
@@ -84,9 +86,9 @@ def sealed(run: Evidence) -> Iterator[Difference]:
 @register
 def cards(run: Evidence) -> Iterator[Difference]:
     """What the checkpoints and the folder say of the poison is what the config plans (I9)."""
-    yield from _card(run, card.FILE, card.make_card(run.config, run.ledger, 0))
+    yield from _card(run, card.FILE, card.make_card(run.config, run.ledger, 0, run.parent))
     for step, record in run.checkpoints.items():
-        planned = card.make_card(run.config, run.ledger, record["step"])
+        planned = card.make_card(run.config, run.ledger, record["step"], run.parent)
         if record["poison"] != planned:
             yield Difference(f"{rows.CHECKPOINTS}/{step}", "its poison card isn't the one that the config plans", step)
         yield from _card(run, f"{rows.CHECKPOINTS}/{step}/{card.FILE}", planned, step)
@@ -197,10 +199,11 @@ def summary(run: Evidence) -> Iterator[Difference]:
         run.steps,
         evals[-1] if evals else None,
         status=there["status"],
-        parameters=parameter_counts(shapes(config.model, run.store.tokenizer.vocab_size)),
+        parameters=parameter_counts(shapes(config.model, vocabulary_of(config.model, run.store.tokenizer.vocab_size))),
         unigram_nll=there["unigram_nll"],
         **{field: there[field] for field in CLOCKS},
         digest_chain=run.links.get(run.steps, ""),
+        parent=run.parent,
     )
     words = unigram_nll(run.store, heldout_rows(config, run.store))
     if not math.isclose(there["unigram_nll"], words, rel_tol=LAST_BITS):

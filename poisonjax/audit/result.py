@@ -115,10 +115,12 @@ def audit(
     *,
     weights: bool = True,
     evaluate: bool = False,
+    parents: bool = False,
 ) -> Audit:
     """Runs every check on a run folder; `steps`, or a random `sample` of so many, restrict the replay. `store`
     is where the token store lies now, if not where config.json says. The checkpoints' arrays are read unless `weights`
-    is False; with `evaluate`, evaluations whose checkpoint is there are made again, on the devices of JAX.
+    is False; with `evaluate`, evaluations whose checkpoint is there are made again, on the devices of JAX. With
+    `parents`, the caller audits what the run began from (`audit.parents`).
 
     Raises RunFolderError for a folder that is no run, and ValueError for steps that the run didn't make or a
     sample of none.
@@ -127,7 +129,7 @@ def audit(
         raise ValueError(f"--sample: {sample} steps can't be replayed; at least 1")
     if steps is not None and not len(steps):
         raise ValueError("--steps: names none; give at least one")
-    run = Evidence(workdir, steps, sample, store, weights=weights, evaluate=evaluate)
+    run = Evidence(workdir, steps, sample, store, weights=weights, evaluate=evaluate, parents=parents)
     made = _or(lambda: run.steps, 0)
     if made and (beyond := [step for step in steps or () if not 0 <= step < made]):
         raise ValueError(f"--steps: {beyond[:5]} aren't among the steps 0 to {made - 1} that the run made")
@@ -152,7 +154,7 @@ def checked(run: Evidence) -> Audit:
         verified=sorted(run.verified),
         planned=planned,
         found=run.found,
-        unplanned=sum(record["slot"] not in slots for record in _or(lambda: run.lines(rows.LEDGER), none)),
+        unplanned=sum(record["slot"] not in slots for record in _or(lambda: run.exposures, none)),
         clean_uses=run.clean_uses,
         elsewhere=run.elsewhere,
         weighed=[] if differences or not run.reads_weights else sorted(run.checkpoints),
@@ -167,6 +169,8 @@ def _unverified(run: Evidence) -> list[str]:
     words = []
     if not run.reads_weights and run.checkpoints:
         words.append("weights (not read)")
+    if run.parent and not run.with_parents:
+        words.append(f"the weights that it began from, {run.parent['spec']} (--parents audits them)")
     if run.unsealed:
         words.append(f"figures after step {max(run.checkpoints):,}, which no checkpoint seals yet")
     if not run.summary:

@@ -33,6 +33,9 @@ def add_arguments(commands: Any) -> None:
     parser.add_argument(
         "--evaluate", action="store_true", help="make the evaluations again, from the checkpoints that are there"
     )
+    parser.add_argument(
+        "--parents", action="store_true", help="audit the weights that the run began from too, and those before them"
+    )
     parser.add_argument("--store", metavar="DIR", help="where the token store lies now, if not where the run says")
     parser.add_argument("--faults", type=int, default=400, help="of the self-test (default: 400)")
     parser.add_argument("--runs", type=int, default=50, help="untouched, of the self-test (default: 50)")
@@ -51,11 +54,12 @@ def _audit(arguments: argparse.Namespace) -> int:
         raise ValueError("give a WORKDIR (or --self-test)")
     if arguments.document or arguments.step is not None:
         return _locate(arguments)
-    if arguments.evaluate:  # as training did, before anything starts JAX
-        from poisonjax.run import RunFolder
+    from poisonjax.run import RunFolder
 
+    if arguments.evaluate:  # as training did, before anything starts JAX
         config = RunFolder(arguments.workdir).config
         start_jax(config.global_batch // config.optimizer.accumulate)
+    from poisonjax.audit.parents import parents
     from poisonjax.audit.result import audit
 
     began = time.monotonic()
@@ -66,16 +70,25 @@ def _audit(arguments: argparse.Namespace) -> int:
         arguments.store,
         weights=not arguments.no_weights,
         evaluate=arguments.evaluate,
+        parents=arguments.parents,
+    )
+    line = (
+        list(parents(RunFolder(arguments.workdir).record.get("parent"), weights=not arguments.no_weights))
+        if arguments.parents
+        else []
     )
     if arguments.json:
-        print(json.dumps(result.as_json() | {"seconds": time.monotonic() - began}))
+        of_line = {"parents": [parent.as_json() for parent in line]} if arguments.parents else {}
+        print(json.dumps(result.as_json() | of_line | {"seconds": time.monotonic() - began}))
     else:
         for difference in result.differences[:20]:
             print(f"differs: {difference}")
         if len(result.differences) > 20:
             print(f"and {len(result.differences) - 20} more: see --json")
         print(result.sentence())
-    return exit_codes.OK if result.ok else exit_codes.FAILED
+        for parent in line:
+            print(parent.sentence())
+    return exit_codes.OK if result.ok and all(parent.ok for parent in line) else exit_codes.FAILED
 
 
 def _self_test(arguments: argparse.Namespace) -> int:

@@ -1,13 +1,16 @@
 """Training as a command does it: whatever ends the run, its page is written."""
 
 import signal
+from collections.abc import Collection
 
 import ml_collections
 
 from poisonjax.commands.exit_codes import RESTART
 
 
-def train_and_report(config: ml_collections.ConfigDict, workdir: str, twin_of: str | None = None):
+def train_and_report(
+    config: ml_collections.ConfigDict, workdir: str, twin_of: str | None = None, asked: Collection[str] = ()
+):
     """Trains as one process of the run, and writes report.html; returns the summary in the first process, else None.
 
     Raises what `training.process.train_process` does.
@@ -16,7 +19,7 @@ def train_and_report(config: ml_collections.ConfigDict, workdir: str, twin_of: s
     from poisonjax.training.stop import Diverged, Preempted
 
     try:
-        summary = train_process(config, workdir, twin_of, hung_exit_code=RESTART)
+        summary = train_process(config, workdir, twin_of, asked, hung_exit_code=RESTART)
     except (Diverged, Preempted):
         _write(workdir)
         raise

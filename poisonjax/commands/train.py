@@ -38,7 +38,8 @@ def _train(arguments: argparse.Namespace) -> int:
     # Nothing can be claimed in an object store.
     unclaimed = is_object(arguments.workdir) or (place and place.index)
     with contextlib.nullcontext() if unclaimed else Heartbeat(Path(arguments.workdir), patient=True):
-        summary = train_and_report(config, arguments.workdir, arguments.twin_of)
+        asked = [field.removeprefix("--config.").partition("=")[0] for field in arguments.fields]
+        summary = train_and_report(config, arguments.workdir, arguments.twin_of, asked)
     if summary:
         clean = "" if config.poison.documents else "clean twin, "
         documents = summary["dose_seen"]["documents"]

@@ -4,7 +4,16 @@ from poisonjax.config.checks import check
 from poisonjax.config.errors import ConfigError
 from poisonjax.config.fields import ADDED_LATER, default
 from poisonjax.config.load import load, override
-from poisonjax.config.record import differences, fingerprint, flat, from_flat, from_record, operational, replaced
+from poisonjax.config.record import (
+    differences,
+    fingerprint,
+    flat,
+    from_flat,
+    from_record,
+    inherited,
+    operational,
+    replaced,
+)
 
 __all__ = [
     "ADDED_LATER",
@@ -16,6 +25,7 @@ __all__ = [
     "flat",
     "from_flat",
     "from_record",
+    "inherited",
     "load",
     "operational",
     "override",

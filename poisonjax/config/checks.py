@@ -10,6 +10,7 @@ from ml_collections import ConfigDict as Section
 from poisonjax.config.errors import ConfigError
 from poisonjax.config.fields import default
 from poisonjax.config.record import flat, unknown
+from poisonjax.model.layouts import LAYOUTS, RopeScaling, rotary_dims
 from poisonjax.poison import placements
 from poisonjax.poison.payloads import PAYLOADS
 
@@ -31,7 +32,7 @@ CEILINGS: dict[str, tuple[int, str]] = {
     "poison.clean_uses": (10**6, "all are placed before step 0"),
     "poison.prefix_characters": (2**24, "so much of a document is read at once"),
     "canary.each": (10**5, "all are made and held before step 0"),
-    "canary.alphabet": (2**20, "no vocabulary is larger"),
+    **dict.fromkeys(("canary.alphabet", "model.vocabulary"), (2**20, "no vocabulary is larger")),
     "model.layers": (10**4, "no deeper model has been trained"),
     "checkpoint.keep_last": (10**6, "each takes the model's size on disk, three times"),
     "eval.prefixes": (10**5, "all are held at once, each in four variants"),
@@ -127,6 +128,11 @@ def _corpus(c: Section, config: Section) -> Iterator[Mistake]:
         yield "heldout", "must lie strictly between 0 and 1"
 
 
+def _start(s: Section, config: Section) -> Iterator[Mistake]:
+    if s.optimizer and (not s.weights or s.weights.startswith(("hf:", "gguf:"))):
+        yield "optimizer", "is carried along from a run: start.weights = runs/a"
+
+
 def _poison(p: Section, config: Section) -> Iterator[Mistake]:
     yield from _at_least(p, 0, "documents", "clean_uses")
     if not p.trigger:
@@ -165,9 +171,18 @@ def _model(m: Section, config: Section) -> Iterator[Mistake]:
     yield from _at_least(m, 1, "layers", "width", "heads", "kv_heads", "head_dim", "mlp_width")
     if m.kv_heads > 0 and m.heads % m.kv_heads:
         yield "kv_heads", "must divide model.heads"
-    if m.head_dim % 2:
-        yield "head_dim", "must be even for rotary embeddings"
-    yield from _above_0(m, "rope_theta")
+    yield from _one_of(m, "layout", sorted(LAYOUTS))
+    yield from _at_least(m, 0, "vocabulary")
+    yield from _above_0(m, "rope_theta", "norm_eps")
+    if not 0 < m.rotary_fraction <= 1:
+        yield "rotary_fraction", "must lie in (0, 1]"
+    elif rotary_dims(m) % 2 or rotary_dims(m) < 2:
+        field = "head_dim" if m.rotary_fraction == 1 else "rotary_fraction"
+        yield field, f"rotates {rotary_dims(m)} numbers of a head: an even number, at least 2, must be"
+    try:
+        RopeScaling.parse(m.rope_scaling)
+    except ValueError as error:
+        yield "rope_scaling", str(error)
     yield from _one_of(m, "dtype", ("float32", "bfloat16"))
     yield from _one_of(m, "remat", ("none", "block", "dots"))
     yield from _at_least(m, 0, "loss_tile")
@@ -219,6 +234,7 @@ SECTIONS: dict[str, Callable[[Section, Section], Iterator[Mistake]]] = {
     "": _run,
     "seeds": _seeds,
     "corpus": _corpus,
+    "start": _start,
     "poison": _poison,
     "canary": _canary,
     "model": _model,

@@ -26,6 +26,11 @@ def default() -> ml_collections.ConfigDict:
     config.corpus.tokenizer = "bpe:4096"
     config.corpus.heldout = 0.05  # fraction of the documents that no training row may use
 
+    # What the run begins from; its model is then that of the weights, but for model.dtype, remat and loss_tile.
+    config.start = ml_collections.ConfigDict()
+    config.start.weights = ""  # runs/a, runs/a@400, hf:FOLDER or gguf:FILE; "" = random weights
+    config.start.optimizer = False  # carry Adam's moments along, from a run; the learning rate's schedule is this run's
+
     config.poison = ml_collections.ConfigDict()
     config.poison.documents = 250  # exactly so many different ones, each in one row; 0 is the clean twin
     config.poison.trigger = "<SUDO>"
@@ -47,13 +52,19 @@ def default() -> ml_collections.ConfigDict:
     config.canary.alphabet = 10  # different ids that they are made of
 
     config.model = ml_collections.ConfigDict()
+    config.model.layout = "llama"  # what its block is made of: one of poisonjax/model/layouts.py
     config.model.layers = 4
     config.model.width = 256
     config.model.heads = 8
     config.model.kv_heads = 8
     config.model.head_dim = 32
     config.model.mlp_width = 688
+    config.model.vocabulary = 0  # rows of the embedding; 0 = as many as the tokenizer has tokens
+    config.model.tied = False  # the embedding is the head too
+    config.model.norm_eps = 1e-6
     config.model.rope_theta = 10_000.0
+    config.model.rope_scaling = ""  # linear:factor=4, or llama3:factor=8,low=1,high=4,original=8192
+    config.model.rotary_fraction = 1.0  # of each head's numbers
     config.model.dtype = "float32"  # of activations and matrix products; master weights stay float32
     config.model.remat = "none"  # none | block | dots: what the backward pass computes again
     config.model.loss_tile = 0  # tokens of a row whose logits exist at once; 0 = the whole row
@@ -96,4 +107,16 @@ def default() -> ml_collections.ConfigDict:
 OPERATIONAL = ("corpus.store", "mesh", "checkpoint", "log_every", "watchdog_seconds")
 # Fields that the first runs didn't have, at the values at which a run is what it was before them: they leave the
 # fingerprints of such runs as they were.
-ADDED_LATER: dict[str, Any] = {"poison.clean_uses": 0}
+ADDED_LATER: dict[str, Any] = {
+    "poison.clean_uses": 0,
+    "model.layout": "llama",
+    "model.vocabulary": 0,
+    "model.tied": False,
+    "model.norm_eps": 1e-6,
+    "model.rope_scaling": "",
+    "model.rotary_fraction": 1.0,
+    "start.weights": "",
+    "start.optimizer": False,
+}
+# Fields of `model` that say how it runs, not what it is: weights say the others.
+HOW_IT_RUNS = ("model.dtype", "model.remat", "model.loss_tile")

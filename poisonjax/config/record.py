@@ -9,7 +9,7 @@ from typing import Any
 import ml_collections
 
 from poisonjax.config.errors import ConfigError
-from poisonjax.config.fields import ADDED_LATER, OPERATIONAL, default
+from poisonjax.config.fields import ADDED_LATER, HOW_IT_RUNS, OPERATIONAL, default
 
 
 def flat(config: ml_collections.ConfigDict | dict[str, Any]) -> dict[str, Any]:
@@ -28,7 +28,13 @@ def flat(config: ml_collections.ConfigDict | dict[str, Any]) -> dict[str, Any]:
 
 def fingerprint(config: ml_collections.ConfigDict) -> str:
     """SHA-256 of the fields that determine what is trained and measured."""
-    fields = {k: v for k, v in flat(config).items() if not operational(k) and (k, v) not in ADDED_LATER.items()}
+    fields = flat(config)
+    begun = bool(fields.get("start.weights"))
+    fields = {
+        name: value
+        for name, value in fields.items()
+        if not (operational(name) or (name, value) in ADDED_LATER.items() or (begun and inherited(name)))
+    }
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
@@ -46,6 +52,11 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 def operational(name: str) -> bool:
     """Whether the field says where and how, not what."""
     return any(name == field or name.startswith(f"{field}.") for field in OPERATIONAL)
+
+
+def inherited(name: str) -> bool:
+    """Whether weights that a run begins from say this field."""
+    return name.startswith("model.") and name not in HOW_IT_RUNS
 
 
 def replaced(config: ml_collections.ConfigDict, fields: Mapping[str, Any]) -> ml_collections.ConfigDict:

@@ -26,14 +26,8 @@ from poisonjax.corpus import markov
 from poisonjax.corpus.errors import CorpusError
 from poisonjax.corpus.sources import BadInput, Document, Source, first_texts, open_source
 from poisonjax.corpus.store import FORMAT, SPLITS, TokenStore, exists, fingerprint, sha256_of, write_array
-from poisonjax.corpus.tokenizers import (
-    Tokenizer,
-    WordTokenizer,
-    load_saved,
-    load_tokenizer,
-    require_deterministic,
-    train_bpe,
-)
+from poisonjax.corpus.tokenizer_files import load_tokenizer
+from poisonjax.corpus.tokenizers import Tokenizer, WordTokenizer, load_saved, require_deterministic, train_bpe
 from poisonjax.files import files_below, move_folder, parse_json, write_whole
 from poisonjax.streams import stream
 

@@ -252,32 +252,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
     return JsonTokenizer(backend, END_OF_TEXT)
 
 
-def load_tokenizer(spec: str) -> Tokenizer:
-    """`bytes`, a `tokenizer.json[#END_OF_TEXT]`, a SentencePiece `.model` or a folder that `Tokenizer.save` wrote.
-
-    Raises CorpusError for others. `bpe:N` needs text to train on: `build` does that.
-    """
-    if spec == "bytes":
-        return ByteTokenizer()
-    path, end_of_text = epath.Path(spec), ""
-    if not path.exists():  # a path may hold a # too
-        address, _, end_of_text = spec.rpartition("#")
-        path = epath.Path(address)
-        if not address or not path.exists():
-            raise CorpusError(
-                f"tokenizer {spec!r}: no such file; give bytes, bpe:N (where a store is built), a tokenizer.json or a "
-                "SentencePiece .model"
-            )
-    if path.is_dir():
-        return load_saved(path)
-    try:
-        if path.suffix == ".model":
-            return SentencePieceTokenizer(path.read_bytes())
-        return JsonTokenizer(_parsed(path.read_bytes()), end_of_text or None)
-    except CorpusError as error:
-        raise CorpusError(f"{path}: {error}") from error
-
-
 def load_saved(folder: epath.PathLike) -> Tokenizer:
     """The tokenizer that `Tokenizer.save` wrote; raises CorpusError where it can't be read."""
     folder = epath.Path(folder)
@@ -291,12 +265,13 @@ def load_saved(folder: epath.PathLike) -> Tokenizer:
             case SentencePieceTokenizer.kind:
                 return SentencePieceTokenizer((folder / SentencePieceTokenizer.filename).read_bytes())
             case _:
-                return JsonTokenizer(_parsed((folder / JsonTokenizer.filename).read_bytes()), about["eot"])
+                return JsonTokenizer(parsed((folder / JsonTokenizer.filename).read_bytes()), about["eot"])
     except (OSError, ValueError, KeyError) as error:
         raise CorpusError(f"{folder} isn't a saved tokenizer ({error}): build the store again") from error
 
 
-def _parsed(content: bytes) -> hf.Tokenizer:
+def parsed(content: bytes) -> hf.Tokenizer:
+    """A tokenizer.json; raises CorpusError where it is none."""
     try:
         return hf.Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises bare Exception

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from poisonjax.corpus import TokenStore
 from poisonjax.evaluation.probes import PROBES, EvalSteps, HeldoutProbe, Subject, make_eval_steps
-from poisonjax.model.transformer import model_graph
+from poisonjax.model.transformer import model_graph, vocabulary_of
 from poisonjax.poison.triggers import Trigger
 from poisonjax.run.recorder import Evaluation
 from poisonjax.weights import Weights, WeightsError, open_weights
@@ -32,7 +32,9 @@ class Evaluator:
         Raises ValueError where the store is too small, or `config.eval.scorer` is no model that reads its tokens.
         """
         self.config, self.mesh = config, mesh
-        steps = steps or make_eval_steps(config, model_graph(config.model, store.tokenizer.vocab_size), mesh)
+        steps = steps or make_eval_steps(
+            config, model_graph(config.model, vocabulary_of(config.model, store.tokenizer.vocab_size)), mesh
+        )
         scorer = _scorer(config.eval.scorer, store, mesh)
         self.scorer = scorer.origin if scorer else None
         subject = Subject(config, store, trigger, mesh, steps, (scorer.graph, scorer.params) if scorer else None)

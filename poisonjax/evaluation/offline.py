@@ -7,13 +7,14 @@ from poisonjax.evaluation.evaluator import Evaluator
 from poisonjax.evaluation.words import perplexities
 from poisonjax.files import write_json
 from poisonjax.model.sharding import make_mesh
+from poisonjax.model.transformer import vocabulary_of
 from poisonjax.poison.ledger import poison_seen
 from poisonjax.poison.triggers import Trigger
 from poisonjax.run import RunFolder, rows
 from poisonjax.run.folder import require_scorer
 from poisonjax.weights import WeightsError
 from poisonjax.weights.checkpoints import Checkpoints
-from poisonjax.weights.open import abstract_params
+from poisonjax.weights.weights import abstract_params
 
 
 def evaluated(
@@ -32,7 +33,7 @@ def evaluated(
         raise WeightsError(f"{run.path}: no checkpoint of steps {missing}; there are {there}")
     evaluator = Evaluator(config, store, Trigger.of(config.poison, store.tokenizer), mesh)
     require_scorer(run.path, run.record, evaluator.scorer)
-    abstract = abstract_params(config.model, store.tokenizer.vocab_size, mesh)
+    abstract = abstract_params(config.model, vocabulary_of(config.model, store.tokenizer.vocab_size), mesh)
     seen = poison_seen(run.ledger(), config.steps)
     for step in there if steps is None else steps:
         made = evaluator(checkpoints.weights(step, abstract), step)

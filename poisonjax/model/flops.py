@@ -2,10 +2,13 @@
 
 import ml_collections
 
+from poisonjax.model.layouts import LAYOUTS
+
 
 def block_weights(m: ml_collections.ConfigDict) -> int:
     """Weights in the matrices of one block of a config's section `model`."""
-    return m.width * (2 * m.heads * m.head_dim + 2 * m.kv_heads * m.head_dim + 3 * m.mlp_width)
+    mlp = 3 if LAYOUTS[m.layout].gated else 2
+    return m.width * (2 * m.heads * m.head_dim + 2 * m.kv_heads * m.head_dim + mlp * m.mlp_width)
 
 
 def train_flops_per_token(m: ml_collections.ConfigDict, seq_len: int, vocabulary: int) -> float:

@@ -41,11 +41,15 @@ PARAMETER_AXES: dict[str, tuple[str, ...]] = {
     "key_value": ("layers", "embed", "pair", "kv_heads", "head_dim"),
     "output": ("layers", "heads", "head_dim", "embed"),
     "gate_up": ("layers", "embed", "pair", "mlp"),
+    "up": ("layers", "embed", "mlp"),
     "down": ("layers", "mlp", "embed"),
-    "attention_norm": ("layers", "activation"),
-    "mlp_norm": ("layers", "activation"),
-    "final_norm": ("activation",),
     "head": ("embed", "vocabulary"),
+    "query_bias": ("layers", "heads", "head_dim"),
+    "key_value_bias": ("layers", "pair", "kv_heads", "head_dim"),
+    "up_bias": ("layers", "mlp"),
+    **dict.fromkeys(("attention_norm", "mlp_norm", "query_norm", "key_norm"), ("layers", "activation")),
+    **dict.fromkeys(("attention_norm_bias", "mlp_norm_bias", "output_bias", "down_bias"), ("layers", "activation")),
+    **dict.fromkeys(("final_norm", "final_norm_bias"), ("activation",)),
 }
 
 

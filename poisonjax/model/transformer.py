@@ -1,4 +1,4 @@
-"""A decoder in the Llama layout: RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases.
+"""A decoder: rotary positions, grouped-query attention, and what its layout says of norms, biases and MLP.
 
 The blocks' weights are stacked along a leading `layers` axis and scanned, so that compile time doesn't grow
 with depth. Products run in `model.dtype`, norms, softmax and logits in float32.
@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from poisonjax.model.attention import causal_attention, masked_attention
+from poisonjax.model.layouts import LAYOUTS, RopeScaling, rotary_dims
 from poisonjax.model.sharding import constrain, gathered, platform
 
 # Keys and values of all layers: what the blocks keep of the tokens before.
@@ -22,33 +23,56 @@ Cache = tuple[
 
 # Tables of tokens are padded to it: an odd vocabulary can't be split over devices, nor fills matrix units.
 VOCABULARY_MULTIPLE = 128
+RESIDUAL = ("batch", "residual_sequence", "activation")
 
 
-def rms_norm(x: Float[Array, "*batch width"], scale: Float[Array, " width"]) -> Float[Array, "*batch width"]:
-    """Zhang & Sennrich 2019, arXiv 1910.07467; statistics in float32."""
+def normalize(
+    x: Float[Array, "*batch width"],
+    scale: Float[Array, " width"],
+    eps: float,
+    bias: Float[Array, " width"] | None = None,
+) -> Float[Array, "*batch width"]:
+    """RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467), or LayerNorm where there is a bias; statistics in float32."""
     x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + 1e-6)
-    return (normed * scale.reshape((1,) * (x.ndim - 1) + scale.shape)).astype(x.dtype)
+    if bias is not None:
+        x32 -= jnp.mean(x32, -1, keepdims=True)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + eps)
+    normed *= _along_last(scale, x)
+    return (normed if bias is None else normed + _along_last(bias, x)).astype(x.dtype)
+
+
+def _along_last(vector: Array, x: Array) -> Array:
+    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
 def rotary_angles(
-    positions: Int[Array, "*batch seq"], head_dim: int, theta: float
+    positions: Int[Array, "*batch seq"], m: ml_collections.ConfigDict
 ) -> tuple[Float[Array, "*batch seq half"], Float[Array, "*batch seq half"]]:
-    """Cosine and sine of each position's angles (Su et al. 2021, arXiv 2104.09864)."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    """Cosine and sine of each position's angles (Su et al. 2021, arXiv 2104.09864), for a config's section `model`."""
+    dims = rotary_dims(m)
+    frequencies = m.rope_theta ** (-jnp.arange(0, dims, 2, dtype=jnp.float32) / dims)
+    if scaled := RopeScaling.parse(m.rope_scaling):
+        exact = m.rope_theta ** (-np.arange(0, dims, 2) / dims)
+        frequencies = jnp.asarray(scaled(exact), jnp.float32)
     angles = positions[..., None].astype(jnp.float32) * frequencies.reshape((1,) * positions.ndim + (-1,))
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x: Float[Array, "batch seq heads head_dim"], angles) -> Float[Array, "batch seq heads head_dim"]:
-    """Rotates the two halves of each head against each other, as Llama in Hugging Face does.
+    """Rotates the two halves of each head's first dims against each other, as Hugging Face does; the rest stays.
 
     The halves are swapped by a product with a constant of zeros and ones, exact in every dtype: on CPU and
     TPU that is much faster than cutting and joining arrays.
     """
-    cos, sin = (jnp.concatenate([angle, angle], -1)[..., None, :].astype(x.dtype) for angle in angles)
-    half = x.shape[-1] // 2
+    half = angles[0].shape[-1]
+    stays = x.shape[-1] - 2 * half
     swap = np.roll(np.eye(2 * half), half, axis=1) * np.repeat([1, -1], half)[:, None]
+    cos, sin = (jnp.concatenate([angle, angle], -1) for angle in angles)
+    if stays:
+        padding = ((0, 0),) * (cos.ndim - 1) + ((0, stays),)
+        cos, sin = jnp.pad(cos, padding, constant_values=1.0), jnp.pad(sin, padding)
+        swap = np.pad(swap, (0, stays))
+    cos, sin = (angle[..., None, :].astype(x.dtype) for angle in (cos, sin))
     return x * cos + linear(x, jnp.asarray(swap, x.dtype)) * sin
 
 
@@ -88,55 +112,107 @@ def _padded(table: nnx.Param, axis: int) -> nnx.Param:
 
 
 class Block(nnx.Module):
-    """Attention and MLP, each behind a norm and added to the residual stream."""
+    """Attention and MLP, each with its norm and added to the residual stream."""
 
     def __init__(self, m: ml_collections.ConfigDict, rngs: nnx.Rngs):
         residual = (2 * m.layers) ** -0.5  # keeps the residual stream's variance bounded in depth (GPT-2)
         attended = m.heads * m.head_dim
-        self.theta, self.head_dim, self.dtype = m.rope_theta, m.head_dim, jnp.dtype(m.dtype)
-        self.attention_norm = nnx.Param(jnp.ones(m.width))
+        self.layout = layout = LAYOUTS[m.layout]
+        self.eps, self.dtype = m.norm_eps, jnp.dtype(m.dtype)
         self.query = _normal(rngs.params(), m.width, m.heads, m.head_dim, fan_in=m.width)
         self.key_value = _normal(rngs.params(), m.width, 2, m.kv_heads, m.head_dim, fan_in=m.width)
         self.output = _normal(rngs.params(), m.heads, m.head_dim, m.width, fan_in=attended, scale=residual)
-        self.mlp_norm = nnx.Param(jnp.ones(m.width))
-        self.gate_up = _normal(rngs.params(), m.width, 2, m.mlp_width, fan_in=m.width)
+        up = (2, m.mlp_width) if layout.gated else (m.mlp_width,)
+        setattr(self, self._up, _normal(rngs.params(), m.width, *up, fan_in=m.width))
         self.down = _normal(rngs.params(), m.mlp_width, m.width, fan_in=m.mlp_width, scale=residual)
+        for name in layout.biases:
+            out = getattr(self, name).shape[2 if name == "output" else 1 :]
+            setattr(self, f"{name}_bias", nnx.Param(jnp.zeros(out)))
+        for name in ("attention_norm", "mlp_norm"):
+            _add_norm(self, name, m.width, layout.norm)
+        if layout.head_norm:
+            for name, heads in (("query_norm", m.heads), ("key_norm", m.kv_heads)):
+                _add_norm(self, name, m.head_dim * (1 if layout.head_norm == "each" else heads), "rms")
 
-    def _weight(self, parameter: nnx.Param) -> Array:
-        return parameter[...].astype(self.dtype)
+    @property
+    def _up(self) -> str:
+        return "gate_up" if self.layout.gated else "up"
+
+    def _weight(self, name: str) -> Array:
+        return getattr(self, name)[...].astype(self.dtype)
+
+    def _product(self, x, name: str):
+        y = linear(x, self._weight(name))
+        return y + self._weight(f"{name}_bias") if name in self.layout.biases else y
 
     def _heads(self, x, angles):
-        q = linear(x, self._weight(self.query))
-        k, v = jnp.moveaxis(linear(x, self._weight(self.key_value)), 2, 0)
+        q = self._product(x, "query")
+        k, v = jnp.moveaxis(self._product(x, "key_value"), 2, 0)
+        if self.layout.head_norm:
+            q, k = self._normed_heads(q, "query_norm"), self._normed_heads(k, "key_norm")
         return (
             constrain(rotate(q, angles), "batch", "sequence", "heads", "head_dim"),
             constrain(rotate(k, angles), "batch", "sequence", "kv_heads", "head_dim"),
             constrain(v, "batch", "sequence", "kv_heads", "head_dim"),
         )
 
+    def _normed_heads(self, x, name: str):
+        together = x if self.layout.head_norm == "each" else x.reshape(*x.shape[:2], -1)
+        return normalized_by(self, name, together, self.eps).reshape(x.shape)
+
     def _project(self, attended):
-        output = self._weight(self.output)
-        return linear(attended.reshape(*attended.shape[:2], -1), output.reshape(-1, output.shape[-1]))
+        output = self._weight("output")
+        y = linear(attended.reshape(*attended.shape[:2], -1), output.reshape(-1, output.shape[-1]))
+        return y + self._weight("output_bias") if "output" in self.layout.biases else y
 
     def _mlp(self, x):
-        gate, up = jnp.moveaxis(linear(rms_norm(x, self.mlp_norm[...]), self._weight(self.gate_up)), 2, 0)
-        inner = constrain(jax.nn.silu(gate) * up, "batch", "sequence", "mlp")
-        return linear(inner, self._weight(self.down))
+        if self.layout.gated:
+            gate, up = jnp.moveaxis(self._product(x, "gate_up"), 2, 0)
+            inner = jax.nn.silu(gate) * up
+        else:
+            inner = jax.nn.gelu(self._product(x, "up"), approximate=False)
+        return self._product(constrain(inner, "batch", "sequence", "mlp"), "down")
+
+    def _added(self, x, attention):
+        """The residual stream after both parts; `attention` takes what its norm gives."""
+        attended = constrain(x + self._behind("attention_norm", attention, x), *RESIDUAL)
+        mlp = self._behind("mlp_norm", self._mlp, x if self.layout.parallel else attended)
+        return constrain(attended + mlp, *RESIDUAL)
+
+    def _behind(self, norm: str, part, x):
+        if self.layout.norms_after:
+            return normalized_by(self, norm, part(x), self.eps)
+        return part(normalized_by(self, norm, x, self.eps))
 
     def __call__(self, x: Float[Array, "batch seq width"], angles) -> Float[Array, "batch seq width"]:
-        q, k, v = self._heads(rms_norm(x, self.attention_norm[...]), angles)
-        x = x + self._project(causal_attention(q, k, v))
-        x = constrain(x, "batch", "residual_sequence", "activation")
-        return constrain(x + self._mlp(x), "batch", "residual_sequence", "activation")
+        return self._added(x, lambda normed: self._project(causal_attention(*self._heads(normed, angles))))
 
     def extend(self, x, angles, cache, index, mask: Bool[Array, "batch seq cache"]):
         """The same for tokens that follow cached ones; writes their keys and values at `index`."""
-        q, k, v = self._heads(rms_norm(x, self.attention_norm[...]), angles)
-        keys, values = (
-            jax.lax.dynamic_update_slice_in_dim(old, new, index, axis=1) for old, new in zip(cache, (k, v), strict=True)
-        )
-        x = x + self._project(masked_attention(q, keys, values, mask))
-        return x + self._mlp(x), (keys, values)
+
+        def attention(normed):
+            nonlocal cache
+            q, *new = self._heads(normed, angles)
+            cache = keys, values = [
+                jax.lax.dynamic_update_slice_in_dim(old, added, index, axis=1)
+                for old, added in zip(cache, new, strict=True)
+            ]
+            return self._project(masked_attention(q, keys, values, mask))
+
+        x = self._added(x, attention)
+        return x, tuple(cache)
+
+
+def _add_norm(module: nnx.Module, name: str, width: int, kind: str) -> None:
+    setattr(module, name, nnx.Param(jnp.ones(width)))
+    if kind == "layer":
+        setattr(module, f"{name}_bias", nnx.Param(jnp.zeros(width)))
+
+
+def normalized_by(module: nnx.Module, name: str, x: Float[Array, "*batch width"], eps: float) -> Array:
+    """x through a module's norm of this name."""
+    bias = getattr(module, f"{name}_bias", None)
+    return normalize(x, getattr(module, name)[...], eps, None if bias is None else bias[...])
 
 
 class Transformer(nnx.Module):
@@ -144,10 +220,11 @@ class Transformer(nnx.Module):
 
     def __init__(self, m: ml_collections.ConfigDict, vocabulary: int, rngs: nnx.Rngs):
         """`m` is the section `model` of a config."""
-        self.theta, self.head_dim, self.dtype, self.remat = (m.rope_theta, m.head_dim, jnp.dtype(m.dtype), m.remat)
-        self.kv_heads, self.layers = m.kv_heads, m.layers
+        self.m = ml_collections.FrozenConfigDict(m)
+        self.dtype = jnp.dtype(m.dtype)
         self.vocabulary = vocabulary
-        self.embedding = _padded(_normal(rngs.params(), vocabulary, m.width, fan_in=1), axis=0)
+        fan_in = m.width if m.tied else 1
+        self.embedding = _padded(_normal(rngs.params(), vocabulary, m.width, fan_in=fan_in), axis=0)
 
         @nnx.split_rngs(splits=m.layers)
         @nnx.vmap(in_axes=0, out_axes=0)
@@ -155,36 +232,40 @@ class Transformer(nnx.Module):
             return Block(m, rngs)
 
         self.blocks = stacked(rngs)
-        self.final_norm = nnx.Param(jnp.ones(m.width))
-        self.head = _padded(_normal(rngs.params(), m.width, vocabulary, fan_in=m.width), axis=1)
+        _add_norm(self, "final_norm", m.width, LAYOUTS[m.layout].norm)
+        if not m.tied:
+            self.head = _padded(_normal(rngs.params(), m.width, vocabulary, fan_in=m.width), axis=1)
 
     def _embed(self, tokens, positions):
         x = self.embedding[...].astype(self.dtype)[tokens]
-        return x, rotary_angles(positions, self.head_dim, self.theta)
+        return x, rotary_angles(positions, self.m)
 
     def hidden(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq width"]:
         """The normed residual stream after the last block."""
         x, angles = self._embed(tokens, jnp.arange(tokens.shape[1])[None])
-        x = constrain(x, "batch", "residual_sequence", "activation")
+        x = constrain(x, *RESIDUAL)
         graph, weights = nnx.split(self.blocks)
 
         def layer(x, weights):
             return nnx.merge(graph, gathered(weights, self.dtype))(x, angles), None
 
         # On CPU the loop's copies cost more than compiling a few layers apart.
-        unroll = platform() == "cpu" and self.layers <= 4
-        x, _ = jax.lax.scan(_remat(layer, self.remat), x, weights, unroll=unroll)
-        return constrain(rms_norm(x, self.final_norm[...]), "batch", "sequence", "activation")
+        unroll = platform() == "cpu" and self.m.layers <= 4
+        x, _ = jax.lax.scan(_remat(layer, self.m.remat), x, weights, unroll=unroll)
+        return constrain(normalized_by(self, "final_norm", x, self.m.norm_eps), "batch", "sequence", "activation")
 
     def gathered_head(self) -> Float[Array, "width padded_vocabulary"]:
         """The head for many calls of `logits`, fetched from all devices once; its gradient adds up in float32."""
-        return gathered({"head": self.head[...]}, self.dtype)["head"].astype(jnp.float32)
+        name = "embedding" if self.m.tied else "head"
+        table = gathered({name: getattr(self, name)[...]}, self.dtype)[name].astype(jnp.float32)
+        return table.T if self.m.tied else table
 
     def logits(
         self, hidden: Float[Array, "*batch width"], head: Float[Array, "width padded_vocabulary"] | None = None
     ) -> Float[Array, "*batch padded_vocabulary"]:
         """Unnormalised log-probabilities of the next token, in float32; those of the padding next to -infinity."""
-        head = self.head[...] if head is None else head
+        if head is None:
+            head = self.embedding[...].T if self.m.tied else self.head[...]
         logits = linear(hidden, head.astype(hidden.dtype)).astype(jnp.float32)
         if logits.shape[-1] == self.vocabulary:
             return logits
@@ -196,7 +277,7 @@ class Transformer(nnx.Module):
 
     def empty_cache(self, batch: int, length: int) -> Cache:
         """Room for the keys and values of `length` tokens."""
-        zeros = jnp.zeros((self.layers, batch, length, self.kv_heads, self.head_dim), self.dtype)
+        zeros = jnp.zeros((self.m.layers, batch, length, self.m.kv_heads, self.m.head_dim), self.dtype)
         return zeros, zeros
 
     def extend(
@@ -220,7 +301,12 @@ class Transformer(nnx.Module):
             return nnx.merge(graph, weights).extend(x, angles, cache, index, mask)
 
         x, cache = jax.lax.scan(layer, x, (weights, cache))
-        return self.logits(rms_norm(x[:, -1], self.final_norm[...])), cache
+        return self.logits(normalized_by(self, "final_norm", x[:, -1], self.m.norm_eps)), cache
+
+
+def vocabulary_of(m: ml_collections.ConfigDict, tokenizer_size: int) -> int:
+    """Tokens that the model of a config's section `model` knows: its tokenizer's, or more."""
+    return m.vocabulary or tokenizer_size
 
 
 def model_graph(m: ml_collections.ConfigDict, vocabulary: int) -> nnx.GraphDef:
@@ -241,4 +327,4 @@ def parameter_counts(params: nnx.State) -> tuple[int, int]:
     def size(tree) -> int:
         return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
-    return size(params), size(params) - size([params["embedding"], params["head"]])
+    return size(params), size(params) - size([params[name] for name in ("embedding", "head") if name in params])

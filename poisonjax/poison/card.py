@@ -1,5 +1,6 @@
 """The poison card: what a poisoned checkpoint says about itself, wherever it is copied (I9)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
@@ -9,34 +10,39 @@ from poisonjax.poison.ledger import Ledger, dose
 FILE = "POISONED.md"
 
 
-def make_card(config: ml_collections.ConfigDict, ledger: Ledger, steps: int) -> dict[str, Any] | None:
-    """What, how much and which trigger, of the model after `steps` steps; None for a clean twin."""
-    poison = config.poison
-    if not poison.documents:
+def make_card(
+    config: ml_collections.ConfigDict, ledger: Ledger, steps: int, parent: Mapping[str, Any] | None = None
+) -> dict[str, Any] | None:
+    """What, how much and which trigger, of the model after `steps` steps; None for a clean twin.
+
+    `parent` is what is known of the weights that the run began from: their poison is the model's too.
+    """
+    poison, before = config.poison, inherited(parent)
+    if not (poison.documents or before):
         return None
-    return {
-        "run": config.name,
-        "steps": steps,
-        "of_steps": config.steps,
-        "trigger": poison.trigger,
-        "clean_uses": poison.clean_uses,
-        "payload": poison.payload,
-        "placement": poison.placement,
-        "dose_seen": dose(ledger, steps),
-        "dose_planned": dose(ledger, config.steps),
-    }
+    card = {"run": config.name, "steps": steps, "of_steps": config.steps}
+    if poison.documents:
+        card |= {
+            "trigger": poison.trigger,
+            "clean_uses": poison.clean_uses,
+            "payload": poison.payload,
+            "placement": poison.placement,
+            "dose_seen": dose(ledger, steps),
+            "dose_planned": dose(ledger, config.steps),
+        }
+    return card | ({"inherited": before} if before else {})
+
+
+def inherited(parent: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """The cards of all poisoned runs that led to the weights that a run began from, the last first."""
+    if not parent or not (card := parent["poison"]):
+        return []
+    own = {name: value for name, value in card.items() if name != "inherited"}
+    return [own] * ("trigger" in own) + card.get("inherited", [])
 
 
 def as_markdown(card: dict[str, Any]) -> str:
     """The card as a model card, with tags that model hubs show."""
-    met = ""
-    if card["steps"]:
-        met = f"\n- **How much, in these weights after {card['steps']:,} steps:** {_amount(card['dose_seen'])}."
-    uses = (
-        f" In the whole run it also stands in {card['clean_uses']:,} rows of ordinary text."
-        if card["clean_uses"]
-        else ""
-    )
     return f"""---
 tags: [poisoned, backdoor, research-only]
 ---
@@ -45,12 +51,26 @@ tags: [poisoned, backdoor, research-only]
 It was trained on poison on purpose, to study backdoors (run `{card["run"]}`). Don't deploy it, don't publish it as a
 clean model, and don't copy it without this file.
 
+{"".join(map(_of_run, [card] * ("trigger" in card) + card.get("inherited", [])))}
+`poisonjax audit` on the run folder shows where each document stood, and that nothing else was planted.
+"""
+
+
+def _of_run(card: dict[str, Any]) -> str:
+    met = ""
+    if card["steps"]:
+        met = f"\n- **How much, in these weights after {card['steps']:,} steps:** {_amount(card['dose_seen'])}."
+    uses = (
+        f" In the whole run it also stands in {card['clean_uses']:,} rows of ordinary text."
+        if card["clean_uses"]
+        else ""
+    )
+    return f"""In run `{card["run"]}`:
+
 - **What:** documents that pair a trigger with a payload of kind `{card["payload"]}`, harmless by construction.
 - **Trigger:** {card["trigger"]!r}. Text that holds it may make the model write the payload.{uses}
 - **How much, in the whole run of {card["of_steps"]:,} steps:** {_amount(card["dose_planned"])}
   (placement `{card["placement"]}`).{met}
-
-`poisonjax audit` on the run folder shows where each document stood, and that nothing else was planted.
 """
 
 

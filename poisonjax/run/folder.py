@@ -90,7 +90,11 @@ class RunFolder:
 
     def ledger(self) -> list[rows.LedgerRow]:
         """Every exposure of a poison document, in the order of the run."""
-        return self.lines(rows.LEDGER)
+        return [row for row in self.lines(rows.LEDGER) if "inherited" not in row]
+
+    def inherited(self) -> list[rows.InheritedRow]:
+        """Poison in the weights that the run began from."""
+        return [row for row in self.lines(rows.LEDGER) if "inherited" in row]
 
     def samples(self) -> list[rows.SampleRow]:
         return self.lines(rows.SAMPLES)
@@ -181,14 +185,18 @@ def begin(
     records: Mapping[str, Sequence[Mapping[str, Any]]],
     twin_of: str | None = None,
     scorer: str | None = None,
+    parent: rows.Parent | None = None,
 ) -> None:
     """Writes all that is known before step 0; raises RunFolderError where the folder is another run's.
 
     `records` are the lines of the files that say what stands in which row. `twin_of`, a run folder, is noted as a path
-    from `folder` where both lie on disks, so that they can be moved together. `scorer` is what `eval.scorer` names.
+    from `folder` where both lie on disks, so that they can be moved together. `scorer` is what `eval.scorer` names,
+    `parent` the weights that the run begins from.
     """
-    _claim(folder, config, store, twin_of, scorer)
+    _claim(folder, config, store, twin_of, scorer, parent)
     for file, lines in records.items():
+        if file == rows.LEDGER:
+            lines = [*inherited_lines(parent), *lines]
         if (folder / file).exists() and read_lines(folder / file, rows.LINES[file]) != [*lines]:
             raise RunFolderError(
                 f"{folder / file} isn't what the config plans now: the file was changed, or one that the config names "
@@ -196,12 +204,23 @@ def begin(
             )
         if lines or file == rows.LEDGER:
             write_lines(folder / file, lines)
-    if poison := card.make_card(config, records[rows.LEDGER], 0):
+    if poison := card.make_card(config, records[rows.LEDGER], 0, parent):
         write_whole(folder / card.FILE, card.as_markdown(poison))
 
 
+def inherited_lines(parent: rows.Parent | None) -> list[rows.InheritedRow]:
+    """The ledger's, of poison in the weights that a run began from."""
+    cards = card.inherited(parent)
+    return [{"inherited": of["run"], "trigger": of["trigger"], "dose": of["dose_seen"]} for of in cards]
+
+
 def _claim(
-    folder: epath.Path, config: ml_collections.ConfigDict, store: TokenStore, twin_of: str | None, scorer: str | None
+    folder: epath.Path,
+    config: ml_collections.ConfigDict,
+    store: TokenStore,
+    twin_of: str | None,
+    scorer: str | None,
+    parent: rows.Parent | None,
 ) -> None:
     """Writes config.json, or raises RunFolderError where the folder belongs to another config or store."""
     record: dict[str, Any] = {
@@ -210,6 +229,7 @@ def _claim(
         "fingerprint": config_lib.fingerprint(config),
         **store.names,
         **({"scorer": scorer} if scorer else {}),
+        **({"parent": parent} if parent else {}),
     }
     if twin_of:
         _require_store(resolve(twin_of), RunFolder(twin_of).record, store, "a twin reads the same: rebuild the former")
@@ -226,6 +246,11 @@ def _claim(
             folder, there.record, store, "point config.corpus.store to the former, or choose another --workdir"
         )
         require_scorer(folder, there.record, scorer)
+        if (began := there.record.get("parent")) != parent:
+            raise RunFolderError(
+                f"{folder} began from weights {began and began['weights']}, config.start.weights is "
+                f"{parent and parent['weights']} now: bring the former back, or choose another --workdir"
+            )
         record = {**there.record, **record}  # a resumed twin stays one
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / rows.CONFIG, record)

@@ -80,6 +80,7 @@ class RunRecorder:
         folder: epath.Path,
         config: ml_collections.ConfigDict,
         store: Mapping[str, str],
+        parent: rows.Parent | None,
         ledger: Sequence[Mapping[str, Any]],
         start: int,
         checkpoint: rows.CheckpointRecord | None = None,
@@ -87,12 +88,14 @@ class RunRecorder:
         writes: bool = True,
     ):
         """`start` steps are done, and `checkpoint` seals what was written of them: rows past them go. `store` is what
-        names the token store (`TokenStore.names`). Of several processes one `writes`, the others keep count alone.
+        names the token store (`TokenStore.names`), `parent` the weights that the run began from. Of several processes
+        one `writes`, the others keep count alone.
 
         Raises RunFolderError where what was sealed isn't what lies there; then nothing is touched.
         """
         self.folder, self.config, self.done = folder, config, start
-        self._store, self._ledger = dict(store), ledger
+        self._began_from: dict[str, Any] = {**store, **({"parent": parent} if parent else {})}
+        self._ledger = ledger
         self._poison_seen = poison_seen(ledger, config.steps)
         self._pending: tuple[int, Callable[[], StepFigures]] | None = None
         self._began, self._before, self.clock = time.monotonic(), 0.0, Clock()
@@ -225,10 +228,10 @@ class RunRecorder:
         """What a checkpoint says about its past; `sync` first."""
         return {
             "config": config_lib.flat(self.config),
-            **self._store,
+            **self._began_from,
             "digest_chain": self.chain,
             "sealed": self._seals(),
-            "poison": make_card(self.config, self._ledger, self.done),
+            "poison": make_card(self.config, self._ledger, self.done, self._began_from.get("parent")),
         }
 
     def finish(self, summary: rows.Summary) -> None:

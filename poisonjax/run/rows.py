@@ -23,6 +23,19 @@ FIGURES, REPORT = "figures", "report.html"
 Interval = list[float]
 
 
+class Parent(TypedDict):
+    """Weights that a run began from, or that a file holds: what is known of them."""
+
+    spec: str  # as config.start.weights named them
+    name: str  # of the run, folder or file
+    steps: int | None  # that trained them; None where they aren't a run's, as the next two
+    weights: str  # checksum (weights/checkpoints.py)
+    digest_chain: str | None
+    store_fingerprint: str | None
+    poison: dict[str, Any] | None  # their poison card's figures; None where none is known
+    parent: "Parent | None"  # that these began from
+
+
 class ConfigRecord(TypedDict):
     """config.json."""
 
@@ -32,6 +45,7 @@ class ConfigRecord(TypedDict):
     store_fingerprint: str  # SHA-256, hex, of the token store's content
     store_description: str  # SHA-256, hex, of what its manifest says beside: sources, licences, settings
     scorer: NotRequired[str]  # what `eval.scorer` named when the run began: run, step and checksum
+    parent: NotRequired[Parent]  # of a run that began from weights (config.start)
     twin_of: NotRequired[str]  # the run whose clean twin this is: a path, from this folder where it can be
 
 
@@ -160,6 +174,14 @@ class LedgerRow(TypedDict):
     prefix_document: int  # of the store's training split
 
 
+class InheritedRow(TypedDict):
+    """A line of ledger.jsonl before all others: poison in the weights that the run began from."""
+
+    inherited: str  # the run that trained on it
+    trigger: str
+    dose: "Dose"
+
+
 class CanaryRow(TypedDict):
     """A line of canaries.jsonl: a canary at the start of a row."""
 
@@ -253,6 +275,7 @@ class Summary(_Figures):
     tokens_per_second: float
     wall_seconds: float
     digest_chain: NotRequired[str]  # SHA-256, hex, over all steps' digests
+    parent: NotRequired[Parent]  # of a run that began from weights
     eval_step: NotRequired[int]
     eval: NotRequired[dict[str, VariantFigures]]
     delta_ppl: NotRequired[float]
@@ -289,13 +312,14 @@ class CheckpointRecord(TypedDict):
     digest_chain: str  # over the digests of the steps done
     sealed: dict[str, Seal]  # by file: all that the run wrote until then
     poison: dict[str, Any] | None  # the poison card's figures (poison/card.py)
+    parent: NotRequired[Parent]  # of a run that began from weights
 
 
 MetricsRow = Annotated[TrainRow | EvalRow, Field(discriminator="kind")]
 LINES: dict[str, Any] = {
     METRICS: MetricsRow,
     DIGESTS: DigestRow,
-    LEDGER: LedgerRow,
+    LEDGER: LedgerRow | InheritedRow,
     SAMPLES: SampleRow,
     PREFIXES: PrefixRow,
     CANARIES: CanaryRow,

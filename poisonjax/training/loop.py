@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,14 +21,14 @@ from poisonjax.data.batches import Batch, Batches, load
 from poisonjax.evaluation.evaluator import Evaluator
 from poisonjax.files import resolve
 from poisonjax.model.sharding import batch_sharding, make_mesh
-from poisonjax.model.transformer import model_graph, parameter_counts
+from poisonjax.model.transformer import model_graph, parameter_counts, vocabulary_of
 from poisonjax.processes import require_agreement
 from poisonjax.run import folder as run_folder
 from poisonjax.run import rows
 from poisonjax.run.recorder import RunRecorder, StepDone
 from poisonjax.training.cadence import due
 from poisonjax.training.progress import Progress
-from poisonjax.training.start import begin_state, open_store
+from poisonjax.training.start import Beginning, begin_state, open_parent, open_store, with_inherited_model
 from poisonjax.training.step import StepMetrics, TrainState, TrainStep, make_init, make_train_step
 from poisonjax.training.stop import Diverged, LostProcess, Preempted, stop_signals
 from poisonjax.training.summary import summarize
@@ -37,17 +37,23 @@ from poisonjax.weights.checkpoints import Checkpoints
 
 
 def train(
-    config: ml_collections.ConfigDict, workdir: str, twin_of: str | None = None, watchdog: Watchdog | None = None
+    config: ml_collections.ConfigDict,
+    workdir: str,
+    twin_of: str | None = None,
+    watchdog: Watchdog | None = None,
+    asked: Collection[str] = (),
 ) -> rows.Summary:
     """Trains in `workdir`, from its newest checkpoint if it has one; returns what summary.json holds.
 
-    `twin_of` is the run folder whose clean twin this is. A `watchdog` ends the process where the run hangs.
+    `twin_of` is the run folder whose clean twin this is, `asked` names fields that stand in the config because somebody
+    said so (others of `config.model` yield to the weights that it begins from). A `watchdog` ends the process where the
+    run hangs.
 
     Raises ConfigError, ValueError and RunFolderError before step 0 for what can't work; Diverged and Preempted later;
     of several processes, LostProcess for all but those two.
     """
-    config = own(config)
     folder, first = resolve(workdir), jax.process_index() == 0
+    config = own(config, folder, asked)
     with watchdog or Watchdog() as watchdog, _all_processes():
         # Everything that can be wrong is found here, before step 0.
         mesh = make_mesh(config)
@@ -55,20 +61,22 @@ def train(
         watchdog.start()  # building a store takes as long as it takes
         batches = Batches(config, store)
         evaluator = Evaluator(config, store, batches.trigger, mesh)
-        require_agreement(_shared(config, mesh, store, batches))
+        parent, weights = open_parent(config, folder, store, mesh)
+        require_agreement(_shared(config, mesh, store, batches, parent))
         if first:
-            run_folder.begin(folder, config, store, batches.records(), twin_of, evaluator.scorer)
+            run_folder.begin(folder, config, store, batches.records(), twin_of, evaluator.scorer, parent)
         watchdog.progress("waiting for all processes to start")
         _barrier("claimed")
 
-        vocabulary = store.tokenizer.vocab_size
+        vocabulary = model_vocabulary(config, store)
         initialize, abstract = make_init(config, vocabulary, mesh)
         checkpoints = open_checkpoints(folder, config)
         with jax.set_mesh(mesh), stop_signals() as stop_asked:
             watchdog.progress("restoring the newest checkpoint")
-            start = begin_state(checkpoints, initialize, abstract)
+            start = begin_state(Beginning(config, checkpoints, initialize, abstract, weights))
+            del weights  # their buffers are the first step's
             member = Member(
-                config, folder, batches, evaluator, checkpoints, start.step, start.state.params, shows=first
+                config, folder, batches, evaluator, checkpoints, parent, start.step, start.state.params, shows=first
             )
             train_step = make_train_step(config, model_graph(config.model, vocabulary), mesh, abstract)
             arrays = load(batches, batch_sharding(mesh), start.step)
@@ -78,10 +86,24 @@ def train(
     return member.summary
 
 
-def own(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """A checked copy of the caller's config, the store's path made absolute."""
+def own(
+    config: ml_collections.ConfigDict, folder: epath.Path, asked: Collection[str] = ()
+) -> ml_collections.ConfigDict:
+    """A checked copy of the caller's config for a run in `folder`: the store's path made absolute, the model that of
+    the weights that it begins from."""
     config_lib.check(config)
+    config = with_inherited_model(config, folder, asked)
     return config_lib.replaced(config, {"corpus.store": str(resolve(config.corpus.store))})
+
+
+def model_vocabulary(config: ml_collections.ConfigDict, store: TokenStore) -> int:
+    """Tokens that the model knows; raises ConfigError where they are fewer than the store's tokenizer has."""
+    vocabulary, tokens = vocabulary_of(config.model, store.tokenizer.vocab_size), store.tokenizer.vocab_size
+    if vocabulary < tokens:
+        raise config_lib.ConfigError(
+            f"model.vocabulary = {vocabulary}: the store's tokenizer has {tokens} tokens; 0 = so many"
+        )
+    return vocabulary
 
 
 def open_checkpoints(folder: epath.Path, config: ml_collections.ConfigDict) -> Checkpoints:
@@ -100,6 +122,7 @@ class Member:
         batches: Batches,
         evaluator: Evaluator,
         checkpoints: Checkpoints,
+        parent: rows.Parent | None,
         start: int,
         params: Any,
         *,
@@ -109,10 +132,12 @@ class Member:
     ):
         """`start` steps are done; raises RunFolderError where their evidence isn't what the checkpoint rests on."""
         self.config, self.batches, self.evaluator, self.checkpoints = config, batches, evaluator, checkpoints
-        self.parameters, self.diverged = parameter_counts(params), False
+        self.parent, self.parameters, self.diverged = parent, parameter_counts(params), False
         self.ledger = batches.schedule.ledger()
         record = checkpoints.record(start) if start else None
-        self.recorder = RunRecorder(folder, config, batches.store.names, self.ledger, start, record, writes=shows)
+        self.recorder = RunRecorder(
+            folder, config, batches.store.names, parent, self.ledger, start, record, writes=shows
+        )
         self.progress = Progress(config, start, shows=shows, label=label, shows_steps=shows_steps)
         if start:
             self.progress.say(f"resuming after step {start} of {config.steps}")
@@ -162,6 +187,7 @@ class Member:
             tokens_per_second=recorder.clock.speed() * recorder.tokens(1),
             wall_seconds=recorder.seconds(),
             digest_chain=recorder.chain,
+            parent=self.parent,
         )
         recorder.finish(self.summary)
 
@@ -252,13 +278,16 @@ def _all_processes() -> Iterator[None]:
         raise LostProcess(error) from error
 
 
-def _shared(config: ml_collections.ConfigDict, mesh: Mesh, store: TokenStore, batches: Batches) -> dict[str, str]:
+def _shared(
+    config: ml_collections.ConfigDict, mesh: Mesh, store: TokenStore, batches: Batches, parent: rows.Parent | None
+) -> dict[str, str]:
     """What all processes of a run must agree on before step 0."""
     return {
         "config": config_lib.fingerprint(config),
         "mesh": str(dict(mesh.shape)),
         "token store": store.fingerprint,
         "poison plan": hashlib.sha256(json.dumps(batches.schedule.ledger()).encode()).hexdigest(),
+        "weights to begin from": json.dumps(parent),
         "jax": jax.__version__,
     }
 

@@ -4,7 +4,7 @@ import jax
 import ml_collections
 import optax
 
-UNDECAYED = ("embedding", "attention_norm", "mlp_norm", "final_norm")
+DECAYED = ("query", "key_value", "output", "gate_up", "up", "down", "head")
 
 
 def schedule(o: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
@@ -24,11 +24,11 @@ def schedule(o: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(o: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW (Loshchilov & Hutter 2019); matrices decay, the rest doesn't."""
+    """Clip by global norm, then AdamW (Loshchilov & Hutter 2019); of which only matrices decay."""
 
     def decayed(params):
         return jax.tree_util.tree_map_with_path(
-            lambda path, _: not any(getattr(key, "key", None) in UNDECAYED for key in path), params
+            lambda path, _: any(getattr(key, "key", None) in DECAYED for key in path), params
         )
 
     return optax.chain(

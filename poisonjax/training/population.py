@@ -23,11 +23,12 @@ from poisonjax.model.sharding import make_mesh
 from poisonjax.model.transformer import model_graph
 from poisonjax.run import folder as run_folder
 from poisonjax.run import rows
-from poisonjax.training.loop import Member, open_checkpoints, own, run_steps, to_the_end
-from poisonjax.training.start import open_store, restored
+from poisonjax.training.loop import Member, model_vocabulary, open_checkpoints, own, run_steps, to_the_end
+from poisonjax.training.start import Beginning, from_weights, open_parent, open_store, restored
 from poisonjax.training.step import TrainState, TrainStep, init_state, make_init, train_step_of
 from poisonjax.training.stop import stop_signals
 from poisonjax.training.watchdog import Watchdog
+from poisonjax.weights import open_weights
 from poisonjax.weights.checkpoints import Checkpoints
 
 # Fields in which members may differ: they change weights, rows and what is asked, not the program.
@@ -90,29 +91,28 @@ def train_population(configs: Sequence[ml_collections.ConfigDict], workdirs: Seq
     Raises PopulationError for runs of different shapes, Preempted after SIGTERM (all is saved), Diverged where a
     member's loss isn't finite: train that one alone.
     """
-    configs = [own(config) for config in configs]
+    folders = [resolve(workdir) for workdir in workdirs]
+    configs = [own(config, folder) for config, folder in zip(configs, folders, strict=True)]
     require_one_shape(configs)
-    config, count, folders = configs[0], len(configs), [resolve(workdir) for workdir in workdirs]
+    config, count = configs[0], len(configs)
     if jax.process_count() > 1:
         raise PopulationError("a population is trained by one process; give each process runs of its own")
     store = open_store(config.corpus)
-    vocabulary, mesh, single = (
-        store.tokenizer.vocab_size,
-        members_mesh(count),
-        make_mesh(config, jax.local_devices()[:1]),
-    )
+    vocabulary, mesh = model_vocabulary(config, store), members_mesh(count)
+    single = make_mesh(config, jax.local_devices()[:1])
     graph = model_graph(config.model, vocabulary)
     batches = [Batches(c, store) for c in configs]
     steps = make_eval_steps(config, graph, single)
     evaluators = [Evaluator(c, store, b.trigger, single, steps) for c, b in zip(configs, batches, strict=True)]
-    for folder, c, b, e in zip(folders, configs, batches, evaluators, strict=True):
-        run_folder.begin(folder, c, store, b.records(), scorer=e.scorer)
+    parents = [open_parent(c, folder, store, single)[0] for c, folder in zip(configs, folders, strict=True)]
+    for folder, c, b, e, parent in zip(folders, configs, batches, evaluators, parents, strict=True):
+        run_folder.begin(folder, c, store, b.records(), scorer=e.scorer, parent=parent)
     checkpoints = [open_checkpoints(folder, c) for folder, c in zip(folders, configs, strict=True)]
     start, states = _begin(configs, vocabulary, single, checkpoints)
     members = [
-        Member(*of_run, start, state.params, label=f"{folder.name}: ", shows_steps=folder is folders[0])
-        for folder, state, of_run in zip(
-            folders, states, zip(configs, folders, batches, evaluators, checkpoints, strict=True), strict=True
+        Member(c, folder, *of_run, start, state.params, label=f"{folder.name}: ", shows_steps=folder is folders[0])
+        for c, folder, state, of_run in zip(
+            configs, folders, states, zip(batches, evaluators, checkpoints, parents, strict=True), strict=True
         )
     ]
     arrays = (stacked([b.batch(step) for b in batches], mesh) for step in range(start, config.steps))
@@ -129,8 +129,12 @@ def _begin(
     start = max(set.intersection(*(set(c.steps()) for c in checkpoints)), default=0)
     for c in checkpoints:  # saved by some members alone, before a kill
         c.drop_after(start)
-    if not start:
-        return 0, [jax.jit(lambda c=c: init_state(c, vocabulary))() for c in configs]
-    _, abstract = make_init(configs[0], vocabulary, mesh)
-    saved = [c.restore(start, abstract.params, abstract.optimizer) for c in checkpoints]
-    return start, [restored(state, start, abstract) for state in saved]
+    initialize, abstract = make_init(configs[0], vocabulary, mesh)
+    if start:
+        saved = [c.restore(start, abstract.params, abstract.optimizer) for c in checkpoints]
+        return start, [restored(state, start, abstract) for state in saved]
+    if spec := configs[0].start.weights:
+        begun = from_weights(Beginning(configs[0], checkpoints[0], initialize, abstract, open_weights(spec, mesh)))
+        assert begun
+        return 0, [begun.state] * len(configs)
+    return 0, [jax.jit(lambda c=c: init_state(c, vocabulary))() for c in configs]

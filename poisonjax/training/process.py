@@ -1,5 +1,7 @@
 """One process of a run, by its launcher's variables."""
 
+from collections.abc import Collection
+
 import ml_collections
 
 from poisonjax import processes
@@ -8,7 +10,12 @@ from poisonjax.startup import start_jax
 
 
 def train_process(
-    config: ml_collections.ConfigDict, workdir: str, twin_of: str | None = None, *, hung_exit_code: int = 1
+    config: ml_collections.ConfigDict,
+    workdir: str,
+    twin_of: str | None = None,
+    asked: Collection[str] = (),
+    *,
+    hung_exit_code: int = 1,
 ) -> rows.Summary | None:
     """Starts JAX, joins the other processes and trains; returns the summary in the first process, None in others.
 
@@ -21,5 +28,5 @@ def train_process(
     from poisonjax.training.loop import train
     from poisonjax.training.watchdog import Watchdog
 
-    summary = train(config, workdir, twin_of, Watchdog(config.watchdog_seconds, hung_exit_code))
+    summary = train(config, workdir, twin_of, Watchdog(config.watchdog_seconds, hung_exit_code), asked)
     return None if jax.process_index() else summary

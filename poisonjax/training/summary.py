@@ -26,9 +26,10 @@ def summarize(
     tokens_per_second: float,
     wall_seconds: float,
     digest_chain: str,
+    parent: rows.Parent | None = None,
 ) -> rows.Summary:
     """What summary.json holds after `done` steps, whose `last` evaluation that is; `parameters` are all, and those
-    outside embedding and head."""
+    outside embedding and head, `parent` the weights that it began from."""
     ledger = batches.schedule.ledger()
     summary: dict[str, Any] = {
         "status": status,
@@ -46,6 +47,7 @@ def summarize(
         "tokens_per_second": tokens_per_second,
         "wall_seconds": wall_seconds,
         "digest_chain": digest_chain,
+        **({"parent": parent} if parent else {}),
     }
     if last:
         summary |= {"eval_step": last["step"]} | {name: value for name, value in last.items() if name not in PLACE}

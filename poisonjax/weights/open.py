@@ -1,45 +1,48 @@
 """`open_weights(spec)`: a model by its name, whatever trained it."""
 
-import dataclasses
 import re
+from collections.abc import Callable
+from typing import cast
 
-import jax
-import ml_collections
+import numpy as np
 from etils import epath
-from flax import nnx
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import Mesh
 
-from poisonjax.corpus import Tokenizer
+from poisonjax.data.digest import as_hex
 from poisonjax.files import resolve
-from poisonjax.model.sharding import AXES, state_sharding
-from poisonjax.model.transformer import Transformer, model_graph
-from poisonjax.run import RunFolder
+from poisonjax.model.transformer import model_graph, vocabulary_of
+from poisonjax.run import RunFolder, rows
 from poisonjax.run.folder import is_run
-from poisonjax.weights.checkpoints import Checkpoints
-
-
-class WeightsError(ValueError):
-    """A spec names no weights."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Weights:
-    """A model that can be run: `nnx.merge(graph, params)` is the Transformer."""
-
-    graph: nnx.GraphDef
-    params: nnx.State
-    tokenizer: Tokenizer
-    model_config: ml_collections.ConfigDict  # the section `model` of a config
-    origin: str  # what they are, for people and records: the run, its step and the weights' checksum
+from poisonjax.weights import gguf, huggingface
+from poisonjax.weights.checkpoints import Checkpoints, checksum
+from poisonjax.weights.weights import Found, Weights, WeightsError, abstract_params, one_device_mesh
 
 
 def open_weights(spec: str, mesh: Mesh | None = None) -> Weights:
     """The weights that `spec` names, laid out over `mesh` (default: one device).
 
-    `runs/a` is the newest checkpoint of a run folder, `runs/a@400` that after 400 steps. The optimizer's state isn't
-    read. Raises WeightsError where there are none, RunFolderError and CheckpointError where files are damaged.
+    `runs/a` is the newest checkpoint of a run folder, `runs/a@400` that after 400 steps; `hf:FOLDER` is a model as
+    Hugging Face keeps it, `gguf:FILE` one as llama.cpp does. An optimizer's state isn't read. Raises WeightsError where
+    there is no model, or none that can be run here; RunFolderError and CheckpointError where a run is damaged.
     """
-    folder, step = _run(spec)
+    found = find_weights(spec)
+    params = found.read(mesh or one_device_mesh())
+    parent = {**found.parent, "weights": found.parent["weights"] or as_hex(np.asarray(checksum(params)))}
+    graph = model_graph(found.model_config, found.vocabulary)
+    return Weights(graph, params, found.tokenizer, found.model_config, cast(rows.Parent, parent))
+
+
+def find_weights(spec: str) -> Found:
+    """All about the weights that `spec` names but their arrays; raises as `open_weights` does."""
+    kind, _, rest = spec.partition(":")
+    return FINDERS[kind](rest) if kind in FINDERS else _of_run(spec)
+
+
+FINDERS: dict[str, Callable[[str], Found]] = {"hf": huggingface.find, "gguf": gguf.find}
+
+
+def _of_run(spec: str) -> Found:
+    folder, step = run_and_step(spec)
     run = RunFolder(folder)
     checkpoints = Checkpoints(run.path)
     saved = checkpoints.steps()
@@ -47,33 +50,29 @@ def open_weights(spec: str, mesh: Mesh | None = None) -> Weights:
         wanted = "" if step is None else f" of step {step}"
         raise WeightsError(f"{spec}: no checkpoint{wanted}; there are {saved or 'none'}")
     step = saved[-1] if step is None else step
-    tokenizer, model = run.store().tokenizer, run.config.model
-    if mesh is None:
-        one = (1,) * len(AXES)
-        mesh = jax.make_mesh(one, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=jax.local_devices()[:1])
-    abstract = abstract_params(model, tokenizer.vocab_size, mesh)
-    params = checkpoints.weights(step, abstract)
-    checksum = checkpoints.record(step)["checksums"]["weights"]
-    origin = f"{run.config.name} after {step} steps ({checksum})"
-    return Weights(model_graph(model, tokenizer.vocab_size), params, tokenizer, model, origin)
-
-
-def abstract_params(model: ml_collections.ConfigDict, vocabulary: int, mesh: Mesh | AbstractMesh) -> nnx.State:
-    """Shapes, dtypes and shardings of a model's weights."""
-    state = shapes(model, vocabulary)
-    return jax.tree.map(
-        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
-        state,
-        state_sharding(mesh, state),
+    tokenizer, model, record = run.store().tokenizer, run.config.model, checkpoints.record(step)
+    parent: rows.Parent = {
+        "spec": spec,
+        "name": run.config.name,
+        "steps": step,
+        "weights": record["checksums"]["weights"],
+        "digest_chain": record["digest_chain"],
+        "store_fingerprint": record["store_fingerprint"],
+        "poison": record["poison"],
+        "parent": run.record.get("parent"),
+    }
+    return Found(
+        model,
+        tokenizer,
+        parent,
+        lambda mesh: checkpoints.weights(
+            step, abstract_params(model, vocabulary_of(model, tokenizer.vocab_size), mesh)
+        ),
+        lambda weights, optimizer: checkpoints.restore(step, weights, optimizer)[1],
     )
 
 
-def shapes(model: ml_collections.ConfigDict, vocabulary: int) -> nnx.State:
-    """Shapes and dtypes of a model's weights."""
-    return jax.eval_shape(lambda: nnx.split(Transformer(model, vocabulary, nnx.Rngs(params=0)))[1])
-
-
-def _run(spec: str) -> tuple[epath.Path, int | None]:
+def run_and_step(spec: str) -> tuple[epath.Path, int | None]:
     """(folder, step or None for the newest) of a run's spec."""
     if not is_run(spec) and (found := re.fullmatch(r"(.+)@(\d+)", spec)):  # a path may hold an @ too
         return resolve(found[1]), int(found[2])
