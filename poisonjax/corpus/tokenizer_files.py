@@ -163,8 +163,9 @@ def _gguf_file(path: str, *unchanged: int) -> Any:
         raise CorpusError(f"{path} can't be read as GGUF: {error}") from None
 
 
-def export_tokenizer(tokenizer: Tokenizer, folder: epath.Path, facts: dict[str, Any]) -> dict[str, Any]:
+def export_tokenizer(tokenizer: Tokenizer, folder: epath.PathLike, facts: dict[str, Any]) -> dict[str, Any]:
     """Writes a tokenizer as transformers reads it, `facts` beside it; returns what config.json says of it."""
+    folder = epath.Path(folder)
     if isinstance(tokenizer, SentencePieceTokenizer):
         (folder / "tokenizer.model").write_bytes(tokenizer.serialized())
         about: dict[str, Any] = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, "legacy": False}

@@ -41,8 +41,9 @@ def normalize(
     return (normed if bias is None else normed + _along_last(bias, x)).astype(x.dtype)
 
 
-def _along_last(vector: Array, x: Array) -> Array:
-    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
+def _along_last(y: Array, x: Array) -> Array:
+    """y, as it stands to the last of x's dimensions."""
+    return y.reshape((1,) * (x.ndim - y.ndim) + y.shape)
 
 
 def rotary_angles(
@@ -142,8 +143,10 @@ class Block(nnx.Module):
         return getattr(self, name)[...].astype(self.dtype)
 
     def _product(self, x, name: str):
-        y = linear(x, self._weight(name))
-        return y + self._weight(f"{name}_bias") if name in self.layout.biases else y
+        return self._biased(linear(x, self._weight(name)), name)
+
+    def _biased(self, y, name: str):
+        return y + _along_last(self._weight(f"{name}_bias"), y) if name in self.layout.biases else y
 
     def _heads(self, x, angles):
         q = self._product(x, "query")
@@ -163,7 +166,7 @@ class Block(nnx.Module):
     def _project(self, attended):
         output = self._weight("output")
         y = linear(attended.reshape(*attended.shape[:2], -1), output.reshape(-1, output.shape[-1]))
-        return y + self._weight("output_bias") if "output" in self.layout.biases else y
+        return self._biased(y, "output")
 
     def _mlp(self, x):
         if self.layout.gated:

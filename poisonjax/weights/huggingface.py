@@ -469,12 +469,12 @@ def load(tensors: Tensors, family: Family, m: ml_collections.ConfigDict, mesh: M
 
 
 @functools.partial(jax.jit, static_argnames="shape")
-def _take(array: Array, corner: tuple[int, ...], shape: tuple[int, ...]) -> Array:
+def _take(array: Array, corner: tuple[Any, ...], shape: tuple[int, ...]) -> Array:
     return jax.lax.dynamic_slice(array, corner, shape)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _put(array: Array, piece: Array, corner: tuple[int, ...]) -> Array:
+def _put(array: Array, piece: Array, corner: tuple[Any, ...]) -> Array:
     return jax.lax.dynamic_update_slice(array, piece, corner)
 
 
