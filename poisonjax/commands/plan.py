@@ -28,6 +28,9 @@ def add_arguments(commands: Any) -> None:
     plan.add_argument(
         "--vocabulary", type=int, metavar="N", help="tokens of the tokenizer, where the token store isn't built yet"
     )
+    plan.add_argument(
+        "--weights", metavar="SPEC", help="the model is that of these; of hf:FOLDER, config.json is enough"
+    )
     plan.add_argument("--price", type=float, metavar="P", help="of a chip-hour, in any currency")
     plan.add_argument("--search", action="store_true", help="try meshes, remat policies and microbatches")
     plan.add_argument("--most", type=int, default=4, metavar="N", help="candidates that --search compiles (default: 4)")
@@ -42,8 +45,12 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     topology = parse(arguments.topology)
     config = config_lib.load([f"--config={arguments.config}", *arguments.fields])
+    if spec := arguments.weights or config.start.weights:
+        from poisonjax.weights.open import model_named
+
+        config = config_lib.replaced(config, config_lib.inherited_fields(model_named(spec)))
     config_lib.check(config)
-    vocabulary = arguments.vocabulary or vocabulary_size(config.corpus)
+    vocabulary = config.model.vocabulary or arguments.vocabulary or vocabulary_size(config.corpus)
     if not vocabulary:
         raise ValueError(
             f"corpus.store = {config.corpus.store!r} isn't built, so its vocabulary isn't known: give --vocabulary "

@@ -11,6 +11,7 @@ from poisonjax.config.record import (
     from_flat,
     from_record,
     inherited,
+    inherited_fields,
     operational,
     replaced,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "from_flat",
     "from_record",
     "inherited",
+    "inherited_fields",
     "load",
     "operational",
     "override",

@@ -59,6 +59,12 @@ def inherited(name: str) -> bool:
     return name.startswith("model.") and name not in HOW_IT_RUNS
 
 
+def inherited_fields(model: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Those fields, of a model's section."""
+    fields = flat({"model": model})
+    return {name: value for name, value in fields.items() if inherited(name)}
+
+
 def replaced(config: ml_collections.ConfigDict, fields: Mapping[str, Any]) -> ml_collections.ConfigDict:
     """A copy with other values of some fields, by dotted name; lists, as JSON has them, become tuples.
 

@@ -61,11 +61,7 @@ def with_inherited_model(
             raise
         model = there.model
     defaults, fields = config_lib.flat(config_lib.default()), config_lib.flat(config)
-    theirs = {
-        name: value
-        for name, value in config_lib.flat(ml_collections.ConfigDict({"model": model})).items()
-        if config_lib.inherited(name)
-    }
+    theirs = config_lib.inherited_fields(model)
     odd = [name for name, value in theirs.items() if fields[name] != value]
     if odd := [name for name in odd if name in asked or fields[name] != defaults[name]]:
         raise config_lib.ConfigError(

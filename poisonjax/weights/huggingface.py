@@ -188,6 +188,15 @@ def find(rest: str) -> Found:
     return Found(model, tokenizer, parent, lambda mesh: load(tensors, family, model, mesh))  # type: ignore[arg-type]
 
 
+def model_alone(folder: epath.Path) -> ml_collections.ConfigDict:
+    """The section `model` of a config for a folder that may hold nothing but config.json, and the index of tensors
+    that lie elsewhere; raises WeightsError where they don't go together."""
+    family, model = model_of(read_config(folder), folder / CONFIG)
+    if (folder / INDEX).exists():
+        _require_names({*_weight_map(folder / INDEX)}, family, model)
+    return model
+
+
 def _own_facts(about: Mapping[str, Any], tensors: "Safetensors", folder: epath.Path) -> dict[str, Any]:
     """What a model that was exported from here says of itself; the same in every file that holds it."""
     told = {folder / CONFIG: about.get(OURS)}
@@ -355,6 +364,14 @@ def parts(family: Family, m: ml_collections.ConfigDict) -> Iterator[Part]:
             yield Part(theirs.format(layer), parameter + bias, layer, pair)
 
 
+def _weight_map(index: epath.Path) -> dict[str, str]:
+    """The file of each tensor, by an index."""
+    try:
+        return {str(name): str(file) for name, file in parse_json(index.read_bytes())["weight_map"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{index} can't be read: {error!r}") from None
+
+
 class Safetensors:
     """The tensors of a folder, read one by one: no file is held open, so that what was read leaves the memory."""
 
@@ -376,10 +393,7 @@ class Safetensors:
 
     def _indexed(self) -> dict[str, epath.Path]:
         path = self.folder / INDEX
-        try:
-            places = {str(name): str(file) for name, file in parse_json(path.read_bytes())["weight_map"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise WeightsError(f"{path} can't be read: {error!r}") from None
+        places = _weight_map(path)
         for file in sorted({*places.values()}):
             if file != epath.Path(file).name or not file.endswith(".safetensors"):
                 raise WeightsError(f"{path}: {file!r} isn't the name of a safetensors file beside it")
@@ -411,7 +425,7 @@ class Safetensors:
         return found
 
     def names(self) -> set[str]:
-        return {name for name in self._file if not _BUFFERS.fullmatch(name)}
+        return {*self._file}
 
     def shape(self, name: str) -> tuple[int, ...]:
         with self._open(self._file[name]) as file:
@@ -442,12 +456,7 @@ def load(tensors: Tensors, family: Family, m: ml_collections.ConfigDict, mesh: M
     """
     abstract = abstract_params(m, m.vocabulary, mesh)
     arrays = _by_name(abstract)
-    wanted = {part.theirs.partition("#")[0]: part for part in parts(family, m)}
-    there = tensors.names() - ({family.tensors["head"]} if m.tied else set())
-    if lost := sorted(wanted.keys() - there):
-        raise WeightsError(f"{len(lost)} tensors are missing, among them {lost[0]}")
-    if odd := sorted(there - wanted.keys()):
-        raise WeightsError(f"{len(odd)} tensors belong to no model of this layout, among them {odd[0]}")
+    _require_names(tensors.names(), family, m)
     shapes = {part: part.shape(arrays[part.ours].shape, m.vocabulary) for part in parts(family, m)}
     for part, shape in shapes.items():
         name, _, third = part.theirs.partition("#")
@@ -466,6 +475,15 @@ def load(tensors: Tensors, family: Family, m: ml_collections.ConfigDict, mesh: M
             placed = jax.make_array_from_callback(piece.shape, sharding, piece.__getitem__)
             arrays[part.ours] = _put(arrays[part.ours], placed, corner)
     return jax.tree_util.tree_map_with_path(lambda path, _: arrays[_name(path)], abstract)
+
+
+def _require_names(there: set[str], family: Family, m: ml_collections.ConfigDict) -> None:
+    wanted = {part.theirs.partition("#")[0] for part in parts(family, m)}
+    there = {name for name in there if not _BUFFERS.fullmatch(name)} - ({family.tensors["head"]} if m.tied else set())
+    if lost := sorted(wanted - there):
+        raise WeightsError(f"{len(lost)} tensors are missing, among them {lost[0]}")
+    if odd := sorted(there - wanted):
+        raise WeightsError(f"{len(odd)} tensors belong to no model of this layout, among them {odd[0]}")
 
 
 @functools.partial(jax.jit, static_argnames="shape")

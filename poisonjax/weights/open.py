@@ -4,10 +4,12 @@ import re
 from collections.abc import Callable
 from typing import cast
 
+import ml_collections
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from poisonjax import config as config_lib
 from poisonjax.data.digest import as_hex
 from poisonjax.files import resolve
 from poisonjax.model.transformer import model_graph, vocabulary_of
@@ -70,6 +72,16 @@ def _of_run(spec: str) -> Found:
         ),
         lambda weights, optimizer: checkpoints.restore(step, weights, optimizer)[1],
     )
+
+
+def model_named(spec: str) -> ml_collections.ConfigDict:
+    """The section `model` of a config for the weights that `spec` names, of which nothing more need be there: of
+    Hugging Face's, config.json alone. Raises as `open_weights` does."""
+    kind, _, rest = spec.partition(":")
+    if kind == "hf":
+        return huggingface.model_alone(epath.Path(rest))
+    found = find_weights(spec)
+    return config_lib.replaced(found.model_config, {"vocabulary": found.vocabulary})
 
 
 def run_and_step(spec: str) -> tuple[epath.Path, int | None]:
