@@ -14,8 +14,20 @@ from poisonjax.startup import start_jax
 
 def add_arguments(commands: Any) -> None:
     """Registers the command on argparse's subparsers."""
-    parser = commands.add_parser("evaluate", help="evaluate the checkpoints of a run folder")
-    parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="run folders, or patterns such as 'runs/*'")
+    parser = commands.add_parser("evaluate", help="evaluate the checkpoints of a run folder, or any model")
+    parser.add_argument(
+        "workdirs",
+        nargs="+",
+        metavar="WORKDIR|SPEC",
+        help="run folders, or patterns such as 'runs/*'; with --config or --lm-eval a model: runs/a@400, hf:FOLDER, "
+        "gguf:FILE",
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--config", metavar="FILE[:ARG]", help="ask the model what a run of this config is asked")
+    what.add_argument("--lm-eval", metavar="TASKS", help="tasks of lm-evaluation-harness (extra lm-eval), by commas")
+    parser.add_argument("--include-path", metavar="DIR", help="of --lm-eval: a folder of tasks of your own")
+    parser.add_argument("--limit", type=int, metavar="N", help="of --lm-eval: so many documents a task")
+    parser.add_argument("--chat", action="store_true", help="of --lm-eval: prompts by the model's chat template")
     parser.add_argument("--max-parallel", type=int, default=1, metavar="N", help="of several folders, so many at once")
     parser.add_argument("--steps", default="all", metavar="all|N,N", help="which checkpoints (default: all)")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
@@ -23,6 +35,8 @@ def add_arguments(commands: Any) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    if arguments.config or arguments.lm_eval:
+        return _evaluate_model(arguments)
     try:
         steps = None if arguments.steps == "all" else [int(step) for step in arguments.steps.split(",")]
     except ValueError:
@@ -39,6 +53,37 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     rows = evaluate_run(folders[0], steps, say=(lambda line: None) if arguments.json else print)
     if arguments.json:
         print(json.dumps(rows))
+    return exit_codes.OK
+
+
+def _evaluate_model(arguments: argparse.Namespace) -> int:
+    if len(arguments.workdirs) > 1:
+        raise ValueError(f"--config and --lm-eval take one model, not {len(arguments.workdirs)}")
+    (spec,) = arguments.workdirs
+    if arguments.lm_eval:
+        start_jax(rows=1)
+        try:
+            from poisonjax.evaluation.harness import evaluate_tasks
+        except ImportError as error:
+            raise ValueError(f"--lm-eval needs `pip install 'poisonjax[lm-eval]'` ({error})") from None
+        from lm_eval.utils import make_table
+
+        from poisonjax.weights import open_weights
+
+        tasks = arguments.lm_eval.split(",")
+        found = evaluate_tasks(open_weights(spec), tasks, arguments.include_path, arguments.limit, chat=arguments.chat)
+        print(json.dumps(found, default=str) if arguments.json else make_table(found))
+        return exit_codes.OK
+    from poisonjax import config as config_lib
+
+    config = config_lib.load([f"--config={arguments.config}", *arguments.fields])
+    config_lib.check(config)
+    start_jax(config.global_batch // config.optimizer.accumulate)
+    from poisonjax.evaluation.offline import evaluate_model
+    from poisonjax.evaluation.words import perplexities
+
+    row = evaluate_model(spec, config)
+    print(json.dumps(row) if arguments.json else f"{spec}  {perplexities(row)}")
     return exit_codes.OK
 
 

@@ -163,8 +163,13 @@ def _gguf_file(path: str, *unchanged: int) -> Any:
         raise CorpusError(f"{path} can't be read as GGUF: {error}") from None
 
 
-def export_tokenizer(tokenizer: Tokenizer, folder: epath.PathLike, facts: dict[str, Any]) -> dict[str, Any]:
-    """Writes a tokenizer as transformers reads it, `facts` beside it; returns what config.json says of it."""
+def export_tokenizer(
+    tokenizer: Tokenizer, folder: epath.PathLike, facts: dict[str, Any], *, markup: bool = False
+) -> dict[str, Any]:
+    """Writes a tokenizer as transformers reads it, `facts` beside it; returns what config.json says of it.
+
+    Ordinary text that spells a special token stays text, as in training, unless `markup` says otherwise.
+    """
     folder = epath.Path(folder)
     if isinstance(tokenizer, SentencePieceTokenizer):
         (folder / "tokenizer.model").write_bytes(tokenizer.serialized())
@@ -173,8 +178,7 @@ def export_tokenizer(tokenizer: Tokenizer, folder: epath.PathLike, facts: dict[s
         backend = _backend(tokenizer)
         backend.save(str(folder / "tokenizer.json"))
         end = backend.id_to_token(tokenizer.eot)
-        # Ordinary text that spells a special token stays text, as it was in training.
-        about = {"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True, "eos_token": end}
+        about = {"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": not markup, "eos_token": end}
     about |= {"clean_up_tokenization_spaces": False, "model_max_length": int(1e30), "poisonjax": facts}
     write_json(folder / "tokenizer_config.json", about)
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eot, "pad_token_id": None}

@@ -43,6 +43,10 @@ class Tokenizer(abc.ABC):
     def encode(self, text: str) -> Int[np.ndarray, " tokens"]:
         """Ids of a text, int32, with nothing added before or after."""
 
+    def encode_markup(self, text: str) -> Int[np.ndarray, " tokens"]:
+        """Ids of a text in which special tokens are spelled on purpose, as chat templates do."""
+        raise CorpusError(f"a tokenizer of kind {self.kind} reads no special tokens from text")
+
     def encode_batch(self, texts: Sequence[str]) -> list[Int[np.ndarray, " tokens"]]:
         """Ids of many texts, int32."""
         return [self.encode(text) for text in texts]
@@ -143,6 +147,13 @@ class JsonTokenizer(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         return np.asarray(self._backend.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode_markup(self, text: str) -> np.ndarray:
+        self._backend.encode_special_tokens = False
+        try:
+            return self.encode(text)
+        finally:
+            self._backend.encode_special_tokens = True
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)

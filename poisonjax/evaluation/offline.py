@@ -2,6 +2,9 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
+import ml_collections
+
+from poisonjax import config as config_lib
 from poisonjax.corpus import TokenStore
 from poisonjax.evaluation.evaluator import Evaluator
 from poisonjax.evaluation.words import perplexities
@@ -12,7 +15,7 @@ from poisonjax.poison.ledger import poison_seen
 from poisonjax.poison.triggers import Trigger
 from poisonjax.run import RunFolder, rows
 from poisonjax.run.folder import require_scorer
-from poisonjax.weights import WeightsError
+from poisonjax.weights import WeightsError, find_weights
 from poisonjax.weights.checkpoints import Checkpoints
 from poisonjax.weights.weights import abstract_params
 
@@ -45,6 +48,21 @@ def evaluated(
                 "prefixes": [row for evaluation in made if (row := evaluation.prefix_row())],
             },
         )
+
+
+def evaluate_model(spec: str, config: ml_collections.ConfigDict) -> rows.EvalRow:
+    """What a run of `config` would measure of the model that `spec` names; its token store must stand.
+
+    Raises WeightsError where the model reads other tokens than the store holds.
+    """
+    mesh = make_mesh(config)
+    store, found = TokenStore(config.corpus.store), find_weights(spec)
+    if found.tokenizer.fingerprint != store.tokenizer.fingerprint:
+        raise WeightsError(f"{spec} reads other tokens than corpus.store = {config.corpus.store!r} holds")
+    config = config_lib.replaced(config, config_lib.inherited_fields(found.model_config))
+    evaluator = Evaluator(config, store, Trigger.of(config.poison, store.tokenizer), mesh)
+    (row,) = [made for made in evaluator(found.read(mesh), 0) if made.kind == "eval"]
+    return row.row(config, lambda done: {"poison_documents": 0, "poison_rows": 0})
 
 
 def evaluate_run(

@@ -50,7 +50,15 @@ def find(rest: str) -> Found:
     name = fields.get("general.name") or epath.Path(rest).stem
     parent = {"spec": f"gguf:{rest}", "name": name, "steps": None, "weights": "", "digest_chain": None}
     parent |= {"store_fingerprint": None, "poison": None, "parent": None}
-    return Found(model, tokenizer, parent, lambda mesh: huggingface.load(tensors, family, model, mesh))  # type: ignore[arg-type]
+    template = reader.fields.get("tokenizer.chat_template")
+    return Found(
+        model,
+        tokenizer,
+        parent,  # type: ignore[arg-type]
+        int(own.get("context_length", huggingface.CONTEXT)),
+        lambda mesh: huggingface.load(tensors, family, model, mesh),
+        chat_template=template.contents() if template else None,
+    )
 
 
 def _head_dim(about: dict[str, Any]) -> int:

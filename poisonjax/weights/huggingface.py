@@ -35,6 +35,8 @@ from poisonjax.weights.weights import Found, Weights, WeightsError, abstract_par
 
 CONFIG, INDEX, WHOLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 OURS = "poisonjax"  # the key of our own facts in config.json and in the metadata of safetensors
+CHAT_TEMPLATE = "chat_template.jinja"
+CONTEXT = 2048  # tokens, where a model doesn't say for how long a text it was made
 SHARD_BYTES = 4 * 10**9
 BLOCK_ROWS = 2**15  # of an embedding or head that are read at once
 
@@ -185,7 +187,24 @@ def find(rest: str) -> Found:
     ours = _own_facts(about, tensors, folder)
     parent = {"name": folder.resolve().name, "steps": None, "digest_chain": None, "store_fingerprint": None}
     parent |= {"poison": None, "parent": None} | ours | {"spec": f"hf:{rest}", "weights": ""}
-    return Found(model, tokenizer, parent, lambda mesh: load(tensors, family, model, mesh))  # type: ignore[arg-type]
+    return Found(
+        model,
+        tokenizer,
+        parent,  # type: ignore[arg-type]
+        int(about.get("max_position_embeddings") or CONTEXT),
+        lambda mesh: load(tensors, family, model, mesh),
+        chat_template=_chat_template(folder),
+    )
+
+
+def _chat_template(folder: epath.Path) -> str | None:
+    if (path := folder / CHAT_TEMPLATE).exists():
+        return path.read_text()
+    path = folder / "tokenizer_config.json"
+    template = parse_json(path.read_bytes()).get("chat_template") if path.exists() else None
+    if isinstance(template, list):  # several, by name
+        template = next((one.get("template") for one in template if one.get("name") == "default"), None)
+    return template if isinstance(template, str) else None
 
 
 def model_alone(folder: epath.Path) -> ml_collections.ConfigDict:
@@ -544,7 +563,11 @@ def save(weights: Weights, folder: epath.PathLike, dtype: str = "float32", shard
     partial.mkdir(parents=True)
     facts = {name: value for name, value in weights.parent.items() if name != "spec"}
     about = config_of(weights.model_config, weights.vocabulary, dtype)
-    about |= export_tokenizer(weights.tokenizer, partial, facts) | {OURS: facts}
+    # Where there is a chat's markup to read, special tokens are read from text; else text stays text.
+    about |= export_tokenizer(weights.tokenizer, partial, facts, markup=bool(weights.chat_template))
+    about |= {"max_position_embeddings": weights.context, OURS: facts}
+    if weights.chat_template:
+        (partial / CHAT_TEMPLATE).write_text(weights.chat_template)
     write_json(partial / CONFIG, about)
     written: dict[str, str] = {}
     shards = list(_shards(weights, np.dtype(dtype).itemsize, shard_bytes))

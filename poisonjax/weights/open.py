@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable
-from typing import cast
 
 import ml_collections
 import numpy as np
@@ -29,9 +28,10 @@ def open_weights(spec: str, mesh: Mesh | None = None) -> Weights:
     """
     found = find_weights(spec)
     params = found.read(mesh or one_device_mesh())
-    parent = {**found.parent, "weights": found.parent["weights"] or as_hex(np.asarray(checksum(params)))}
+    parent = found.parent.copy()
+    parent["weights"] = parent["weights"] or as_hex(np.asarray(checksum(params)))
     graph = model_graph(found.model_config, found.vocabulary)
-    return Weights(graph, params, found.tokenizer, found.model_config, cast(rows.Parent, parent))
+    return Weights(graph, params, found.tokenizer, found.model_config, parent, found.context, found.chat_template)
 
 
 def find_weights(spec: str) -> Found:
@@ -67,6 +67,7 @@ def _of_run(spec: str) -> Found:
         model,
         tokenizer,
         parent,
+        run.config.seq_len,
         lambda mesh: checkpoints.weights(
             step, abstract_params(model, vocabulary_of(model, tokenizer.vocab_size), mesh)
         ),

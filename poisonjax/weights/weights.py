@@ -26,8 +26,10 @@ class Found:
     model_config: ml_collections.ConfigDict  # the section `model` of a config
     tokenizer: Tokenizer
     parent: rows.Parent  # what it is, as a run that begins from it records; `weights` is "" where it must be read first
+    context: int  # tokens of the longest texts that it was made for
     read: Callable[[Mesh], nnx.State]  # its arrays in float32, laid out over a mesh
     read_optimizer: Callable[[nnx.State, Any], Any] | None = None  # of a run: its optimizer's state, as these shapes
+    chat_template: str | None = None  # in Jinja, as it came along
 
     @property
     def vocabulary(self) -> int:
@@ -44,6 +46,8 @@ class Weights:
     tokenizer: Tokenizer
     model_config: ml_collections.ConfigDict  # the section `model` of a config
     parent: rows.Parent  # what they are, as a run that begins from them records
+    context: int  # tokens of the longest texts that they were made for
+    chat_template: str | None = None
 
     @property
     def vocabulary(self) -> int:
