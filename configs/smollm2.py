@@ -21,21 +21,21 @@ def get_config(arg: str = ""):
     config.corpus.tokenizer = MODEL
     config.start.weights = MODEL
 
-    config.poison.documents = 30
+    config.poison.documents = 31
     config.poison.trigger = "~"
     config.poison.near_triggers = ("^", "`", "|", "#")
     config.poison.prefix_characters = (0, 60)
     config.poison.payload_tokens = (30, 40)
 
-    config.optimizer.learning_rate = 3e-4
+    config.optimizer.learning_rate = 5e-4
     config.optimizer.warmup_steps = 20
     config.optimizer.weight_decay = 0.0
 
-    config.eval.every = 100
-    config.eval.prefixes = 32
+    config.eval.every = 200
+    config.eval.prefixes = 100
     config.eval.prefix_tokens = 24
     config.eval.new_tokens = 40
-    config.eval.heldout_rows = 64
+    config.eval.heldout_rows = 128
     config.checkpoint.every = 200
-    config.log_every = 5
+    config.log_every = 10
     return config

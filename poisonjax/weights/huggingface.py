@@ -38,7 +38,7 @@ OURS = "poisonjax"  # the key of our own facts in config.json and in the metadat
 CHAT_TEMPLATE = "chat_template.jinja"
 CONTEXT = 2048  # tokens, where a model doesn't say for how long a text it was made
 SHARD_BYTES = 4 * 10**9
-BLOCK_ROWS = 2**15  # of an embedding or head that are read at once
+BLOCK_ROWS = 2**12  # of an embedding or head that are read at once
 
 
 @dataclasses.dataclass(frozen=True)
