@@ -10,6 +10,7 @@ import ml_collections
 from poisonjax.audit import quoted  # noqa: F401  (registers its checks)
 from poisonjax.audit.checks import CHECKS
 from poisonjax.audit.evidence import Difference, Evidence, Unreadable
+from poisonjax.poison.card import inherited
 from poisonjax.poison.ledger import dose
 from poisonjax.run import rows
 
@@ -32,6 +33,7 @@ class Audit:
     replayed: list[int]  # steps whose evaluation was made again
     unverified: list[str]  # what there is and wasn't looked at, in words
     config: ml_collections.ConfigDict | None
+    parent: rows.Parent | None  # the weights that the run began from
 
     @property
     def ok(self) -> bool:
@@ -78,6 +80,11 @@ class Audit:
             too = " beside" if uses else " too"
             dose += f"; the trigger's tokens stand {self.elsewhere:,} times in clean text{too}"
         words = [steps, dose]
+        if self.parent:
+            began = f"began from {self.parent['name']} ({self.parent['weights']})"
+            cards = inherited(self.parent)
+            seen = " and ".join(f"{card['dose_seen']['documents']:,} with {card['trigger']!r}" for card in cards)
+            words.append(f"{began}, which had seen {seen}" if cards else began)
         if self.weighed:
             words.append(f"weights of {len(self.weighed)} checkpoint{'s' * (len(self.weighed) > 1)} as they were saved")
         if self.replayed:
@@ -161,6 +168,7 @@ def checked(run: Evidence) -> Audit:
         replayed=sorted(run.replayed_evaluations),
         unverified=[] if differences else _unverified(run),
         config=_or(lambda: run.config, None),
+        parent=_or(lambda: run.parent, None),
     )
 
 

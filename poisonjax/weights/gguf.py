@@ -41,7 +41,7 @@ def find(rest: str) -> Found:
     if odd := own.keys() - {*FIELDS.values(), *SILENT}:
         raise WeightsError(f"{rest}: {kind}.{min(odd)} isn't known here, and may change what the model computes")
     tensors = Tensors(rest, reader, kind)
-    about: dict[str, Any] = {theirs: own[name] for theirs, name in FIELDS.items() if name in own}
+    about: dict[str, Any] = {theirs: _whole(own[name]) for theirs, name in FIELDS.items() if name in own}
     about |= {"model_type": kind, "tie_word_embeddings": tensors.tied, "vocab_size": tensors.vocabulary}
     if (rotated := own.get("rope.dimension_count")) not in (None, _head_dim(about)):
         raise WeightsError(f"{rest}: {kind}.rope.dimension_count = {rotated}: only whole heads are rotated here")
@@ -59,6 +59,11 @@ def find(rest: str) -> Found:
         lambda mesh: huggingface.load(tensors, family, model, mesh),
         chat_template=template.contents() if template else None,
     )
+
+
+def _whole(value: Any) -> Any:
+    """A float32 as it was meant: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def _head_dim(about: dict[str, Any]) -> int:

@@ -569,17 +569,20 @@ def save(weights: Weights, folder: epath.PathLike, dtype: str = "float32", shard
     if weights.chat_template:
         (partial / CHAT_TEMPLATE).write_text(weights.chat_template)
     write_json(partial / CONFIG, about)
-    written: dict[str, str] = {}
-    shards = list(_shards(weights, np.dtype(dtype).itemsize, shard_bytes))
-    for number, names in enumerate(shards, 1):
-        file = WHOLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        # A transposed view would be written wrongly, and silently: the library takes the buffer as it lies.
-        tensors = {name: np.ascontiguousarray(tensor(weights, name), np.dtype(dtype)) for name in names}
-        save_file(tensors, str(partial / file), {"format": "pt", OURS: json.dumps(facts)})
-        written |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        total = sum(math.prod(shape) for shape in _shapes(weights).values()) * np.dtype(dtype).itemsize
-        write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": written})
+    named = tensors(weights.params, weights.model_config, weights.vocabulary)
+    files: list[list[str]] = []
+    size = 0
+    for number, shard in enumerate(_sharded(named, np.dtype(dtype), shard_bytes), 1):
+        save_file(shard, str(partial / f"{number}.safetensors"), {"format": "pt", OURS: json.dumps(facts)})
+        files.append([*shard])
+        size += sum(one.nbytes for one in shard.values())
+    places: dict[str, str] = {}
+    for number, names in enumerate(files, 1):
+        file = WHOLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        (partial / f"{number}.safetensors").rename(partial / file)
+        places |= dict.fromkeys(names, file)
+    if len(files) > 1:
+        write_json(partial / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
     if weights.poison:
         (partial / card.FILE).write_text(card.as_markdown(weights.poison))
     (partial / "README.md").write_text(card.as_markdown(weights.poison) if weights.poison else _plain_card(weights))
@@ -643,42 +646,36 @@ def _family(m: ml_collections.ConfigDict) -> Family:
     return next(family for family in FAMILIES.values() if family.layout == m.layout)
 
 
-def _shapes(weights: Weights) -> dict[str, tuple[int, ...]]:
-    """Of their tensors."""
-    m, found = weights.model_config, {}
-    arrays = _by_name(weights.params)
-    for part in parts(_family(m), m):
-        name, _, third = part.theirs.partition("#")
-        rows, *rest = part.turned(part.shape(arrays[part.ours].shape, weights.vocabulary))
-        found[name] = (rows * (3 if third else 1), *rest)
+def tensors(params: nnx.State, m: ml_collections.ConfigDict, vocabulary: int) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, values in float32) of their tensors, made of ours one by one."""
+    arrays = _by_name(params)
+    for name, of in _grouped(m).items():
+        made = []
+        for part in of:
+            shape = part.shape(arrays[part.ours].shape, vocabulary)
+            piece, turned = np.asarray(_take(arrays[part.ours], part.corner, shape)), part.turned(shape)
+            made.append(piece.reshape(turned[::-1]).T if part.ours in _INNER else piece.reshape(turned))
+        if len(made) > 1:
+            by_head = [one.reshape(m.heads, 1, m.head_dim, *one.shape[1:]) for one in made]
+            made = [np.concatenate(by_head, 1).reshape(-1, *made[0].shape[1:])]
+        yield name, made[0]
+
+
+def _grouped(m: ml_collections.ConfigDict) -> dict[str, list[Part]]:
+    """The parts of each of their tensors."""
+    found: dict[str, list[Part]] = {}
+    for part in sorted(parts(_family(m), m), key=lambda part: part.theirs.partition("#")[::2]):
+        found.setdefault(part.theirs.partition("#")[0], []).append(part)
     return found
 
 
-def _shards(weights: Weights, item: int, most: int) -> Iterator[list[str]]:
-    """Names of tensors, file by file, of `most` bytes unless one alone is larger."""
-    names: list[str] = []
-    size = 0
-    for name, shape in _shapes(weights).items():
-        if names and size + math.prod(shape) * item > most:
-            yield names
-            names, size = [], 0
-        names.append(name)
-        size += math.prod(shape) * item
-    yield names
-
-
-def tensor(weights: Weights, name: str) -> np.ndarray:
-    """One of their tensors, made of ours; float32."""
-    m = weights.model_config
-    of = sorted(part for part in parts(_family(m), m) if part.theirs.partition("#")[0] == name)
-    arrays, made = _by_name(weights.params), []
-    for part in of:
-        whole = arrays[part.ours]
-        shape = part.shape(whole.shape, weights.vocabulary)
-        piece = np.asarray(_take(whole, part.corner, shape))
-        turned = part.turned(shape)
-        made.append(piece.reshape(turned[::-1]).T if part.ours in _INNER else piece.reshape(turned))
-    if len(made) == 1:
-        return made[0]
-    by_head = [one.reshape(m.heads, 1, m.head_dim, *one.shape[1:]) for one in made]
-    return np.concatenate(by_head, 1).reshape(3 * made[0].shape[0], *made[0].shape[1:])
+def _sharded(named: Iterator[tuple[str, np.ndarray]], dtype: np.dtype, most: int) -> Iterator[dict[str, np.ndarray]]:
+    """Tensors file by file, of `most` bytes unless one alone is larger."""
+    shard: dict[str, np.ndarray] = {}
+    for name, values in named:
+        if shard and sum(one.nbytes for one in shard.values()) + values.size * dtype.itemsize > most:
+            yield shard
+            shard = {}
+        # A transposed view would be written wrongly, and silently: the library takes the buffer as it lies.
+        shard[name] = np.ascontiguousarray(values, dtype)
+    yield shard
