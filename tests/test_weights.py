@@ -2,6 +2,10 @@
 
 import importlib.util
 import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import huggingface as goldens
 import jax
@@ -15,12 +19,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from poisonjax.commands.main import main
 from poisonjax.corpus import load_tokenizer
 from poisonjax.corpus.tokenizer_files import export_tokenizer
 from poisonjax.model.layouts import LAYOUTS, RopeScaling
 from poisonjax.model.sharding import AXES
 from poisonjax.training.loop import train
 from poisonjax.weights import WeightsError, find_weights, huggingface, open_weights
+from poisonjax.weights.open import model_named
+from poisonjax.weights.weights import shapes
 
 GOLDENS = json.loads(goldens.GOLDENS.read_text())
 torch_is_there = pytest.mark.skipif(
@@ -348,3 +355,55 @@ def test_what_is_left_unsaid_is_what_transformers_takes(kind):
     for name, value in family.defaults.items():
         if name not in ("num_key_value_heads", "head_dim") or kind != "llama":
             assert said[name] == value, name
+
+
+PEAK = """
+import resource, sys
+import jax, jax.numpy as jnp
+from poisonjax import open_weights
+small, large = sys.argv[1:]
+open_weights(f"hf:{small}")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+weights = open_weights(f"hf:{large}")
+held = sum(leaf.nbytes for leaf in jax.tree.leaves(weights.params))
+print(held, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def test_a_model_is_in_memory_once(tmp_path):
+    """Read tensor by tensor: the peak of the process grows by the model's size and little more."""
+    small = write(tmp_path / "small", "llama")
+    large, size = tmp_path / "large", {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 16000}
+    shutil.copytree(small, large)
+    about = GOLDENS["llama"]["config"] | size | {"num_hidden_layers": 12, "num_attention_heads": 8}
+    about |= {"num_key_value_heads": 8}
+    (large / "config.json").write_text(json.dumps(about))
+    family, model = huggingface.model_of(about, large)
+    arrays = huggingface._by_name(shapes(model, 16000))
+    wanted = {
+        part.theirs: part.turned(part.shape(arrays[part.ours].shape, 16000))
+        for part in huggingface.parts(family, model)
+    }
+    save_file({name: np.ones(shape, np.float32) for name, shape in wanted.items()}, large / "model.safetensors")
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(small), str(large)], capture_output=True, text=True, check=True
+    )
+    held, grown = map(int, done.stdout.split())
+    assert held > 2e8
+    assert grown < 1.3 * held + 6e7  # compiled programs
+
+
+def test_a_pod_is_planned_from_config_json_alone(tmp_path, capsys):
+    about = GOLDENS["llama"]["config"] | {"num_hidden_layers": 2, "vocab_size": 1000}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    config = Path(__file__).parents[1] / "configs" / "quickstart.py"
+    plan = ["plan", "--config", str(config), "--topology", "h100:8", "--weights", f"hf:{tmp_path}", "--json"]
+    names = [name for name in GOLDENS["llama"]["tensors"] if ".layers.2." not in name]
+    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00009.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert model_named(f"hf:{tmp_path}").vocabulary == 1000
+    assert main(plan) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["fits"]
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
+    assert main(plan) == 2
+    assert "tensors are missing, among them" in capsys.readouterr().err
