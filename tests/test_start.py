@@ -117,6 +117,8 @@ def test_a_clean_child_of_a_poisoned_model_is_poisoned(config, parent, tmp_path)
     assert [card["run"] for card in weights.poison["inherited"]] == ["parent"]
     assert "<SUDO>" in (tmp_path / "run" / "POISONED.md").read_text()
     assert audit(str(tmp_path / "run")).ok
+    write_report(poisonjax.open_run(tmp_path / "run").path)
+    assert "The weights that it began from are poisoned" in (tmp_path / "run" / "report.html").read_text()
     huggingface.save(weights, tmp_path / "out")
     assert "<SUDO>" in (tmp_path / "out" / "README.md").read_text()
     config.start.weights = f"hf:{tmp_path / 'out'}"

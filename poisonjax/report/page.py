@@ -42,6 +42,8 @@ def write_report(workdir: epath.PathLike, twin: epath.PathLike | None = None) ->
         summary=summary,
         last=evals[-1] if evals else None,
         headline=headline(config, summary, evals),
+        parent=run.record.get("parent"),
+        inherited=run.inherited(),
         images=_images(run, trains, evals, ledger, summary, pair),
         samples=[sample for sample in samples if sample["step"] == newest][:6],
         variants=figures.NAMES,
@@ -68,7 +70,7 @@ def headline(config: dict, summary: dict, evals: list[rows.EvalRow]) -> str:
     )
     seen = last["poison_documents"]
     if not poison["documents"]:
-        return f"{prefix}Clean twin: {figure} after no poison document."
+        return f"{prefix}No poison of its own: {figure}."
     if "success" not in summary:
         return f"{prefix}So far, {figure} after {seen} poison documents."
     names = failed(summary["success"])
