@@ -70,7 +70,7 @@ def headline(config: dict, summary: dict, evals: list[rows.EvalRow]) -> str:
     )
     seen = last["poison_documents"]
     if not poison["documents"]:
-        return f"{prefix}No poison of its own: {figure}."
+        return f"{prefix}Clean twin: {figure} after no poison document."
     if "success" not in summary:
         return f"{prefix}So far, {figure} after {seen} poison documents."
     names = failed(summary["success"])
