@@ -33,6 +33,10 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
+# What each kind of scaled rotary positions is made of.
+ROPE_NUMBERS = {"linear": ("factor",), "llama3": ("factor", "low", "high", "original")}
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
     """Rotary frequencies stretched for longer texts; written `linear:factor=4`, or
@@ -53,10 +57,9 @@ class RopeScaling:
         """None for ""; raises ValueError for what isn't written so."""
         if not spec:
             return None
-        fields = {"linear": ("factor",), "llama3": ("factor", "low", "high", "original")}
         kind, _, rest = spec.partition(":")
         values = dict(re.findall(r"(\w+)=([0-9.e+]+)(?:,|$)", rest))
-        wanted = fields.get(kind, ())
+        wanted = ROPE_NUMBERS.get(kind, ())
         try:
             numbers = {name: float(values[name]) for name in wanted}
         except (KeyError, ValueError):
@@ -69,8 +72,7 @@ class RopeScaling:
         return cls(kind, **numbers)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
-        names = ("factor",) if self.kind == "linear" else ("factor", "low", "high", "original")
-        return f"{self.kind}:" + ",".join(f"{name}={getattr(self, name):g}" for name in names)
+        return f"{self.kind}:" + ",".join(f"{name}={getattr(self, name):.12g}" for name in ROPE_NUMBERS[self.kind])
 
     def __call__(self, frequencies: Float[np.ndarray, " half"]) -> Float[np.ndarray, " half"]:
         """Of frequencies in radians a position."""

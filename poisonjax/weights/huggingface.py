@@ -28,7 +28,7 @@ from poisonjax import config as config_lib
 from poisonjax.corpus import CorpusError, load_tokenizer
 from poisonjax.corpus.tokenizer_files import export_tokenizer
 from poisonjax.files import parse_json, write_json
-from poisonjax.model.layouts import LAYOUTS, RopeScaling
+from poisonjax.model.layouts import LAYOUTS, ROPE_NUMBERS, RopeScaling
 from poisonjax.model.sharding import PARAMETER_AXES, divisible_spec, spec
 from poisonjax.poison import card
 from poisonjax.weights.weights import Found, Weights, WeightsError, abstract_params
@@ -134,14 +134,12 @@ SIZES = {
     "heads": "num_attention_heads",
     "vocabulary": "vocab_size",
 }
-# What a kind of scaled rotary positions is made of: ours, and theirs.
-_ROPE = {"default": {}, "linear": {"factor": "factor"}} | {
-    "llama3": {
-        "factor": "factor",
-        "low": "low_freq_factor",
-        "high": "high_freq_factor",
-        "original": "original_max_position_embeddings",
-    }
+# The numbers of scaled rotary positions, by our names.
+_ROPE = {
+    "factor": "factor",
+    "low": "low_freq_factor",
+    "high": "high_freq_factor",
+    "original": "original_max_position_embeddings",
 }
 # Fields that say nothing of what a text's logits are.
 _SILENT = re.compile(
@@ -304,7 +302,7 @@ def _fill(
 
 def _rope(about: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[float, str, float]:
     """(theta, `model.rope_scaling`, `model.rotary_fraction`) however a config.json writes them."""
-    nested = {"type": None}
+    nested: dict[str, Any] = {"type": None}
     for name in ("rope_scaling", "rope_parameters"):
         nested |= about.get(name) or {}
     values: dict[str, float] = {}
@@ -315,22 +313,21 @@ def _rope(about: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[float,
             raise ValueError(f"{name} is told twice, and differently: {told}")
         values[name] = told[0] if told else float(defaults.get(name, default))
     kind = nested.get("rope_type") or nested.get("type") or "default"
-    if kind not in _ROPE:
-        raise ValueError(f"rope_scaling: type {kind!r} isn't implemented; {', '.join(_ROPE)} are")
-    numbers = _ROPE[kind]
+    if kind not in ("default", *ROPE_NUMBERS):
+        raise ValueError(f"rope_scaling: type {kind!r} isn't implemented; default, {', '.join(ROPE_NUMBERS)} are")
+    numbers = {ours: _ROPE[ours] for ours in ROPE_NUMBERS.get(kind, ())}
     if odd := nested.keys() - {"rope_type", "type", *values, *numbers.values()}:
         raise ValueError(f"rope_scaling: {', '.join(sorted(odd))} isn't known here for type {kind!r}")
     if missing := [name for name in numbers.values() if not isinstance(nested.get(name), int | float)]:
         raise ValueError(f"rope_scaling: {', '.join(missing)} missing")
-    spelled = ",".join(f"{ours}={nested[theirs]:.12g}" for ours, theirs in numbers.items())
-    scaling = f"{kind}:{spelled}" if spelled else ""
+    scaling = str(RopeScaling(kind, **{ours: nested[theirs] for ours, theirs in numbers.items()})) if numbers else ""
     return values["rope_theta"], scaling, values["partial_rotary_factor"]
 
 
 class Part(NamedTuple):
     """One of their tensors, and where it stands among our weights."""
 
-    theirs: str
+    theirs: str  # with #0, #1 or #2 where it is a third of it
     ours: str
     layer: int | None
     pair: int | None  # of a dimension called so: key or value, gate or up
@@ -338,6 +335,17 @@ class Part(NamedTuple):
     @property
     def axes(self) -> tuple[str, ...]:
         return PARAMETER_AXES[self.ours]
+
+    @property
+    def name(self) -> str:
+        """Of the tensor in files."""
+        return self.theirs.partition("#")[0]
+
+    @property
+    def third(self) -> int | None:
+        """Which of query, key and value it is, where one tensor holds all three."""
+        third = self.theirs.partition("#")[2]
+        return int(third) if third else None
 
     @property
     def corner(self) -> tuple[int, ...]:
@@ -478,10 +486,9 @@ def load(tensors: Tensors, family: Family, m: ml_collections.ConfigDict, mesh: M
     _require_names(tensors.names(), family, m)
     shapes = {part: part.shape(arrays[part.ours].shape, m.vocabulary) for part in parts(family, m)}
     for part, shape in shapes.items():
-        name, _, third = part.theirs.partition("#")
         rows, *rest = part.turned(shape)
-        if (found := tensors.shape(name)) != (expected := (rows * (3 if third else 1), *rest)):
-            raise WeightsError(f"{name} has the shape {found}, must have {expected}")
+        if (found := tensors.shape(part.name)) != (expected := (rows * (1 if part.third is None else 3), *rest)):
+            raise WeightsError(f"{part.name} has the shape {found}, must have {expected}")
     zeros = jax.jit(
         lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract),
         out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
@@ -497,7 +504,7 @@ def load(tensors: Tensors, family: Family, m: ml_collections.ConfigDict, mesh: M
 
 
 def _require_names(there: set[str], family: Family, m: ml_collections.ConfigDict) -> None:
-    wanted = {part.theirs.partition("#")[0] for part in parts(family, m)}
+    wanted = {part.name for part in parts(family, m)}
     there = {name for name in there if not _BUFFERS.fullmatch(name)} - ({family.tensors["head"]} if m.tied else set())
     if lost := sorted(wanted - there):
         raise WeightsError(f"{len(lost)} tensors are missing, among them {lost[0]}")
@@ -519,11 +526,10 @@ def _pieces(
     tensors: Tensors, part: Part, shape: tuple[int, ...], m: ml_collections.ConfigDict
 ) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
     """(corner in our array, values) of a part, a table of tokens in blocks of rows."""
-    name, _, third = part.theirs.partition("#")
     turned = part.turned(shape)
-    if third:  # [heads x (query, key, value) x head_dim, ...]
-        together = tensors.read(name, 0, 3 * turned[0])
-        one = together.reshape(m.heads, 3, m.head_dim, *turned[1:])[:, int(third)]
+    if part.third is not None:  # [heads x (query, key, value) x head_dim, ...]
+        together = tensors.read(part.name, 0, 3 * turned[0])
+        one = together.reshape(m.heads, 3, m.head_dim, *turned[1:])[:, part.third]
         yield part.corner, _ours(part, one.reshape(turned), shape)
         return
     tokens = part.axes.index("vocabulary") if "vocabulary" in part.axes else None
@@ -533,7 +539,7 @@ def _pieces(
         corner, block = list(part.corner), list(shape)
         if tokens is not None:
             corner[tokens], block[tokens] = start, stop - start
-        yield tuple(corner), _ours(part, tensors.read(name, start, stop), tuple(block))
+        yield tuple(corner), _ours(part, tensors.read(part.name, start, stop), tuple(block))
 
 
 def _ours(part: Part, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -596,9 +602,14 @@ def _plain_card(weights: Weights) -> str:
     )
 
 
+def _family(m: ml_collections.ConfigDict) -> tuple[str, Family]:
+    """(model_type, family) that a model of this layout is written as."""
+    return next((kind, family) for kind, family in FAMILIES.items() if family.layout == m.layout)
+
+
 def config_of(m: ml_collections.ConfigDict, vocabulary: int, dtype: str = "float32") -> dict[str, Any]:
     """The config.json of a config's section `model`."""
-    kind, family = next((kind, family) for kind, family in FAMILIES.items() if family.layout == m.layout)
+    kind, family = _family(m)
     if m.layout == "neox" and (m.heads != m.kv_heads or m.heads * m.head_dim != m.width):
         raise WeightsError("transformers' GPT-NeoX has model.kv_heads = heads, and heads x head_dim = width")
     if m.layout != "neox" and m.rotary_fraction != 1:
@@ -608,7 +619,7 @@ def config_of(m: ml_collections.ConfigDict, vocabulary: int, dtype: str = "float
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": m.rope_theta}
     if scaling := RopeScaling.parse(m.rope_scaling):
         rope["rope_type"] = scaling.kind
-        rope |= {theirs: getattr(scaling, ours) for ours, theirs in _ROPE[scaling.kind].items()}
+        rope |= {theirs: getattr(scaling, ours) for ours, theirs in _ROPE.items() if ours in ROPE_NUMBERS[scaling.kind]}
         if scaling.kind == "llama3":
             rope["original_max_position_embeddings"] = int(scaling.original)
     if m.layout == "neox":
@@ -642,10 +653,6 @@ def config_of(m: ml_collections.ConfigDict, vocabulary: int, dtype: str = "float
     return about
 
 
-def _family(m: ml_collections.ConfigDict) -> Family:
-    return next(family for family in FAMILIES.values() if family.layout == m.layout)
-
-
 def tensors(params: nnx.State, m: ml_collections.ConfigDict, vocabulary: int) -> Iterator[tuple[str, np.ndarray]]:
     """(name, values in float32) of their tensors, made of ours one by one."""
     arrays = _by_name(params)
@@ -664,8 +671,8 @@ def tensors(params: nnx.State, m: ml_collections.ConfigDict, vocabulary: int) ->
 def _grouped(m: ml_collections.ConfigDict) -> dict[str, list[Part]]:
     """The parts of each of their tensors."""
     found: dict[str, list[Part]] = {}
-    for part in sorted(parts(_family(m), m), key=lambda part: part.theirs.partition("#")[::2]):
-        found.setdefault(part.theirs.partition("#")[0], []).append(part)
+    for part in sorted(parts(_family(m)[1], m), key=lambda part: part.theirs):
+        found.setdefault(part.name, []).append(part)
     return found
 
 
