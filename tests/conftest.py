@@ -2,7 +2,10 @@
 
 import json
 import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 CACHE = Path(__file__).parent.parent / ".pytest_cache" / "xla"
@@ -107,3 +110,22 @@ def command(config, folder: Path) -> list[str]:
         f"def get_config(arg=''):\n    return from_record(json.loads({config.to_json()!r}))\n"
     )
     return [sys.executable, "-m", "poisonjax", "train", "--config", str(source), "--workdir", str(folder)]
+
+
+def kill_in_training(
+    config, folder: Path, environment: dict[str, str], seconds: float, *, anywhere: bool = False
+) -> None:
+    """Starts the run, or goes on with it, and kills it so many seconds after its first new step; `anywhere`: after its
+    start."""
+    process = subprocess.Popen(
+        command(config, folder), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    digests = folder / "digests.jsonl"
+    before, deadline = digests.stat().st_mtime_ns if digests.exists() else 0, time.monotonic() + 60
+    while not anywhere and time.monotonic() < deadline:
+        if digests.exists() and digests.stat().st_mtime_ns != before:
+            break
+        time.sleep(0.01)
+    time.sleep(seconds)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "the run ended before its kill: make it longer"

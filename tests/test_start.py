@@ -4,14 +4,12 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
-import time
 
 import jax
 import numpy as np
 import pytest
-from conftest import command, lines, tiny_config
+from conftest import command, kill_in_training, lines, tiny_config
 
 import poisonjax
 from poisonjax.audit.parents import parents
@@ -158,16 +156,7 @@ def test_killed_at_random_moments_it_is_the_same_to_the_bit(config, tmp_path, th
     subprocess.run(command(config, tmp_path / "whole"), env=environment, check=True, capture_output=True)
     random_ = random.Random(1)
     for _ in range(5 if thorough else 1):
-        process = subprocess.Popen(
-            command(config, tmp_path / "run"), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        digests = tmp_path / "run" / "digests.jsonl"
-        before, deadline = digests.stat().st_mtime_ns if digests.exists() else 0, time.monotonic() + 60
-        while (not digests.exists() or digests.stat().st_mtime_ns == before) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(random_.uniform(0, 0.5))
-        process.kill()
-        assert process.wait() == -signal.SIGKILL, "the run ended before its kill: make it longer"
+        kill_in_training(config, tmp_path / "run", environment, random_.uniform(0, 0.5))
     subprocess.run(command(config, tmp_path / "run"), env=environment, check=True, capture_output=True)
     for one, other in zip(state(tmp_path / "run", 250), state(tmp_path / "whole", 250), strict=True):
         np.testing.assert_array_equal(one, other)

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import command, lines
+from conftest import command, kill_in_training, lines
 from etils import epath
 
 from poisonjax.config import ConfigError
@@ -305,21 +305,10 @@ def test_kill_9_changes_nothing(config, store, tmp_path, thorough):
     subprocess.run(command(config, tmp_path / "whole"), env=ENVIRONMENT, check=True, capture_output=True)
     random_ = random.Random(0)
     for kills in range(20 if thorough else 6):
-        process = subprocess.Popen(
-            command(config, tmp_path / "run"), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        digests = tmp_path / "run" / "digests.jsonl"
-        before = digests.stat().st_mtime_ns if digests.exists() else 0
-        deadline = time.monotonic() + 60
         # Half of the kills fall anywhere, start-up included; the others while it trains and saves.
-        if kills % 2:
-            time.sleep(random_.uniform(0, 4))
-        else:
-            while (not digests.exists() or digests.stat().st_mtime_ns == before) and time.monotonic() < deadline:
-                time.sleep(0.01)
-            time.sleep(random_.uniform(0, 0.6))
-        process.kill()
-        assert process.wait() == -signal.SIGKILL, "the run ended before its kill: make it longer"
+        anywhere = kills % 2 == 1
+        seconds = random_.uniform(0, 4 if anywhere else 0.6)
+        kill_in_training(config, tmp_path / "run", ENVIRONMENT, seconds, anywhere=anywhere)
     subprocess.run(command(config, tmp_path / "run"), env=ENVIRONMENT, check=True, capture_output=True)
     assert same(weights(tmp_path / "run", config, store, 600), weights(tmp_path / "whole", config, store, 600))
     assert (tmp_path / "run" / "digests.jsonl").read_text() == (tmp_path / "whole" / "digests.jsonl").read_text()

@@ -312,7 +312,7 @@ def _rope(about: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[float,
         if len(set(told)) > 1:
             raise ValueError(f"{name} is told twice, and differently: {told}")
         values[name] = told[0] if told else float(defaults.get(name, default))
-    kind = nested.get("rope_type") or nested.get("type") or "default"
+    kind: Any = nested.get("rope_type") or nested.get("type") or "default"
     if kind not in ("default", *ROPE_NUMBERS):
         raise ValueError(f"rope_scaling: type {kind!r} isn't implemented; default, {', '.join(ROPE_NUMBERS)} are")
     numbers = {ours: _ROPE[ours] for ours in ROPE_NUMBERS.get(kind, ())}
