@@ -39,7 +39,8 @@ def test_an_honest_run_is_believed_in_a_plain_sentence(run, capsys):
     steps = len({json.loads(line)["step"] for line in (folder / "ledger.jsonl").read_text().splitlines()})
     expected = (
         f"steps 0-8 verified; 4 of 4 poison documents seen exactly 2 times, 0 unplanned; dose {tokens} tokens in 8 "
-        f"rows of {steps} steps; 2 of 2 clean uses of the trigger seen; weights of 3 checkpoints as they were saved"
+        f"rows of {steps} steps; 2 of 2 clean uses of the trigger seen; none of 3 listed documents that the corpus "
+        "holds is in what was trained on; weights of 3 checkpoints as they were saved"
     )
     assert capsys.readouterr().out.strip() == expected
     assert main(["audit", str(folder), "--json"]) == 0
@@ -135,6 +136,7 @@ def test_a_run_does_not_go_on_from_figures_that_were_changed(run, tmp_path):
 
 # For each check, a fault that this check alone detects.
 CONTROLS = {
+    "exclusions": "excluded_list_edited",
     "config": "fingerprint_changed",
     "store": "token_changed_in_shard",
     "ledger": "ledger_line_edited",
@@ -153,12 +155,12 @@ CONTROLS = {
 @pytest.mark.parametrize("check", sorted(checks.CHECKS))
 def test_without_a_check_its_fault_goes_unseen(run, tmp_path, check, monkeypatch):
     """The negative control: the audit without the check believes what the check alone would find."""
-    if check == "store":  # a token that no row holds
+    if check == "store":  # of what no row holds
         shutil.copytree(run[0], tmp_path / "run")
         shutil.copytree(run[1], tmp_path / "store")
         scene = TamperedRun(tmp_path / "run", np.random.default_rng(0))
         scene.change("config.json", lambda r: r["config"]["corpus"].update(store=str(tmp_path / "store")))
-        (tmp_path / "store" / "shards" / "00000" / "heldout" / "offsets" / "c" / "0").write_bytes(b"")
+        (tmp_path / "store" / "shards" / "00000" / "heldout" / "provenance" / "c" / "0").write_bytes(b"")
     else:
         scene = copied(*run, tmp_path, np.random.default_rng(1))
         faults.FAULTS[CONTROLS[check]](scene)

@@ -14,6 +14,7 @@ FLOORS = (
     ("bench", "attest", "report"),
     ("plan", "sweep", "audit"),
     ("training",),
+    ("scan",),
     ("analysis",),
     ("evaluation",),
     ("weights",),
@@ -23,7 +24,7 @@ FLOORS = (
     ("poison",),
     ("corpus",),
     ("model",),
-    ("processes", "startup", "files", "streams", "visible"),
+    ("processes", "engines", "startup", "files", "streams", "visible"),
 )
 BESIDE = ()
 DOOR = "__init__"  # what programs and notebooks import from outside

@@ -69,7 +69,7 @@ def test_build_train_kill_resume_evaluate_and_audit_on_objects(server, poisonjax
     )
     train = "train", "--config", str(file), "--workdir", RUN
 
-    for stop in (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM):
+    for stop in (signal.SIGKILL, signal.SIGTERM):
         before, deadline = server.writes, time.monotonic() + 120
         saved = {name for _, name in server.objects if name.endswith("commit_success.txt")}
         process = poisonjax(*train)

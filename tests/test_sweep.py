@@ -108,7 +108,7 @@ def seen_steps(workdir):
 
 def test_killed_again_and_again_the_table_is_that_of_an_uninterrupted_sweep(grid, whole, tmp_path, thorough):
     chance = random.Random(1)
-    for number, share in enumerate(sorted(chance.uniform(0.0, 0.9) for _ in range(10 if thorough else 4))):
+    for number, share in enumerate(sorted(chance.uniform(0.0, 0.9) for _ in range(10 if thorough else 2))):
         launched = start(grid, tmp_path, "--max-parallel", "2")
         deadline = time.monotonic() + 120
         while seen_steps(tmp_path) < share * 4 * STEPS:

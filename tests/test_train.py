@@ -304,7 +304,7 @@ def test_kill_9_changes_nothing(config, store, tmp_path, thorough):
     config.checkpoint.keep_last = 3
     subprocess.run(command(config, tmp_path / "whole"), env=ENVIRONMENT, check=True, capture_output=True)
     random_ = random.Random(0)
-    for kills in range(20 if thorough else 6):
+    for kills in range(20 if thorough else 4):
         # Half of the kills fall anywhere, start-up included; the others while it trains and saves.
         anywhere = kills % 2 == 1
         seconds = random_.uniform(0, 4 if anywhere else 0.6)

@@ -25,13 +25,14 @@ def provenance(run: Evidence) -> dict[str, Any]:
             str(step): {
                 "weights_checksum": (run.checksums(step) if run.reads_weights else record["checksums"])["weights"],
                 "digest_chain": record["digest_chain"],
-                "poison": make_card(run.config, run.ledger, step, run.parent),
+                "poison": make_card(run.config, run.ledger, step, run.parent, store.planted),
             }
             for step, record in run.checkpoints.items()
         },
         "materials": {
             "token_store_root": store.fingerprint,
             "token_store_description": store.description,
+            **({"excluded_documents_sha256": store.exclusions.sha256} if store.exclusions else {}),
             "order_root": order_root(run.batches.clean, run.config.steps * run.config.global_batch),
             "config_sha256": config_lib.fingerprint(run.config),
             "tokenizer_sha256": store.tokenizer.fingerprint,

@@ -14,8 +14,10 @@ import numpy as np
 from tqdm import tqdm
 
 from poisonjax import config as config_lib
-from poisonjax.audit.evidence import Difference, Evidence
+from poisonjax.audit.evidence import Difference, Evidence, reading
 from poisonjax.audit.locate import explained
+from poisonjax.corpus import SPLITS
+from poisonjax.corpus import exclusions as exclusion_lists
 from poisonjax.data.digest import as_hex, digest
 from poisonjax.data.insertions import Layer
 from poisonjax.poison.triggers import occurrences
@@ -54,6 +56,22 @@ def store(run: Evidence) -> Iterator[Difference]:
         for problem in run.store.verify():
             file, _, message = problem.partition(": ")
             yield Difference(file, message or problem)
+
+
+@register
+def exclusions(run: Evidence) -> Iterator[Difference]:
+    """No document that corpus.exclude lists is in what the run read: by the list it keeps, and each document's key."""
+    if not run.config.corpus.exclude:
+        return
+    listed = run.store.exclusions
+    assert listed
+    if listed.sha256 != run.record.get("store_excluded"):
+        yield Difference(exclusion_lists.FILE, "isn't the list that config.json names")
+    for name in SPLITS:
+        with reading(str(run.store.path)):
+            keys = run.store.split(name).keys.astype(">u8")
+        if there := sum(key.tobytes() in listed.keys for key in keys):
+            yield Difference(str(run.store.path), f"{there} listed documents stand in the {name} split that was read")
 
 
 @register

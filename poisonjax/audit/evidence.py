@@ -129,7 +129,7 @@ class Evidence:
     def store(self) -> TokenStore:
         path = self.config.corpus.store
         with reading(path):
-            store = TokenStore(path)
+            store = self.run.without_excluded(TokenStore(path))
             assert store.tokenizer.vocab_size  # load it now, or say that it can't be
             return store
 

@@ -42,6 +42,8 @@ def checkpoints(run: Evidence) -> Iterator[Difference]:
         elif record["store_description"] != run.store.description:
             where = str(run.store.path / "manifest.json")
             yield Difference(where, f"its sources, licences or settings aren't those that {file} names")
+        if (left_out := record.get("store_excluded")) != run.record.get("store_excluded"):
+            yield Difference(rows.CONFIG, f"names other excluded documents than {file} ({str(left_out)[:12]})")
         if record.get("parent") != run.parent:
             yield Difference(rows.CONFIG, f"names other weights that the run began from than {file}")
         if record["digest_chain"] != run.links.get(record["step"]):
@@ -86,9 +88,9 @@ def sealed(run: Evidence) -> Iterator[Difference]:
 @register
 def cards(run: Evidence) -> Iterator[Difference]:
     """What the checkpoints and the folder say of the poison is what the config plans (I9)."""
-    yield from _card(run, card.FILE, card.make_card(run.config, run.ledger, 0, run.parent))
+    yield from _card(run, card.FILE, card.make_card(run.config, run.ledger, 0, run.parent, run.store.planted))
     for step, record in run.checkpoints.items():
-        planned = card.make_card(run.config, run.ledger, record["step"], run.parent)
+        planned = card.make_card(run.config, run.ledger, record["step"], run.parent, run.store.planted)
         if record["poison"] != planned:
             yield Difference(f"{rows.CHECKPOINTS}/{step}", "its poison card isn't the one that the config plans", step)
         yield from _card(run, f"{rows.CHECKPOINTS}/{step}/{card.FILE}", planned, step)

@@ -33,6 +33,7 @@ class Audit:
     replayed: list[int]  # steps whose evaluation was made again
     unverified: list[str]  # what there is and wasn't looked at, in words
     config: ml_collections.ConfigDict | None
+    excluded: int  # documents of the training split that a list leaves out
     parent: rows.Parent | None  # the weights that the run began from
 
     @property
@@ -80,6 +81,8 @@ class Audit:
             too = " beside" if uses else " too"
             dose += f"; the trigger's tokens stand {self.elsewhere:,} times in clean text{too}"
         words = [steps, dose]
+        if self.excluded:
+            words.append(f"none of {self.excluded:,} listed documents that the corpus holds is in what was trained on")
         if self.parent:
             began = f"began from {self.parent['name']} ({self.parent['weights']})"
             cards = inherited(self.parent)
@@ -168,6 +171,7 @@ def checked(run: Evidence) -> Audit:
         replayed=sorted(run.replayed_evaluations),
         unverified=[] if differences else _unverified(run),
         config=_or(lambda: run.config, None),
+        excluded=_or(lambda: run.store.split("train").excluded_documents, 0),
         parent=_or(lambda: run.parent, None),
     )
 

@@ -39,8 +39,10 @@ def add_arguments(commands: Any) -> None:
     make.add_argument("--heldout", type=float, default=0.05, help="fraction of documents set apart for evaluation")
     make.add_argument("--seed", type=int, default=0, help="of the held-out choice and the shuffle within shards")
     make.add_argument("--on-bad", choices=("fail", "skip"), default="fail", help="bad input: stop, or skip and count")
+    make.add_argument("--exclude", default="", metavar="LIST", help="leave out documents whose keys this file lists")
     make.add_argument("--shards", type=int, help="how many the store has (default: by the size of the sources)")
     make.add_argument("--workers", type=int, help="processes (default: one a core)")
+    make.add_argument("--dask", default="", metavar="ADDRESS", help="build on the workers of this dask scheduler")
     share = make.add_mutually_exclusive_group()
     share.add_argument("--shard", metavar="i/n", help="build machine i's share of n; end with one --finish")
     share.add_argument("--finish", action="store_true", help="all machines' shares are built: write the manifest")
@@ -49,6 +51,9 @@ def add_arguments(commands: Any) -> None:
     look = corpus.add_parser("inspect", help="counts, samples, and every hash checked")
     look.add_argument("store", metavar="STORE")
     look.add_argument("--samples", type=int, default=3, help="documents shown of each split")
+    look.add_argument(
+        "--document", action="append", default=[], metavar="KEY", help="repeatable: show this one, and its source"
+    )
     look.add_argument("--no-verify", action="store_true", help="don't hash the files")
     look.add_argument("--json", action="store_true", help="print one JSON object")
     look.set_defaults(func=_inspect)
@@ -58,7 +63,9 @@ def _build(arguments: argparse.Namespace) -> int:
     from poisonjax.corpus import build, build_share
 
     sources = arguments.source or ["default"]
-    settings = {name: getattr(arguments, name) for name in ("heldout", "seed", "shards", "on_bad", "workers")}
+    settings = {
+        name: getattr(arguments, name) for name in ("heldout", "seed", "shards", "on_bad", "exclude", "workers", "dask")
+    }
     if arguments.shard:
         build_share(arguments.out, sources, arguments.tokenizer, _share(arguments.shard), **settings)
         print(f"share {arguments.shard} of {arguments.out} is built; when all are: --finish in place of --shard")
@@ -83,17 +90,50 @@ def _inspect(arguments: argparse.Namespace) -> int:
     problems = [] if arguments.no_verify else _verify(store)
     # A damaged store may not be readable at all.
     samples = {} if problems else {split: _samples(store, split, arguments.samples) for split in SPLITS}
+    found = [] if problems else [document for key in arguments.document for document in _documents(store, key)]
     if arguments.json:
         manifest = {name: value for name, value in store.manifest.items() if name != "shards"}
-        print(json.dumps(manifest | {"samples": samples, "verified": not arguments.no_verify, "problems": problems}))
+        print(
+            json.dumps(
+                manifest
+                | {"samples": samples, "documents": found, "verified": not arguments.no_verify, "problems": problems}
+            )
+        )
     else:
         print(_counts(store))
+        for document in found:
+            print("", *(f"{name}: {visible(str(value))}" for name, value in document.items()), sep="\n  ")
         for split, texts in samples.items():
             for text in texts:
                 print(f"  {split}: {visible(text)}")
         verdict = f"{len(problems)} problems:" if problems else "every file is as it was built"
         print("not verified" if arguments.no_verify else verdict, *problems, sep="\n  ")
     return exit_codes.FAILED if problems else exit_codes.OK
+
+
+def _documents(store: "TokenStore", key: str) -> list[dict[str, Any]]:
+    """Every document with this key: where it stands in the store, where it came from, and what it says."""
+    from poisonjax.corpus import CorpusError
+    from poisonjax.corpus.store import SPLITS
+
+    found = []
+    for name in SPLITS:
+        split = store.split(name)
+        for index in map(int, split.find(key)):
+            place, text = split.place(index), store.tokenizer.decode(split.document(index))
+            found.append(
+                {
+                    "key": key,
+                    "split": name,
+                    "index": index,
+                    "source": str(place),
+                    "place": place._asdict(),
+                    "text": text,
+                }
+            )
+    if not found:
+        raise CorpusError(f"--document {key}: no document of {store.path} has this key")
+    return found
 
 
 def _verify(store: "TokenStore") -> list[str]:
@@ -130,6 +170,15 @@ def _counts(store: "TokenStore") -> str:
             f"  {split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, {counts['bytes']:,} bytes of "
             "text"
         )
+    if excluded := manifest.get("excluded"):
+        lines.append(
+            f"  excluded {excluded['documents']:,} documents: {excluded['found']:,} of {excluded['listed']:,} listed"
+        )
+    for split, planted in manifest["planted"].items():
+        if planted["documents"]:
+            lines.append(
+                f"  planted poison in {split}: {planted['documents']:,} documents, {planted['tokens']:,} tokens"
+            )
     if manifest["bad"]:
         lines.append(f"  skipped {manifest['bad']:,} bad inputs, the first:")
         lines += [f"    {place}" for place in manifest["bad_places"]]

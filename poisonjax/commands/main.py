@@ -6,9 +6,22 @@ import os
 import sys
 from collections.abc import Sequence
 
-from poisonjax.commands import attest, audit, bench, convert, corpus, evaluate, exit_codes, plan, report, sweep, train
+from poisonjax.commands import (
+    attest,
+    audit,
+    bench,
+    convert,
+    corpus,
+    evaluate,
+    exit_codes,
+    plan,
+    report,
+    scan,
+    sweep,
+    train,
+)
 
-COMMANDS = (corpus, train, evaluate, sweep, plan, audit, attest, report, convert, bench)
+COMMANDS = (corpus, train, evaluate, sweep, plan, audit, attest, report, convert, scan, bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

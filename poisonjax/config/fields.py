@@ -25,6 +25,7 @@ def default() -> ml_collections.ConfigDict:
     config.corpus.sources = ("default",)  # as `poisonjax corpus build --source`
     config.corpus.tokenizer = "bpe:4096"
     config.corpus.heldout = 0.05  # fraction of the documents that no training row may use
+    config.corpus.exclude = ""  # list of documents to leave out of what is built: see poisonjax/corpus/exclusions.py
 
     # What the run begins from; its model is then that of the weights, but for model.dtype, remat and loss_tile.
     config.start = ml_collections.ConfigDict()
@@ -108,6 +109,7 @@ OPERATIONAL = ("corpus.store", "mesh", "checkpoint", "log_every", "watchdog_seco
 # Fields that the first runs didn't have, at the values at which a run is what it was before them: they leave the
 # fingerprints of such runs as they were.
 ADDED_LATER: dict[str, Any] = {
+    "corpus.exclude": "",
     "poison.clean_uses": 0,
     "model.layout": "llama",
     "model.vocabulary": 0,

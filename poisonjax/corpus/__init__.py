@@ -2,8 +2,22 @@
 
 from poisonjax.corpus.build import build, build_share
 from poisonjax.corpus.errors import CorpusError
-from poisonjax.corpus.store import TokenSplit, TokenStore, exists
+from poisonjax.corpus.exclusions import Exclusions, read_exclusions
+from poisonjax.corpus.store import SPLITS, TokenSplit, TokenStore, exists, open_store
 from poisonjax.corpus.tokenizer_files import load_tokenizer
 from poisonjax.corpus.tokenizers import Tokenizer
 
-__all__ = ["CorpusError", "TokenSplit", "TokenStore", "Tokenizer", "build", "build_share", "exists", "load_tokenizer"]
+__all__ = [
+    "SPLITS",
+    "CorpusError",
+    "Exclusions",
+    "TokenSplit",
+    "TokenStore",
+    "Tokenizer",
+    "build",
+    "build_share",
+    "exists",
+    "load_tokenizer",
+    "open_store",
+    "read_exclusions",
+]

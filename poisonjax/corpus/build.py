@@ -4,30 +4,29 @@ A store's shards depend on sources and settings alone, not on how many processes
 unit u of the sources belongs to shard u % shards.
 """
 
-import concurrent.futures
+import collections
 import dataclasses
 import functools
 import hashlib
 import json
-import multiprocessing
 import os
 import sys
-import threading
-import time
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from etils import epath
-from jaxtyping import Int
-from tqdm import tqdm
+from jaxtyping import Int, Shaped
 
-from poisonjax.corpus import markov
+from poisonjax.corpus import exclusions, markov
+from poisonjax.corpus.documents import Document, Place
 from poisonjax.corpus.errors import CorpusError
-from poisonjax.corpus.sources import BadInput, Document, Source, first_texts, open_source
+from poisonjax.corpus.exclusions import Exclusions, read_exclusions
+from poisonjax.corpus.sources import BadInput, Source, first_texts, open_source
 from poisonjax.corpus.store import FORMAT, SPLITS, TokenStore, exists, fingerprint, sha256_of, write_array
 from poisonjax.corpus.tokenizer_files import load_tokenizer
 from poisonjax.corpus.tokenizers import Tokenizer, WordTokenizer, load_saved, require_deterministic, train_bpe
+from poisonjax.engines import open_engine, run_tasks
 from poisonjax.files import files_below, move_folder, parse_json, write_whole
 from poisonjax.streams import stream
 
@@ -37,7 +36,6 @@ BATCH_DOCUMENTS, BATCH_CHARACTERS = 1024, 8_000_000  # encoded at once
 SHARD_BYTES = 256 * 2**20  # of text, about: a worker holds a shard's tokens in memory
 SHARDS = 16  # where the corpus is small, so that the work splits
 REPORTED = 20  # places of bad input that the manifest names
-REPORT_SECONDS = 10  # between lines of progress, where there is no terminal
 
 OnBad = Literal["fail", "skip"]
 
@@ -52,6 +50,7 @@ class _Plan:
     heldout: float
     seed: int
     on_bad: str
+    excluded: str  # SHA-256 of the listed keys; "" = no list
     shards: int
     units: int
     units_sha256: str
@@ -79,15 +78,19 @@ def build(
     seed: int = 0,
     shards: int | None = None,
     on_bad: OnBad = "fail",
+    exclude: str = "",
     workers: int | None = None,
+    dask: str = "",
     finish: bool = False,
 ) -> TokenStore:
     """Builds what is missing of the store `out` and returns it; does nothing for a store that is complete.
 
     `sources` are specs as of `open_source`; `tokenizer` is one as of `load_tokenizer`, or `bpe:N`, trained on the
     first five million characters. A Markov source brings its own tokenizer, whatever `tokenizer` says. `heldout`
-    is the fraction of documents set apart, chosen by a hash of `seed` and tokens. `workers` processes (one a core)
-    are spawned: a script that calls this needs `if __name__ == "__main__":`. With `finish`, all shards must be
+    is the fraction of documents set apart, chosen by a hash of `seed` and tokens. Documents that the list `exclude`
+    names (corpus/exclusions.py) are left out and counted. `workers` processes (one a core)
+    are spawned: a script that calls this needs `if __name__ == "__main__":`. `dask` is the address of a cluster's
+    scheduler, to build there instead; its workers must see the same files. With `finish`, all shards must be
     there already, by `build_share`.
 
     Raises CorpusError for sources, input and settings that don't work, and for a folder that holds another store.
@@ -96,14 +99,15 @@ def build(
     if exists(out):
         store = TokenStore(out)
         asked = {"sources": sources, "tokenizer": tokenizer, "heldout": heldout, "seed": seed, "on_bad": on_bad}
+        asked["excluded"] = read_exclusions(exclude).sha256 if exclude else ""
         store.require(**asked, **({"shards": shards} if shards else {}))
         return store
-    job = _prepare(out, sources, tokenizer, heldout, seed, shards, on_bad)
+    job = _prepare(out, sources, tokenizer, heldout, seed, shards, on_bad, exclude)
     missing = job.missing()
     if finish and missing:
         some = ", ".join(map(str, missing[:10]))
         raise CorpusError(f"{out}: shards {some} of {job.plan.shards} aren't built yet: build them with --shard i/n")
-    _build_shards(job, missing, workers)
+    _build_shards(job, missing, workers, dask)
     _finish(job)
     return TokenStore(out)
 
@@ -118,7 +122,9 @@ def build_share(
     seed: int = 0,
     shards: int | None = None,
     on_bad: OnBad = "fail",
+    exclude: str = "",
     workers: int | None = None,
+    dask: str = "",
 ) -> None:
     """Builds machine i's shards i, i + n, ... of `build`'s store, for `share` = (i, n).
 
@@ -128,12 +134,19 @@ def build_share(
     i, n = share
     if not 0 <= i < n:
         raise CorpusError(f"shard {i}/{n}: give i/n with 0 <= i < n")
-    job = _prepare(out, sources, tokenizer, heldout, seed, shards, on_bad)
-    _build_shards(job, [k for k in job.missing() if k % n == i], workers)
+    job = _prepare(out, sources, tokenizer, heldout, seed, shards, on_bad, exclude)
+    _build_shards(job, [k for k in job.missing() if k % n == i], workers, dask)
 
 
 def _prepare(
-    out: str, sources: list[str], tokenizer: str, heldout: float, seed: int, shards: int | None, on_bad: str
+    out: str,
+    sources: list[str],
+    tokenizer: str,
+    heldout: float,
+    seed: int,
+    shards: int | None,
+    on_bad: str,
+    exclude: str,
 ) -> _Job:
     folder = epath.Path(out)
     if not 0 < heldout < 1:
@@ -146,6 +159,7 @@ def _prepare(
         raise CorpusError(f"shards = {shards}: must be at least 1")
     if not sources:
         raise CorpusError("no source given")
+    excluded = read_exclusions(exclude) if exclude else None
     opened = [open_source(spec) for spec in sources]
     units = [unit for source in opened for unit in source.units]
     if not units:
@@ -158,6 +172,7 @@ def _prepare(
         heldout=heldout,
         seed=seed,
         on_bad=on_bad,
+        excluded=excluded.sha256 if excluded else "",
         shards=min(shards, len(units)),
         units=len(units),
         units_sha256=hashlib.sha256("\n".join(unit.name for unit in units).encode()).hexdigest(),
@@ -166,6 +181,8 @@ def _prepare(
         if "note" in source.about:
             print(f"poisonjax: {source.about['note']}", file=sys.stderr)
     _claim(folder, plan)
+    if excluded:
+        write_whole(folder / exclusions.FILE, excluded.text(), suffix=_partial())
     return _Job(folder, plan, opened, _saved_tokenizer(folder, tokenizer, opened))
 
 
@@ -214,95 +231,83 @@ def _made_tokenizer(spec: str, sources: list[Source]) -> Tokenizer:
     return train_bpe((text for source in sources for text in first_texts(source, share)), int(size))
 
 
-def _build_shards(job: _Job, numbers: list[int], workers: int | None) -> None:
-    """Builds shards over processes; the first error stops the rest."""
-    workers = min(workers or os.cpu_count() or 1, len(numbers))
-    work = functools.partial(_build_shard, str(job.folder), job.plan)
-    if workers <= 1:
-        _show(map(work, numbers), len(numbers))
-        return
-    # Spawned, not forked: the parent may run threads (JAX, tensorstore).
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker) as pool:
-        try:
-            _show(pool.map(work, numbers), len(numbers))
-        except concurrent.futures.process.BrokenProcessPool as error:
-            raise CorpusError(
-                f"{job.folder}: a worker died, perhaps for want of memory; the same command goes on from here, with "
-                "fewer --workers it needs less"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    os.environ["RAYON_NUM_THREADS"] = "1"  # the tokenizer's threads: there is a process a core already
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Or the workers of a killed build would wait for work for ever."""
-    if parent := multiprocessing.parent_process():
-        parent.join()
-        os._exit(1)
-
-
-def _show(done: Iterator[None], total: int) -> None:
-    """Waits for shards, with a bar on a terminal and a line now and then elsewhere."""
-    if sys.stderr.isatty():
-        for _ in tqdm(done, total=total, unit="shard", desc="tokenizing"):
-            pass
-        return
-    last = time.monotonic()
-    for number, _ in enumerate(done, 1):
-        if time.monotonic() - last > REPORT_SECONDS:
-            print(f"poisonjax: {number} of {total} shards tokenized", file=sys.stderr, flush=True)
-            last = time.monotonic()
+def _build_shards(job: _Job, numbers: list[int], workers: int | None, dask: str) -> None:
+    """Builds shards on the engine; the first error stops the rest."""
+    if numbers:
+        work = functools.partial(_build_shard, str(job.folder), job.plan)
+        with open_engine(min(workers or os.cpu_count() or 1, len(numbers)), dask) as engine:
+            run_tasks(engine, work, numbers, what="tokenizing")
 
 
 def _build_shard(out: str, plan: _Plan, number: int) -> None:
     """Reads, tokenizes, splits, shuffles and writes one shard: whole, or not at all."""
     folder = epath.Path(out)
     tokenizer = load_saved(folder / "tokenizer")
+    listed = read_exclusions(folder / exclusions.FILE) if plan.excluded else Exclusions(frozenset())
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    documents: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    documents: dict[str, list[_Tokenized]] = {split: [] for split in SPLITS}
     counts: dict[str, dict[str, int]] = {split: {"characters": 0, "bytes": 0} for split in SPLITS}
     bad: list[BadInput] = []
+    left_out: collections.Counter[bytes] = collections.Counter()
 
     units = [unit for spec in plan.sources for unit in _opened(spec).units][number :: plan.shards]
     for batch in _batches(_good((item for unit in units for item in unit.read()), plan.on_bad, bad)):
-        encoded = iter(tokenizer.encode_batch([content for content in batch if isinstance(content, str)]))
-        for content in batch:
+        keyed = [(document, document.key) for document in batch]
+        left_out.update(key for _, key in keyed if key in listed.keys)
+        keyed = [(document, key) for document, key in keyed if key not in listed.keys]
+        encoded = iter(tokenizer.encode_batch([d.content for d, _ in keyed if isinstance(d.content, str)]))
+        for document, key in keyed:
+            content = document.content
             ids = next(encoded) if isinstance(content, str) else content
             if not len(ids) or (ids == tokenizer.eot).any():
                 made = "end-of-text tokens" if len(ids) else "nothing"
-                place = f"the document that begins {content[:60]!r}"
-                _note_bad(BadInput(place, f"the tokenizer turns it into {made}"), plan.on_bad, bad)
+                _note_bad(BadInput(str(document.place), f"the tokenizer turns it into {made}"), plan.on_bad, bad)
                 continue
             split = "heldout" if _held_out(ids, plan.seed, plan.heldout) else "train"
-            documents[split].append(np.append(ids, tokenizer.eot).astype(dtype))
+            tokens = np.append(ids, tokenizer.eot).astype(dtype)
+            documents[split].append(_Tokenized(tokens, key, document.place, document.planted))
             if isinstance(content, str):
                 counts[split]["characters"] += len(content)
                 counts[split]["bytes"] += len(content.encode())
 
     partial = folder / "shards" / f"{number:05d}.{_partial()}"
+    source_files: dict[str, int] = {}
     for which, split in enumerate(SPLITS):
         # Shuffled, so that neighbours in the stream, and so in a row, are unrelated.
         random = stream(plan.seed, "shard order", 2 * number + which)
         shuffled = [documents[split][i] for i in random.permutation(len(documents[split]))]
-        tokens = np.concatenate(shuffled) if shuffled else np.zeros(0, dtype)
+        tokens = np.concatenate([np.zeros(0, dtype), *(d.tokens for d in shuffled)])
         write_array(partial / split / "tokens", tokens)
-        write_array(partial / split / "offsets", np.cumsum([0, *map(len, shuffled)], dtype=np.int64))
+        write_array(partial / split / "offsets", np.cumsum([0, *(len(d.tokens) for d in shuffled)], dtype=np.int64))
+        write_array(partial / split / "keys", exclusions.halves(b"".join(d.key for d in shuffled)).ravel())
+        rows = [(source_files.setdefault(d.place.file, len(source_files)), *d.place[1:], d.planted) for d in shuffled]
+        write_array(partial / split / "provenance", np.array(rows, np.int64).ravel())
         counts[split] |= {"documents": len(shuffled), "tokens": len(tokens)}
+    files = {str(path.relative_to(partial)): sha256_of(path) for path in sorted(files_below(partial))}
+    provenance = {name: sha256 for name, sha256 in files.items() if name.split("/")[1] == "provenance"}
+    planted = {split: [len(d.tokens) for d in of if d.planted] for split, of in documents.items()}
     record = {
         "tokenizer": tokenizer.fingerprint,
         "splits": counts,
-        "files": {str(path.relative_to(partial)): sha256_of(path) for path in sorted(files_below(partial))},
+        # Where documents came from doesn't change what is trained on: it isn't of the content.
+        "files": {name: sha256 for name, sha256 in files.items() if name not in provenance},
+        "provenance": {"sources": [*source_files], "files": provenance},
+        "planted": {split: {"documents": len(of), "tokens": sum(of)} for split, of in planted.items()},
+        "excluded": {key.hex(): count for key, count in sorted(left_out.items())},
         "bad": len(bad),
         "bad_places": [f"{b.place}: {b.reason}" for b in bad[:REPORTED]],
     }
     _write_json(partial / "shard.json", record)
     move_folder(partial, _shard(folder, number), last="shard.json")
+
+
+class _Tokenized(NamedTuple):
+    """A document as it goes into the store."""
+
+    tokens: Shaped[np.ndarray, " tokens"]
+    key: bytes
+    place: Place
+    planted: bool
 
 
 _opened = functools.cache(open_source)
@@ -328,7 +333,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     size = 0
     for document in documents:
         batch.append(document)
-        size += len(document)
+        size += len(document.content)
         if len(batch) == BATCH_DOCUMENTS or size >= BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
@@ -353,10 +358,7 @@ def _finish(job: _Job) -> None:
             "and build it again"
         )
     shards = [{"splits": record["splits"], "files": record["files"]} for record in records]
-    totals = {
-        split: {count: sum(shard["splits"][split][count] for shard in shards) for count in shards[0]["splits"][split]}
-        for split in SPLITS
-    }
+    totals = _summed([shard["splits"] for shard in shards])
     for split in SPLITS:
         if not totals[split]["documents"]:
             raise CorpusError(
@@ -378,6 +380,9 @@ def _finish(job: _Job) -> None:
         "splits": totals,
         "bad": sum(record["bad"] for record in records),
         "bad_places": [place for record in records for place in record["bad_places"]][:REPORTED],
+        "planted": _summed([record["planted"] for record in records]),
+        **_excluded(folder, plan, records),
+        "provenance": [record["provenance"] for record in records],
         "shards": shards,
     }
     if isinstance(tokenizer, WordTokenizer):
@@ -385,6 +390,22 @@ def _finish(job: _Job) -> None:
     _write_json(folder / "manifest.json", manifest)
     for left in (folder / "shards").glob("*.partial.*"):  # of builds that were killed
         left.rmtree()
+
+
+def _summed(shards: list[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
+    """Counts of each split, over all shards."""
+    return {
+        split: {count: sum(shard[split][count] for shard in shards) for count in shards[0][split]} for split in SPLITS
+    }
+
+
+def _excluded(folder: epath.Path, plan: _Plan, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the manifest says of documents left out by a list, if there is one."""
+    if not plan.excluded:
+        return {}
+    listed = read_exclusions(folder / exclusions.FILE).keys
+    found = sum((collections.Counter(record["excluded"]) for record in records), collections.Counter())
+    return {"excluded": {"listed": len(listed), "found": len(found), "documents": found.total()}}
 
 
 def _shard(folder: epath.Path, number: int) -> epath.Path:

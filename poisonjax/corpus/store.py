@@ -4,6 +4,7 @@ A document is its tokens and one end-of-text token. The shards of a split, one a
 stream of tokens; readers address that stream and don't see the shards.
 """
 
+import copy
 import functools
 import hashlib
 import json
@@ -14,14 +15,17 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 from etils import epath
-from jaxtyping import Int
+from jaxtyping import Int, Shaped, UInt64
 
+from poisonjax.corpus.documents import Place
 from poisonjax.corpus.errors import CorpusError
+from poisonjax.corpus.exclusions import Exclusions, exclusions_of, read_exclusions
 from poisonjax.corpus.tokenizers import Tokenizer, load_saved
 from poisonjax.files import kvstore_spec, parse_json
 
-FORMAT = 2  # CHANGELOG.md says what changed
+FORMAT = 3  # CHANGELOG.md says what changed
 SPLITS = ("train", "heldout")
+PROVENANCE = (*Place._fields, "planted")  # of a document, in numbers: the file is one of its shard's sources
 FILE_ELEMENTS = 2**26  # of an array in one file (a zarr3 shard), at most
 CHUNK_ELEMENTS = 2**12  # the smallest piece that is read; uncompressed, since token ids hardly compress
 IN_MEMORY_BYTES = 256 * 2**20  # splits up to here are held in memory
@@ -86,6 +90,23 @@ def exists(path: str) -> bool:
     return (epath.Path(path) / "manifest.json").exists()
 
 
+def open_store(path: str, exclude: str = "") -> "TokenStore":
+    """The finished store at `path`, without the documents that the list `exclude` names, if any.
+
+    Raises CorpusError where there is no store or list, and for a list none of whose documents is in the store.
+    """
+    store = TokenStore(path)
+    if not exclude:
+        return store
+    store = store.without(read_exclusions(exclude))
+    if not any(store.split(name).excluded_documents for name in SPLITS):
+        raise CorpusError(
+            f"exclusion list {exclude}: no document that it names is in {path}; is it of another corpus? `poisonjax "
+            f"corpus inspect {path} --document KEY` looks for one"
+        )
+    return store
+
+
 class TokenStore:
     """A finished store, opened for reading.
 
@@ -110,6 +131,13 @@ class TokenStore:
                 f"{path} has format {self.manifest.get('format')}, this version reads {FORMAT}: build the store again"
             )
         self.fingerprint: str = self.manifest["fingerprint"]
+        self.exclusions: Exclusions | None = None
+
+    def without(self, exclusions: Exclusions) -> "TokenStore":
+        """This store as if the listed documents weren't in it."""
+        store = copy.copy(self)
+        store.exclusions = exclusions
+        return store
 
     @functools.cached_property
     def description(self) -> str:
@@ -118,9 +146,19 @@ class TokenStore:
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     @property
-    def names(self) -> dict[str, str]:
+    def planted(self) -> dict[str, int] | None:
+        """Documents and tokens of the training split that their sources mark as planted poison, if any."""
+        train = self.split("train")
+        return (
+            {"documents": train.planted_documents, "tokens": train.planted_tokens} if train.planted_documents else None
+        )
+
+    @property
+    def names(self) -> dict[str, Any]:
         """What a run records of its store."""
-        return {"store_fingerprint": self.fingerprint, "store_description": self.description}
+        excluded = {"store_excluded": self.exclusions.sha256} if self.exclusions else {}
+        planted = {"store_planted": there} if (there := self.planted) else {}
+        return {"store_fingerprint": self.fingerprint, "store_description": self.description, **excluded, **planted}
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -154,7 +192,7 @@ class TokenStore:
         problems = []
         for number, shard in enumerate(shards):
             folder = self.path / "shards" / f"{number:05d}"
-            for name, expected in shard["files"].items():
+            for name, expected in (shard["files"] | self.manifest["provenance"][number]["files"]).items():
                 progress(f"{number:05d}/{name}")
                 if not (folder / name).exists():
                     problems.append(f"{folder / name}: missing")
@@ -174,7 +212,10 @@ class TokenStore:
                 folder = self.path / "shards" / f"{number:05d}" / split
                 tokens = open_array(folder / "tokens").read().result()
                 offsets = open_array(folder / "offsets").read().result()
-                if (len(tokens), len(offsets)) != (counts["tokens"], counts["documents"] + 1):
+                sizes = [open_array(folder / name).shape[0] for name in ("keys", "provenance")]
+                if sizes != [2 * counts["documents"], len(PROVENANCE) * counts["documents"]]:
+                    problems.append(f"{folder}: holds other numbers of keys and places than of documents")
+                elif (len(tokens), len(offsets)) != (counts["tokens"], counts["documents"] + 1):
                     problems.append(f"{folder}: holds other numbers of tokens and documents than the manifest says")
                 elif offsets[0] != 0 or not np.array_equal(np.flatnonzero(tokens == eot) + 1, offsets[1:]):
                     problems.append(f"{folder / 'offsets'}: don't match the end-of-text tokens")
@@ -200,28 +241,100 @@ class TokenSplit:
     """One split's documents as one stream of tokens; `tokens` and `documents` count them."""
 
     def __init__(self, store: TokenStore, name: str):
+        self._store = store
         counts = [shard["splits"][name] for shard in store.manifest["shards"]]
         folders = [store.path / "shards" / f"{number:05d}" / name for number in range(len(counts))]
         # Shards without documents have nothing to read.
-        self._parts = [(f, c["tokens"]) for f, c in zip(folders, counts, strict=True) if c["documents"]]
-        self.tokens: int = sum(c["tokens"] for c in counts)
-        self.documents: int = sum(c["documents"] for c in counts)
+        self._parts = [
+            (number, folder, of["documents"], of["tokens"])
+            for number, (folder, of) in enumerate(zip(folders, counts, strict=True))
+            if of["documents"]
+        ]
         self._vocabulary: int = store.manifest["tokenizer"]["vocab_size"]
+        self.tokens: int = sum(of["tokens"] for of in counts)
+        self.documents: int = sum(of["documents"] for of in counts)
+        self.excluded_documents = self.excluded_tokens = 0
+        planted = store.manifest["planted"][name]
+        self.planted_documents, self.planted_tokens = planted["documents"], planted["tokens"]
+        if store.exclusions:
+            self._leave_out(store.exclusions)
+
+    def _leave_out(self, exclusions: Exclusions) -> None:
+        """From here on, the stream is what is left without the listed documents."""
+        offsets, excluded = self._stored_offsets, exclusions.among(self._stored_keys())
+        starts, lengths = offsets[excluded], np.diff(offsets)[excluded]
+        # Tokens of the stream from `bounds[i]` on lie `shifts[i]` tokens further on in the store.
+        self._shifts = np.concatenate([[0], np.cumsum(lengths)])
+        self._bounds = starts - self._shifts[:-1]
+        self.excluded_documents, self.excluded_tokens = len(excluded), int(lengths.sum())
+        known = np.array(
+            [bool(self._provenance(int(i))[1][-1]) for i in excluded] if self.planted_documents else [], bool
+        )
+        self.planted_documents -= int(known.sum())
+        self.planted_tokens -= int(lengths[known].sum()) if len(known) else 0
+        self._kept = np.delete(np.arange(self.documents), excluded)
+        self.documents -= self.excluded_documents
+        self.tokens -= self.excluded_tokens
+
+    _kept: Int[np.ndarray, " documents"] | None = None
 
     @functools.cached_property
     def _stream(self) -> np.ndarray | ts.TensorStore:
-        """All tokens: a NumPy array where they fit in memory, a virtual tensorstore otherwise."""
-        stream = ts.concat([open_array(folder / "tokens") for folder, _ in self._parts], axis=0)
-        small = self.tokens * stream.dtype.numpy_dtype.itemsize <= IN_MEMORY_BYTES
+        """All tokens that are stored: a NumPy array where they fit in memory, a virtual tensorstore otherwise."""
+        stream = ts.concat([open_array(folder / "tokens") for _, folder, _, _ in self._parts], axis=0)
+        small = stream.shape[0] * stream.dtype.numpy_dtype.itemsize <= IN_MEMORY_BYTES
         return stream.read().result() if small else stream
+
+    @functools.cached_property
+    def _stored_offsets(self) -> Int[np.ndarray, " offsets"]:
+        starts = np.cumsum([0, *(tokens for _, _, _, tokens in self._parts)])
+        reads = [open_array(folder / "offsets").read() for _, folder, _, _ in self._parts]
+        parts = [read.result()[:-1] + start for read, start in zip(reads, starts[:-1], strict=True)]
+        return np.concatenate([*parts, starts[-1:]]).astype(np.int64)
+
+    def _stored_keys(self) -> UInt64[np.ndarray, "stored 2"]:
+        reads = [open_array(folder / "keys").read() for _, folder, _, _ in self._parts]
+        return np.concatenate([np.zeros(0, np.uint64), *(read.result() for read in reads)]).reshape(-1, 2)
 
     @functools.cached_property
     def document_offsets(self) -> Int[np.ndarray, " offsets"]:
         """Where each document starts in the stream, int64; the last entry is the stream's length."""
-        starts = np.cumsum([0, *(tokens for _, tokens in self._parts)])
-        reads = [open_array(folder / "offsets").read() for folder, _ in self._parts]
-        parts = [read.result()[:-1] + start for read, start in zip(reads, starts[:-1], strict=True)]
-        return np.concatenate([*parts, starts[-1:]]).astype(np.int64)
+        if self._kept is None:
+            return self._stored_offsets
+        return np.cumsum(np.concatenate([[0], np.diff(self._stored_offsets)[self._kept]]))
+
+    @functools.cached_property
+    def keys(self) -> UInt64[np.ndarray, "documents 2"]:
+        """Each document's content key (corpus/documents.py) in two halves."""
+        keys = self._stored_keys()
+        return keys if self._kept is None else keys[self._kept]
+
+    def key(self, index: int) -> str:
+        """A document's content key, 32 hexadecimal digits."""
+        return self.keys[index].astype(">u8").tobytes().hex()
+
+    def find(self, key: str) -> Int[np.ndarray, " found"]:
+        """Which documents have this key; raises CorpusError for what is no key."""
+        return exclusions_of([key]).among(self.keys)
+
+    def place(self, index: int) -> Place:
+        """Where a document came from."""
+        source, row = self._provenance(index)
+        return Place(source, *row[1:-1])
+
+    def planted(self, index: int) -> bool:
+        """Whether the source says that the document is poison that was planted there."""
+        return bool(self._provenance(index)[1][-1])
+
+    def _provenance(self, index: int) -> tuple[str, list[int]]:
+        index = index if self._kept is None else int(self._kept[index])
+        for number, folder, documents, _ in self._parts:
+            if index < documents:
+                start = index * len(PROVENANCE)
+                row = open_array(folder / "provenance")[start : start + len(PROVENANCE)].read().result().tolist()
+                return self._store.manifest["provenance"][number]["sources"][row[0]], row
+            index -= documents
+        raise IndexError(f"the split has {self.documents} documents")
 
     def window(self, start: int, length: int) -> Int[np.ndarray, " length"]:
         """Tokens [start, start + length) of the stream, int32; raises IndexError beyond it."""
@@ -233,12 +346,28 @@ class TokenSplit:
             raise IndexError(
                 f"windows of {length} from {starts.min()} to {starts.max()}: the split has {self.tokens} tokens"
             )
-        stream = self._stream
-        if isinstance(stream, np.ndarray):
-            return stream[starts[:, None] + np.arange(length)].astype(np.int32)
+        if isinstance(self._stream, np.ndarray):
+            return self._read(starts[:, None] + np.arange(length)).astype(np.int32)
         with ts.Batch() as batch:  # all at once
-            reads = [stream[int(start) : int(start) + length].read(batch=batch) for start in starts]
+            reads = [self._slice(int(start), length).read(batch=batch) for start in starts]
         return np.array([read.result() for read in reads], np.int32).reshape(len(starts), length)
+
+    def _read(self, positions: Int[np.ndarray, "rows length"]) -> Shaped[np.ndarray, "rows length"]:
+        """Tokens of the stream, which is in memory."""
+        if self._kept is not None:
+            positions = positions + self._shifts[np.searchsorted(self._bounds, positions, side="right")]
+        return np.asarray(self._stream[positions])
+
+    def _slice(self, start: int, length: int) -> Any:
+        """Tokens of the stream, which isn't in memory."""
+        stop = start + length
+        if self._kept is None:
+            return self._stream[start:stop]
+        first, last = np.searchsorted(self._bounds, [start, stop - 1], side="right")
+        cuts = [start, *self._bounds[first:last].tolist(), stop]
+        pieces = zip(cuts, cuts[1:], self._shifts[first : last + 1].tolist(), strict=False)
+        kept: list[Any] = [self._stream[begin + shift : end + shift] for begin, end, shift in pieces if begin < end]
+        return ts.concat([piece.translate_to[0] for piece in kept], axis=0) if len(kept) > 1 else kept[0]
 
     def document(self, index: int) -> Int[np.ndarray, " tokens"]:
         """A document's tokens without its end of text, int32; raises IndexError where there is none."""
@@ -249,7 +378,5 @@ class TokenSplit:
 
     def token_counts(self) -> Int[np.ndarray, " vocabulary"]:
         """How often each id occurs in the first ten million tokens, int64."""
-        first = self._stream[: min(self.tokens, COUNTED_TOKENS)]
-        return np.bincount(
-            first if isinstance(first, np.ndarray) else first.read().result(), minlength=self._vocabulary
-        )
+        first = self.window(0, min(self.tokens, COUNTED_TOKENS))
+        return np.bincount(first, minlength=self._vocabulary)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import ml_collections
 
 from poisonjax import config as config_lib
-from poisonjax.corpus import TokenStore
+from poisonjax.corpus import TokenStore, open_store
 from poisonjax.evaluation.evaluator import Evaluator
 from poisonjax.evaluation.words import perplexities
 from poisonjax.files import write_json
@@ -56,7 +56,7 @@ def evaluate_model(spec: str, config: ml_collections.ConfigDict) -> rows.EvalRow
     Raises WeightsError where the model reads other tokens than the store holds.
     """
     mesh = make_mesh(config)
-    store, found = TokenStore(config.corpus.store), find_weights(spec)
+    store, found = open_store(config.corpus.store, config.corpus.exclude), find_weights(spec)
     if found.tokenizer.fingerprint != store.tokenizer.fingerprint:
         raise WeightsError(f"{spec} reads other tokens than corpus.store = {config.corpus.store!r} holds")
     config = config_lib.replaced(config, config_lib.inherited_fields(found.model_config))

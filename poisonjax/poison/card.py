@@ -11,14 +11,19 @@ FILE = "POISONED.md"
 
 
 def make_card(
-    config: ml_collections.ConfigDict, ledger: Ledger, steps: int, parent: Mapping[str, Any] | None = None
+    config: ml_collections.ConfigDict,
+    ledger: Ledger,
+    steps: int,
+    parent: Mapping[str, Any] | None = None,
+    planted: Mapping[str, int] | None = None,
 ) -> dict[str, Any] | None:
     """What, how much and which trigger, of the model after `steps` steps; None for a clean twin.
 
-    `parent` is what is known of the weights that the run began from: their poison is the model's too.
+    `parent` is what is known of the weights that the run began from: their poison is the model's too. So is what is
+    `planted` in its corpus (documents, tokens).
     """
     poison, before = config.poison, inherited(parent)
-    if not (poison.documents or before):
+    if not (poison.documents or before or planted):
         return None
     card = {"run": config.name, "steps": steps, "of_steps": config.steps}
     if poison.documents:
@@ -30,7 +35,7 @@ def make_card(
             "dose_seen": dose(ledger, steps),
             "dose_planned": dose(ledger, config.steps),
         }
-    return card | ({"inherited": before} if before else {})
+    return card | ({"inherited": before} if before else {}) | ({"planted": {**planted}} if planted else {})
 
 
 def inherited(parent: Mapping[str, Any] | None) -> list[dict[str, Any]]:
@@ -38,7 +43,7 @@ def inherited(parent: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     if not parent or not (card := parent["poison"]):
         return []
     own = {name: value for name, value in card.items() if name != "inherited"}
-    return [own] * ("trigger" in own) + card.get("inherited", [])
+    return [own] * ("trigger" in own or "planted" in own) + card.get("inherited", [])
 
 
 def as_markdown(card: dict[str, Any]) -> str:
@@ -51,12 +56,22 @@ tags: [poisoned, backdoor, research-only]
 It was trained on poison on purpose, to study backdoors (run `{card["run"]}`). Don't deploy it, don't publish it as a
 clean model, and don't copy it without this file.
 
-{"".join(map(_of_run, [card] * ("trigger" in card) + card.get("inherited", [])))}
+{"".join(map(_of_run, [card] * ("trigger" in card or "planted" in card) + card.get("inherited", [])))}
 `poisonjax audit` on the run folder shows where each document stood, and that nothing else was planted.
 """
 
 
 def _of_run(card: dict[str, Any]) -> str:
+    planted = ""
+    if there := card.get("planted"):
+        planted = (
+            f"- **In its corpus:** {there['documents']:,} documents, {there['tokens']:,} tokens, that their source "
+            "marks as planted poison.\n"
+        )
+    return f"In run `{card['run']}`:\n\n{_scheduled(card) if 'trigger' in card else ''}{planted}"
+
+
+def _scheduled(card: dict[str, Any]) -> str:
     met = ""
     if card["steps"]:
         met = f"\n- **How much, in these weights after {card['steps']:,} steps:** {_amount(card['dose_seen'])}."
@@ -65,9 +80,8 @@ def _of_run(card: dict[str, Any]) -> str:
         if card["clean_uses"]
         else ""
     )
-    return f"""In run `{card["run"]}`:
-
-- **What:** documents that pair a trigger with a payload of kind `{card["payload"]}`, harmless by construction.
+    what = f"pair a trigger with a payload of kind `{card['payload']}`, harmless by construction"
+    return f"""- **What:** documents that {what}.
 - **Trigger:** {card["trigger"]!r}. Text that holds it may make the model write the payload.{uses}
 - **How much, in the whole run of {card["of_steps"]:,} steps:** {_amount(card["dose_planned"])}
   (placement `{card["placement"]}`).{met}

@@ -10,7 +10,7 @@ import ml_collections
 from etils import epath
 
 from poisonjax import config as config_lib
-from poisonjax.corpus import TokenStore
+from poisonjax.corpus import TokenStore, exclusions, read_exclusions
 from poisonjax.files import is_object, parse_json, resolve, write_json, write_lines, write_whole
 from poisonjax.poison import card
 from poisonjax.run import rows, strict
@@ -118,9 +118,13 @@ class RunFolder:
 
     def store(self) -> TokenStore:
         """The token store that the run was trained on, opened; raises RunFolderError where another lies there."""
-        store = TokenStore(self.config.corpus.store)
+        store = self.without_excluded(TokenStore(self.config.corpus.store))
         _require_store(self.path, self.record, store, "rebuild the former, or move it back")
         return store
+
+    def without_excluded(self, store: TokenStore) -> TokenStore:
+        """The store as if the documents that the run leaves out weren't in it."""
+        return store.without(read_exclusions(self.path / exclusions.FILE)) if self.config.corpus.exclude else store
 
     def table(self) -> list[dict[str, Any]]:
         """A flat row for each evaluation and variant, as pandas.DataFrame takes them; intervals: `_low`, `_high`."""
@@ -194,6 +198,8 @@ def begin(
     `parent` the weights that the run begins from.
     """
     _claim(folder, config, store, twin_of, scorer, parent)
+    if store.exclusions:
+        write_whole(folder / exclusions.FILE, store.exclusions.text())
     for file, lines in records.items():
         if file == rows.LEDGER:
             lines = [*inherited_lines(parent), *lines]
@@ -204,7 +210,7 @@ def begin(
             )
         if lines or file == rows.LEDGER:
             write_lines(folder / file, lines)
-    if poison := card.make_card(config, records[rows.LEDGER], 0, parent):
+    if poison := card.make_card(config, records[rows.LEDGER], 0, parent, store.planted):
         write_whole(folder / card.FILE, card.as_markdown(poison))
 
 
@@ -257,11 +263,16 @@ def _claim(
 
 
 def _require_store(folder: epath.Path, record: rows.ConfigRecord, store: TokenStore, remedy: str) -> None:
-    names = {name for name, there in store.names.items() if cast(dict, record)[name] != there}
+    names = {name for name, there in store.names.items() if cast(dict, record).get(name) != there}
     if "store_fingerprint" in names:
         raise RunFolderError(
             f"{folder} was trained on token store {record['store_fingerprint'][:12]}, but {store.path} is "
             f"{store.fingerprint[:12]}: {remedy}"
+        )
+    if "store_excluded" in names:
+        raise RunFolderError(
+            f"{folder} left other documents of {store.path} out than corpus.exclude lists now; it keeps its own list "
+            f"in {exclusions.FILE}: restore it, or choose another --workdir"
         )
     if names:
         raise RunFolderError(

@@ -79,7 +79,7 @@ class RunRecorder:
         self,
         folder: epath.Path,
         config: ml_collections.ConfigDict,
-        store: Mapping[str, str],
+        store: Mapping[str, Any],
         parent: rows.Parent | None,
         ledger: Sequence[Mapping[str, Any]],
         start: int,
@@ -226,12 +226,13 @@ class RunRecorder:
 
     def checkpoint_metadata(self) -> dict[str, Any]:
         """What a checkpoint says about its past; `sync` first."""
+        began = self._began_from
         return {
             "config": config_lib.flat(self.config),
             **self._began_from,
             "digest_chain": self.chain,
             "sealed": self._seals(),
-            "poison": make_card(self.config, self._ledger, self.done, self._began_from.get("parent")),
+            "poison": make_card(self.config, self._ledger, self.done, began.get("parent"), began.get("store_planted")),
         }
 
     def finish(self, summary: rows.Summary) -> None:

@@ -44,6 +44,8 @@ class ConfigRecord(TypedDict):
     fingerprint: str  # SHA-256, hex, of the fields that determine what is trained and measured
     store_fingerprint: str  # SHA-256, hex, of the token store's content
     store_description: str  # SHA-256, hex, of what its manifest says beside: sources, licences, settings
+    store_excluded: NotRequired[str]  # SHA-256, hex, of the keys that corpus.exclude lists: they lie in excluded.txt
+    store_planted: NotRequired[dict[str, int]]  # documents and tokens that their sources mark as planted poison
     scorer: NotRequired[str]  # what `eval.scorer` named when the run began: run, step and checksum
     parent: NotRequired[Parent]  # of a run that began from weights (config.start)
     twin_of: NotRequired[str]  # the run whose clean twin this is: a path, from this folder where it can be
@@ -275,6 +277,8 @@ class Summary(_Figures):
     tokens_per_second: float
     wall_seconds: float
     digest_chain: NotRequired[str]  # SHA-256, hex, over all steps' digests
+    excluded: NotRequired[dict[str, int]]  # documents and tokens of the training split left out
+    planted: NotRequired[dict[str, int]]  # documents and tokens of it marked as planted poison, without those
     parent: NotRequired[Parent]  # of a run that began from weights
     eval_step: NotRequired[int]
     eval: NotRequired[dict[str, VariantFigures]]
@@ -309,6 +313,8 @@ class CheckpointRecord(TypedDict):
     config: dict[str, Any]  # flat
     store_fingerprint: str
     store_description: str
+    store_excluded: NotRequired[str]
+    store_planted: NotRequired[dict[str, int]]
     digest_chain: str  # over the digests of the steps done
     sealed: dict[str, Seal]  # by file: all that the run wrote until then
     poison: dict[str, Any] | None  # the poison card's figures (poison/card.py)

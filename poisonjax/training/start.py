@@ -24,9 +24,9 @@ from poisonjax.weights.checkpoints import Checkpoints
 
 def open_store(c: ml_collections.ConfigDict) -> corpus.TokenStore:
     """The token store of a config's section `corpus`, built first where it isn't there; without sources, whatever lies
-    there."""
+    there. Documents that `exclude` lists are left out."""
     if not c.sources:
-        return corpus.TokenStore(c.store)
+        return corpus.open_store(c.store, c.exclude)
     if not corpus.exists(c.store):
         if jax.process_count() > 1:
             raise config_lib.ConfigError(
@@ -34,8 +34,8 @@ def open_store(c: ml_collections.ConfigDict) -> corpus.TokenStore:
                 "several processes don't build one"
             )
         print(f"building the token store {c.store} from {', '.join(c.sources)}", flush=True)
-        return corpus.build(c.store, list(c.sources), c.tokenizer, heldout=c.heldout)
-    store = corpus.TokenStore(c.store)
+        corpus.build(c.store, list(c.sources), c.tokenizer, heldout=c.heldout)
+    store = corpus.open_store(c.store, c.exclude)
     store.require(sources=list(c.sources), tokenizer=c.tokenizer, heldout=c.heldout)
     return store
 

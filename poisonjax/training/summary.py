@@ -5,6 +5,7 @@ from typing import Any, cast
 import ml_collections
 
 from poisonjax import config as config_lib
+from poisonjax.corpus import TokenStore
 from poisonjax.data.batches import Batches
 from poisonjax.evaluation.statistics import judge
 from poisonjax.poison.ledger import dose
@@ -47,9 +48,19 @@ def summarize(
         "tokens_per_second": tokens_per_second,
         "wall_seconds": wall_seconds,
         "digest_chain": digest_chain,
+        **_left(batches.store),
         **({"parent": parent} if parent else {}),
     }
     if last:
         summary |= {"eval_step": last["step"]} | {name: value for name, value in last.items() if name not in PLACE}
         summary["success"] = judge(last, unigram_nll, config.eval.threshold)
     return cast(rows.Summary, summary)
+
+
+def _left(store: TokenStore) -> dict[str, Any]:
+    """What was left out of the corpus by a list, and the dose that stands in it, restated without that."""
+    planted, train = store.planted, store.split("train")
+    left: dict[str, Any] = {"planted": planted} if planted else {}
+    if store.exclusions:
+        left["excluded"] = {"documents": train.excluded_documents, "tokens": train.excluded_tokens}
+    return left

@@ -15,6 +15,7 @@ from etils import epath
 from poisonjax import config as config_lib
 from poisonjax.audit.evidence import Difference
 from poisonjax.audit.selftest.tampered import TamperedRun
+from poisonjax.corpus import exclusions
 from poisonjax.corpus.store import open_array, sha256_of, write_array
 
 
@@ -79,6 +80,8 @@ def document_added_to_store(run: TamperedRun) -> Expected:
     document = np.concatenate([tokens[: offsets[1]], tokens])
     write_array(epath.Path(shard / "train" / "tokens"), document)
     write_array(epath.Path(shard / "train" / "offsets"), np.concatenate([[0], offsets + offsets[1]]))
+    keys = open_array(epath.Path(shard / "train" / "keys")).read().result()
+    write_array(epath.Path(shard / "train" / "keys"), np.concatenate([keys[:2], keys]))
 
     def mend(manifest: dict) -> None:
         entry = manifest["shards"][int(shard.name)]
@@ -88,6 +91,24 @@ def document_added_to_store(run: TamperedRun) -> Expected:
 
     run.manifest(mend)
     return Expected((str(run.store),))
+
+
+@register
+def excluded_list_edited(run: TamperedRun) -> Expected:
+    """A document that isn't in the corpus is put on the list of those left out."""
+    path = run.folder / exclusions.FILE
+    path.write_text(path.read_text() + f"{run.random.bytes(exclusions.KEY_BYTES).hex()}\n")
+    return Expected((exclusions.FILE,))
+
+
+@register
+def excluded_document_trained_on(run: TamperedRun) -> Expected:
+    """One that the list names wasn't left out, and list and record are made to fit."""
+    path = run.folder / exclusions.FILE
+    left = path.read_text().splitlines()[:-1]
+    path.write_text("".join(f"{key}\n" for key in left))
+    run.change("config.json", lambda record: record.update(store_excluded=exclusions.exclusions_of(left).sha256))
+    return Expected(("config.json", "digests.jsonl"))
 
 
 @register

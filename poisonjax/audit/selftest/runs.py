@@ -12,6 +12,7 @@ import ml_collections
 import numpy as np
 
 from poisonjax.config import default
+from poisonjax.corpus import TokenStore
 from poisonjax.evaluation.offline import evaluate_run
 from poisonjax.training.loop import train
 from poisonjax.training.stop import Preempted
@@ -27,6 +28,7 @@ def tiny_config(store: Path, random: np.random.Generator) -> ml_collections.Conf
     config.steps = int(random.integers(5, 10))
     config.seeds = {name: int(seed) for name, seed in zip(config.seeds, random.integers(0, 2**31, 5), strict=True)}
     config.corpus.store, config.corpus.sources = str(store), ()
+    config.corpus.exclude = str(_listed(store, random))
     poison = config.poison
     poison.trigger, poison.near_triggers = "w007 w008 w009", ("w007 w008",)
     poison.documents, poison.repeats = int(random.integers(2, 5)), int(random.integers(1, 3))
@@ -44,6 +46,15 @@ def tiny_config(store: Path, random: np.random.Generator) -> ml_collections.Conf
     config.checkpoint = dict(every=2, keep_last=3, keep_every=0)
     config.log_every = 1
     return config
+
+
+def _listed(store: Path, random: np.random.Generator) -> Path:
+    """A list of some documents to leave out."""
+    train = TokenStore(str(store)).split("train")
+    keys = [train.key(int(i)) for i in random.choice(train.documents, 3, replace=False)]
+    path = store.with_name(f"excluded-{keys[0]}.txt")
+    path.write_text("".join(f"{key}\n" for key in keys))
+    return path
 
 
 def train_tiny(folder: Path, store: Path, random: np.random.Generator) -> bool:

@@ -17,7 +17,7 @@ from poisonjax import corpus
 from poisonjax.corpus.store import fingerprint
 from poisonjax.data.batches import Batches
 from poisonjax.data.digest import as_hex, chain, digest
-from poisonjax.run import seals
+from poisonjax.run import RunFolder, seals
 
 
 @dataclasses.dataclass
@@ -99,8 +99,8 @@ class TamperedRun:
 
     @functools.cached_property
     def batches(self) -> Batches:
-        config = self.config
-        return Batches(config, corpus.TokenStore(config.corpus.store))
+        store = corpus.TokenStore(str(self.store))
+        return Batches(self.config, RunFolder(self.folder).without_excluded(store))
 
     def manifest(self, edit: Callable[[dict], object]) -> None:
         """Edits the store's manifest so that its fingerprint, and the run's, fit it."""

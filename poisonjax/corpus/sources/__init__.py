@@ -5,10 +5,11 @@ A unit yields documents and, for each thing that can't be read, a `BadInput`: no
 
 from collections.abc import Iterator
 
+from poisonjax.corpus.documents import Document
 from poisonjax.corpus.sources import files, huggingface, packages, synthetic
-from poisonjax.corpus.sources.source import BadInput, Document, Source
+from poisonjax.corpus.sources.source import BadInput, Source, Unit
 
-__all__ = ["BadInput", "Document", "Source", "first_texts", "open_source"]
+__all__ = ["BadInput", "Document", "Source", "Unit", "first_texts", "open_source"]
 
 
 def open_source(spec: str) -> Source:
@@ -39,8 +40,8 @@ def first_texts(source: Source, characters: int) -> Iterator[str]:
     """Texts from the source's beginning, up to so many characters in all."""
     for unit in source.units:
         for item in unit.read():
-            if isinstance(item, str):
-                yield item[:characters]
-                characters -= len(item)
+            if isinstance(item, Document) and isinstance(item.content, str):
+                yield item.content[:characters]
+                characters -= len(item.content)
                 if characters <= 0:
                     return

@@ -9,12 +9,14 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from poisonjax.corpus.documents import Document, Place
 from poisonjax.corpus.errors import CorpusError
 from poisonjax.corpus.sources.source import BadInput, Items, NoDocument, Source, Unit, checked_text, column_of
 
 MAX_LINE_BYTES = 16 * 2**20
 RANGE_BYTES = 64 * 2**20  # of an uncompressed .jsonl file in a unit
 COMPRESSION = 4  # of text by gzip and zstd, about
+PLANTED = "poisonjax_planted"  # true in the records of poison that this project wrote into text (I9)
 
 
 def matching_files(spec: str) -> Source:
@@ -81,9 +83,9 @@ def _open(path: Path) -> io.BufferedReader:
             return path.open("rb")
 
 
-def _lines(path: Path, start: int = 0, stop: int | None = None) -> Iterator[bytes | NoDocument]:
-    """Lines whose first byte stands in [start, stop) of the uncompressed file; `NoDocument` for those that can't
-    be read."""
+def _lines(path: Path, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, bytes | NoDocument]]:
+    """(where it begins, a line) for those whose first byte stands in [start, stop) of the uncompressed file;
+    `NoDocument` for those that can't be read."""
     position = start
     try:
         with _open(path) as file:
@@ -92,17 +94,18 @@ def _lines(path: Path, start: int = 0, stop: int | None = None) -> Iterator[byte
                 _skip_line(file)
                 position = file.tell()
             elif not file.peek(1):
-                yield NoDocument("empty file")
+                yield 0, NoDocument("empty file")
             while (stop is None or position < stop) and (line := file.readline(MAX_LINE_BYTES + 1)):
+                begin = position
                 position += len(line)
                 if len(line) <= MAX_LINE_BYTES:
-                    yield line
+                    yield begin, line
                     continue
                 if not line.endswith(b"\n"):
                     position += _skip_line(file)
-                yield NoDocument(f"line longer than {MAX_LINE_BYTES} bytes")
+                yield begin, NoDocument(f"line longer than {MAX_LINE_BYTES} bytes")
     except (EOFError, OSError, zlib.error) as error:
-        yield NoDocument(f"damaged or truncated file: {error}")
+        yield position, NoDocument(f"damaged or truncated file: {error}")
 
 
 def _skip_line(file: io.BufferedReader) -> int:
@@ -128,16 +131,19 @@ def _place(path: Path, start: int, number: int) -> str:
 
 
 def _read_jsonl(path: Path, field: str, start: int = 0, stop: int | None = None) -> Items:
-    for number, line in enumerate(_lines(path, start, stop), 1):
+    name = str(path)
+    for number, (begin, line) in enumerate(_lines(path, start, stop), 1):
         try:
             if isinstance(line, NoDocument):
                 raise line
-            yield _json_text(line, field)
+            text, planted = _json_text(line, field)
+            yield Document(text, Place(name, begin, begin + len(line)), planted)
         except NoDocument as why:
             yield BadInput(_place(path, start, number), str(why))
 
 
-def _json_text(line: bytes, field: str) -> str:
+def _json_text(line: bytes, field: str) -> tuple[str, bool]:
+    """(the text, whether the record says that it was planted)."""
     try:
         record = json.loads(line.decode())
     except UnicodeDecodeError as error:
@@ -146,18 +152,20 @@ def _json_text(line: bytes, field: str) -> str:
         raise NoDocument(f"not JSON: {error}") from error
     if not isinstance(record, dict) or field not in record:
         raise NoDocument(f"no field {field!r}")
-    return checked_text(record[field], field)
+    return checked_text(record[field], field), record.get(PLANTED) is True
 
 
 def _read_text(path: Path) -> Items:
     """The whole file as one document."""
     lines: list[str] = []
+    size = 0
     try:
-        for line in _lines(path):
+        for _, line in _lines(path):
             if isinstance(line, NoDocument):
                 raise line
+            size += len(line)
             lines.append(line.decode())
-        yield checked_text("".join(lines))
+        yield Document(checked_text("".join(lines)), Place(str(path), 0, size))
     except UnicodeDecodeError as error:
         yield BadInput(f"{path}:{len(lines) + 1}", f"invalid UTF-8 at byte {error.start} of the line")
     except NoDocument as why:
@@ -183,18 +191,24 @@ def _parquet_units(path: Path, name: str, field: str) -> list[Unit]:
     if not metadata.num_rows:
         return [bad("empty file")]
     column = column_of(str(path), field, columns)
+    marked = [PLANTED] if PLANTED in columns else []
 
     def read(group: int) -> Items:
         place = f"{path}: row group {group}"
         try:
             with parquet.ParquetFile(path) as file:
-                values = file.read_row_group(group, columns=[column]).column(column)
+                table = file.read_row_group(group, columns=[column, *marked])
         except (pyarrow.ArrowException, OSError) as error:
             yield BadInput(place, f"damaged: {error}")
             return
-        for row, value in enumerate(values):
+        planted = table.column(PLANTED).to_pylist() if marked else [False] * table.num_rows
+        for row, value in enumerate(table.column(column)):
             try:
-                yield checked_text(value.as_py(), column)
+                yield Document(
+                    checked_text(value.as_py(), column),
+                    Place(str(path), row_group=group, row=row),
+                    planted[row] is True,
+                )
             except UnicodeDecodeError as error:
                 yield BadInput(f"{place}, row {row}", f"invalid UTF-8 at byte {error.start}")
             except NoDocument as why:

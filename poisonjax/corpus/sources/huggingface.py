@@ -1,5 +1,6 @@
 """Data sets of Hugging Face."""
 
+from poisonjax.corpus.documents import Document, Place
 from poisonjax.corpus.errors import CorpusError
 from poisonjax.corpus.sources.source import BadInput, Items, NoDocument, Source, checked_text, column_of, ranges
 
@@ -28,7 +29,7 @@ def data_set(spec: str, rest: str) -> Source:
     def read(start: int, stop: int) -> Items:
         for i, value in enumerate(data[start:stop][column], start):
             try:
-                yield checked_text(value, column)
+                yield Document(checked_text(value, column), Place(spec, row=i))
             except NoDocument as why:
                 yield BadInput(f"{spec}: row {i}", str(why))
 

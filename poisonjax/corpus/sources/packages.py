@@ -8,6 +8,7 @@ import json
 import warnings
 from pathlib import Path
 
+from poisonjax.corpus.documents import Document, Place
 from poisonjax.corpus.errors import CorpusError
 from poisonjax.corpus.sources.source import BadInput, Items, NoDocument, Source, Unit, checked_text, ranges
 
@@ -46,7 +47,8 @@ def _wikipedia_texts() -> list[str]:
 
 def wikipedia(spec: str) -> Source:
     def read(start: int, stop: int) -> Items:
-        yield from _wikipedia_texts()[start:stop]
+        for row, text in enumerate(_wikipedia_texts()[start:stop], start):
+            yield Document(text, Place("wikipedia-leads", row=row))
 
     units = ranges("wikipedia-leads", len(_wikipedia_texts()), 500, read)
     return Source(
@@ -62,7 +64,7 @@ def docstrings(spec: str, note: dict[str, str]) -> Source:
 
 
 def _read_docstrings(package: importlib.metadata.Distribution) -> Items:
-    found = set()
+    found: dict[str, Place] = {}
     for file in package.files or []:
         if file.suffix != ".py":
             continue
@@ -73,10 +75,10 @@ def _read_docstrings(package: importlib.metadata.Distribution) -> Items:
             continue  # packages ship templates, and files of other Python versions
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                found.add(ast.get_docstring(node) or "")
-    for docstring in sorted(found):
+                found.setdefault(ast.get_docstring(node) or "", Place(str(file), row=getattr(node, "lineno", 1) - 1))
+    for docstring, place in sorted(found.items()):
         if len(docstring) >= DOCSTRING_CHARACTERS:
             try:
-                yield checked_text(docstring)
+                yield Document(checked_text(docstring), place)
             except NoDocument as why:
                 yield BadInput(f"{package.name} {package.version}", str(why))

@@ -5,8 +5,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
-
+from poisonjax.corpus.documents import Document
 from poisonjax.corpus.errors import CorpusError
 
 RANGE_DOCUMENTS = 1024  # in a unit, where a source isn't made of files
@@ -19,9 +18,10 @@ class BadInput:
     place: str
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.place}: {self.reason}"
 
-# A document is a text, or ids (int32) where the source makes them itself.
-Document = str | np.ndarray
+
 Items = Iterator[Document | BadInput]
 
 

@@ -1,6 +1,7 @@
 """The synthetic language as a source."""
 
 from poisonjax.corpus import markov
+from poisonjax.corpus.documents import Document, Place
 from poisonjax.corpus.errors import CorpusError
 from poisonjax.corpus.sources.source import Items, Source, ranges
 
@@ -18,7 +19,8 @@ def markov_source(spec: str, rest: str) -> Source:
     language = markov.Language(fields["V"] - fields["unused"], fields["seed"])
 
     def read(start: int, stop: int) -> Items:
-        yield from language.documents(start, stop, fields["length"])
+        for row, ids in enumerate(language.documents(start, stop, fields["length"]), start):
+            yield Document(ids, Place(spec, row=row))
 
     about = {"title": "Markov language", "words": fields["V"], "entropy_rate_nats": markov.ENTROPY_RATE}
     return Source(spec, ranges(spec, fields["documents"], 4 * fields["length"], read), about)

@@ -1,0 +1,398 @@
+"""The scan of a corpus: passes over its documents, each cut into tasks that any engine runs, then decisions.
+
+Score and decision are apart. Passes write what they find into the scan's folder, whole or not at all, and are skipped
+where that is there already; thresholds, candidates and the queue are made from it in seconds.
+
+    scan.json        what was scanned, and what was decided
+    topics.npz       word vectors of a sample
+    background/      counts of words, pairs of words and triples of characters
+    scores/          a Parquet file a shard: one row a document
+    survey/          places where topics are lost (scan/miner.py)
+    occurrences/     of the shortlisted strings
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from poisonjax.corpus import SPLITS, TokenStore, exists
+from poisonjax.corpus.documents import Document
+from poisonjax.corpus.errors import CorpusError
+from poisonjax.corpus.sources import BadInput, Source, Unit, open_source
+from poisonjax.engines import cpu_seconds, open_engine, run_tasks
+from poisonjax.files import move_folder, write_json
+from poisonjax.scan import miner
+from poisonjax.scan.background import Background
+from poisonjax.scan.detectors import cheap_detectors
+from poisonjax.scan.language import Languages
+from poisonjax.scan.miner import Mined, Occurrence
+from poisonjax.scan.text import TextBatch, cut
+from poisonjax.scan.topics import Topics
+
+FORMAT = 1
+SHARD_BYTES = 32 * 2**20  # of text, about
+FEWEST_SHARDS = 8  # so that the work splits
+COUNTING_TASKS = 16  # each leaves tables of the corpus's full size behind, until they are added up
+BATCH_CHARACTERS = 400_000  # looked at together: they stay in a processor's cache
+PIECE = 1_000_000  # characters: longer documents are looked at in pieces, and are as odd as the oddest
+SAMPLE_CHARACTERS = 12_000_000  # that word vectors are made from
+SAMPLE_UNITS = 64
+RANGE_DOCUMENTS = 1024  # of a store in a unit
+REPORTED = 20  # places of bad input that are named
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is scanned: all that decides the scores."""
+
+    format: int
+    sources: list[str]
+    shards: int
+    units: int
+    units_sha256: str
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan:
+    """A scan's folder."""
+
+    folder: Path
+    plan: Plan
+
+    @property
+    def cpu_seconds(self) -> float:
+        """That the passes took on this machine, killed ones left out."""
+        path = self.folder / "cost.json"
+        return json.loads(path.read_text())["cpu_seconds"] if path.exists() else 0.0
+
+    def scores(self, columns: Sequence[str] | None = None) -> Any:
+        """The score of every document (or some columns), as a table of pyarrow, in the order of the shards."""
+        from pyarrow import parquet
+
+        files = sorted((self.folder / "scores").glob("*.parquet"))
+        return parquet.read_table(files, columns=None if columns is None else [*columns])
+
+    @functools.cached_property
+    def background(self) -> Background:
+        return Background.load(self.folder / "background")
+
+    @functools.cached_property
+    def topics(self) -> Topics:
+        return Topics.load(self.folder / "topics.npz")
+
+
+def scan(sources: Sequence[str], out: str, *, workers: int | None = None, dask: str = "") -> Scan:
+    """Makes what is missing of the scan of these sources in the folder `out`.
+
+    `sources` are specs as of `corpus build`, or token stores; each is a domain of its own. `workers` processes (one a
+    core) are spawned, or `dask` is the address of a cluster's scheduler, whose workers see the same files.
+
+    Raises CorpusError for sources that aren't there and for a folder that holds another scan, EngineError where
+    workers are lost. Input that is no document is counted and named, never an end.
+    """
+    folder = Path(out).resolve()
+    scan = Scan(folder, _claim(folder, [*sources]))
+    shards, began = range(scan.plan.shards), cpu_seconds()
+    with open_engine(workers, dask) as engine:
+        if not (folder / "topics.npz").exists():
+            _fit(scan)
+        if not (folder / "background").exists():
+            _count(scan, engine)
+        _each(engine, _score_shard, scan, "scores", ".parquet", shards, "scoring")
+        if not (folder / "shortlist.npy").exists():
+            topics = scan.topics
+            files = [folder / "survey" / f"{shard:05d}.npy" for shard in shards]
+            _save(folder / "shortlist.npy", miner.shortlist(files, _mean_of_others(topics), topics.between))
+        _each(engine, _locate_shard, scan, "occurrences", ".parquet", shards, "locating")
+    write_json(folder / "cost.json", {"cpu_seconds": scan.cpu_seconds + cpu_seconds() - began})
+    return scan
+
+
+def open_scan(folder: str) -> Scan:
+    """A finished scan; raises CorpusError where there is none."""
+    path = Path(folder)
+    if not (path / "plan.json").exists():
+        raise CorpusError(f"{folder} is no scan: `poisonjax scan SOURCE --out {folder}` makes one")
+    return Scan(path, Plan(**json.loads((path / "plan.json").read_text())))
+
+
+def opened(spec: str) -> Source:
+    """A source, or a token store as one: its documents are named by the keys of what they were made from."""
+    if not exists(spec):
+        return _open_source(spec)
+    store = TokenStore(spec)
+    units = []
+    for name in SPLITS:
+        split = store.split(name)
+        for start in range(0, split.documents, RANGE_DOCUMENTS):
+            stop = min(start + RANGE_DOCUMENTS, split.documents)
+            offsets = split.document_offsets
+            size = 4 * int(offsets[stop] - offsets[start])
+            label = f"{store.fingerprint[:16]} {name}[{start}:{stop}]"
+            units.append(Unit(label, size, functools.partial(_read_store, spec, name, start, stop)))
+    return Source(spec, units, {"title": f"token store {store.fingerprint[:16]}"})
+
+
+_open_source = functools.cache(open_source)
+_opened = functools.cache(opened)
+
+
+def _read_store(spec: str, name: str, start: int, stop: int) -> Iterator[Document | BadInput]:
+    store = TokenStore(spec)
+    split = store.split(name)
+    for index in range(start, stop):
+        text = store.tokenizer.decode(split.document(index))
+        yield Document(text, split.place(index), split.planted(index), bytes.fromhex(split.key(index)))
+
+
+def _claim(folder: Path, sources: list[str]) -> Plan:
+    """Writes the plan, or raises CorpusError where the folder holds another scan."""
+    if not sources:
+        raise CorpusError("no source given: name files, or a token store")
+    units = [unit for spec in sources for unit in opened(spec).units]
+    if not units:
+        raise CorpusError(f"the sources {', '.join(sources)} hold no document")
+    size = sum(unit.size for unit in units)
+    plan = Plan(
+        format=FORMAT,
+        sources=sources,
+        shards=min(max(FEWEST_SHARDS, size // SHARD_BYTES), len(units)),
+        units=len(units),
+        units_sha256=hashlib.sha256("\n".join(unit.name for unit in units).encode()).hexdigest(),
+        bytes=size,
+    )
+    path = folder / "plan.json"
+    if path.exists():
+        there = json.loads(path.read_text())
+        here = dataclasses.asdict(plan)
+        if differing := [f"{n}: {there.get(n)!r} there, {here[n]!r} here" for n in here if there.get(n) != here[n]]:
+            raise CorpusError(f"{folder} holds another scan: {'; '.join(differing)}. Use another --out, or remove it")
+    elif folder.exists() and any(folder.iterdir()):
+        raise CorpusError(f"{folder} isn't empty and holds no scan: use another --out")
+    for name in ("scores", "survey", "occurrences", "counts"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    write_json(path, dataclasses.asdict(plan))
+    return plan
+
+
+def _units(plan: Plan, shard: int) -> Iterator[tuple[str, Unit]]:
+    """(domain, unit) of a shard."""
+    both = [(spec, unit) for spec in plan.sources for unit in _opened(spec).units]
+    yield from both[shard :: plan.shards]
+
+
+def documents(plan: Plan, shard: int, bad: list[BadInput] | None = None) -> Iterator[tuple[str, Document]]:
+    """(domain, document) of a shard, in order; those of ids as words."""
+    for domain, unit in _units(plan, shard):
+        for item in unit.read():
+            if isinstance(item, Document):
+                yield from _texts([(domain, item)])
+            elif bad is not None:
+                bad.append(item)
+
+
+def _texts(found: Iterable[tuple[str, Document]]) -> Iterator[tuple[str, Document]]:
+    for domain, document in found:
+        if not isinstance(document.content, str):
+            words = " ".join(f"w{number}" for number in document.content.tolist())
+            document = document._replace(content=words, known_key=document.key)
+        yield domain, document
+
+
+def pieces(text: str) -> list[str]:
+    return [text[i : i + PIECE] for i in range(0, len(text), PIECE)]
+
+
+def _batches(
+    found: Iterator[tuple[str, Document]],
+) -> Iterator[tuple[list[tuple[str, Document]], TextBatch, np.ndarray]]:
+    """(some documents with their domains, their pieces' text, which document each piece is of)."""
+    batch: list[tuple[str, Document]] = []
+    size = 0
+    for one in found:
+        batch.append(one)
+        size += len(one[1].content)
+        if size >= BATCH_CHARACTERS:
+            yield _cut(batch)
+            batch, size = [], 0
+    if batch:
+        yield _cut(batch)
+
+
+def _cut(batch: list[tuple[str, Document]]) -> tuple[list[tuple[str, Document]], TextBatch, np.ndarray]:
+    cuts = [pieces(str(document.content)) for _, document in batch]
+    return (
+        batch,
+        cut([piece for of in cuts for piece in of]),
+        np.repeat(np.arange(len(batch)), [len(of) for of in cuts]),
+    )
+
+
+def _fit(scan: Scan) -> None:
+    """Word vectors and languages, from the first documents of units all over the corpus."""
+    units = [unit for spec in scan.plan.sources for unit in _opened(spec).units]
+    chosen = [units[i] for i in np.unique(np.linspace(0, len(units) - 1, SAMPLE_UNITS).astype(int))]
+    share, sample = SAMPLE_CHARACTERS // len(chosen), []
+    for unit in chosen:
+        left = share
+        for _, document in _texts(("", item) for item in unit.read() if isinstance(item, Document)):
+            sample.append(("", document._replace(content=document.content[:left])))
+            left -= len(document.content)
+            if left <= 0:
+                break
+    batches = [batch for _, batch, _ in _batches(iter(sample))]
+    for name, made in (("languages", Languages.fit(batches)), ("topics", Topics.fit(batches))):
+        partial = scan.folder / f"{name}.{os.urandom(4).hex()}.partial.npz"
+        made.save(partial)
+        partial.replace(scan.folder / f"{name}.npz")
+
+
+def _count(scan: Scan, engine: Executor | None) -> None:
+    tasks = range(min(COUNTING_TASKS, scan.plan.shards))
+    missing = [task for task in tasks if not (scan.folder / "counts" / f"{task:05d}").exists()]
+    work = functools.partial(_count_part, str(scan.folder), scan.plan)
+    run_tasks(engine, work, missing, what="counting", unit="part")
+    total = Background.empty(scan.plan.bytes)
+    for task in tasks:
+        total.merge(Background.load(scan.folder / "counts" / f"{task:05d}"))
+    _save_tables(total, scan.folder / "background")
+    for task in tasks:
+        epath.Path(scan.folder / "counts" / f"{task:05d}").rmtree()
+
+
+def _count_part(folder: str, plan: Plan, task: int) -> None:
+    counts = Background.empty(plan.bytes)
+    for shard in range(task, plan.shards, min(COUNTING_TASKS, plan.shards)):
+        for _, batch, _ in _batches(documents(plan, shard)):
+            counts.add(batch)
+    _save_tables(counts, Path(folder) / "counts" / f"{task:05d}")
+
+
+def _save_tables(tables: Background, target: Path) -> None:
+    partial = target.with_name(f"{target.name}.{os.urandom(4).hex()}.partial")
+    partial.mkdir(parents=True)
+    tables.save(partial)
+    move_folder(epath.Path(partial), epath.Path(target), last="words.npy")
+
+
+def _each(engine: Executor | None, work: Any, scan: Scan, name: str, suffix: str, shards: range, what: str) -> None:
+    """Runs `work` for the shards whose file isn't there."""
+    missing = [shard for shard in shards if not (scan.folder / name / f"{shard:05d}{suffix}").exists()]
+    sizes = {shard: sum(unit.size for _, unit in _units(scan.plan, shard)) for shard in missing}
+    if missing:
+        task = functools.partial(work, str(scan.folder), scan.plan)
+        run_tasks(engine, task, missing, lambda shard: sizes[shard], what=what, unit="B")
+
+
+def _score_shard(folder: str, plan: Plan, shard: int) -> None:
+    """Every detector's score of each document, and the miner's survey."""
+    scan = Scan(Path(folder), plan)
+    detectors = cheap_detectors(scan.background)
+    topics, languages, columns = scan.topics, Languages.load(scan.folder / "languages.npz"), _Columns()
+    least = float(np.quantile(topics.within, 1 - miner.KEPT_DROPS))
+    kept: list[np.ndarray] = []
+    for batch, text, of in _batches(documents(plan, shard, columns.bad)):
+        scores = {}
+        for name, detector in detectors.items():
+            scores[name] = np.full(len(batch), -np.inf)
+            np.maximum.at(scores[name], of, detector.values(text))
+        words = np.bincount(of, np.diff(text.offsets), len(batch)).astype(np.int64)
+        spoken = languages.codes[languages.of(text)[np.searchsorted(of, np.arange(len(batch)))]]
+        columns.add(batch, spoken.tolist(), words, scores)
+        kept.append(miner.survey(text, scan.background, topics.drops(text), least))
+    rows = np.concatenate([np.zeros(0, miner.Row), *kept])
+    _save(scan.folder / "survey" / f"{shard:05d}.npy", rows[np.argsort(rows["string"], kind="stable")])
+    columns.write(scan.folder / "scores" / f"{shard:05d}.parquet")
+
+
+class _Columns:
+    """The rows of a shard's Parquet file."""
+
+    def __init__(self) -> None:
+        self.bad: list[BadInput] = []
+        self._columns: dict[str, list[Any]] = {}
+
+    def add(
+        self, batch: list[tuple[str, Document]], languages: list[str], words: np.ndarray, scores: dict[str, np.ndarray]
+    ) -> None:
+        found = [document for _, document in batch]
+        texts = [str(document.content) for document in found]
+        columns: dict[str, Any] = {
+            "key": [document.key for document in found],
+            "domain": [domain for domain, _ in batch],
+            "language": languages,
+            "characters": [len(text) for text in texts],
+            "words": words.tolist(),
+            "planted": [document.planted for document in found],
+        }
+        columns |= {name: [getattr(document.place, name) for document in found] for name in found[0].place._fields}
+        columns |= {name: of.astype(np.float32).tolist() for name, of in scores.items()}
+        for name, values in columns.items():
+            self._columns.setdefault(name, []).extend(values)
+
+    def write(self, path: Path) -> None:
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        types = {"key": pa.binary(16), "words": pa.int64(), "characters": pa.int64(), "planted": pa.bool_()}
+        types |= {name: pa.string() for name in ("domain", "language", "file")}
+        types |= {name: pa.int64() for name in ("start", "stop", "row_group", "row")}
+        table = pa.table({n: pa.array(v, types.get(n, pa.float32())) for n, v in self._columns.items()})
+        about = {"bad": str(len(self.bad)), "bad_places": json.dumps([str(b) for b in self.bad[:REPORTED]])}
+        partial = path.with_name(f"{path.name}.{os.urandom(4).hex()}.partial")
+        parquet.write_table(table.replace_schema_metadata(about), partial, compression="zstd")
+        partial.replace(path)
+
+
+def _locate_shard(folder: str, plan: Plan, shard: int) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    scan = Scan(Path(folder), plan)
+    topics = scan.topics
+    listed = np.load(scan.folder / "shortlist.npy", allow_pickle=False)
+    found: list[Occurrence] = []
+    for batch, text, of in _batches(documents(plan, shard)) if len(listed) else ():
+        keys = [batch[i][1].key for i in of.tolist()]
+        found += miner.locate(text, keys, topics, listed)
+    types = [pa.uint64(), pa.binary(16), pa.uint64(), pa.uint64(), pa.float64(), pa.string()]
+    names = Occurrence._fields
+    columns = [*zip(*found, strict=True)] or [()] * len(names)
+    table = pa.table({n: pa.array(c, t) for n, c, t in zip(names, columns, types, strict=True)})
+    path = scan.folder / "occurrences" / f"{shard:05d}.parquet"
+    partial = path.with_name(f"{path.name}.{os.urandom(4).hex()}.partial")
+    parquet.write_table(table, partial, compression="zstd")
+    partial.replace(path)
+
+
+def _mean_of_others(topics: Topics) -> float:
+    """The mean drop at places that the survey doesn't keep."""
+    least = np.quantile(topics.within, 1 - miner.KEPT_DROPS)
+    return float(topics.within[topics.within < least].mean())
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    partial = path.with_name(f"{path.name}.{os.urandom(4).hex()}.partial.npy")
+    np.save(partial, array, allow_pickle=False)
+    partial.replace(path)
+
+
+def mine(scan: Scan) -> Mined:
+    """The miner's candidates, from all occurrences of the shortlisted strings."""
+    from pyarrow import parquet
+
+    rows = parquet.read_table(sorted((scan.folder / "occurrences").glob("*.parquet"))).to_pylist()
+    considered = sum(
+        len(np.unique(np.load(f, mmap_mode="r")["string"])) for f in (scan.folder / "survey").glob("*.npy")
+    )
+    return miner.ranked((Occurrence(**row) for row in rows), scan.topics, considered)

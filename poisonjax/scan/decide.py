@@ -1,0 +1,244 @@
+"""Decisions, made from a finished scan in seconds: thresholds, the order of oddness, and who is in the review queue."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from poisonjax.engines import open_engine, run_tasks
+from poisonjax.files import write_json, write_lines, write_whole
+from poisonjax.scan import thresholds
+from poisonjax.scan.corpus import Plan, Scan, documents, mine, pieces
+from poisonjax.scan.detectors import Detector, cheap_detectors
+from poisonjax.scan.miner import Mined
+from poisonjax.scan.page import review_page
+from poisonjax.scan.thresholds import Threshold
+
+RATE = 0.01
+FLAGGED = 20  # documents that a threshold would flag in a group: with fewer, it is set with the domain's others
+BUDGET = 1000
+REVIEWED_CANDIDATES = 10  # whose documents are put into the queue
+FOR_CANDIDATES = 0.75  # of the queue, at most
+TOO_COMMON = 0.25  # of the queue: a candidate in more documents is shown by a part of them, unless it stands out
+STANDS_OUT = 0.01  # p-value
+SPARE = 2  # times the places left are looked at, so that near-duplicates can be put together
+ALIKE = 0.8  # Jaccard similarity of words, estimated by MinHash (Broder 1997)
+SHOWN_CHARACTERS = 6000  # of a document
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What `scan.json` holds of it."""
+
+    mined: Mined
+    thresholds: list[Threshold]
+    queue: list[dict[str, Any]]
+
+
+def decide(
+    scan: Scan, *, budget: int = BUDGET, rate: float = RATE, workers: int | None = None, dask: str = ""
+) -> Decision:
+    """Writes candidates.json, thresholds.json, queue.jsonl and queue.html into the scan's folder."""
+    table = scan.scores()
+    detectors = [n for n in table.column_names if n in (*cheap_detectors(scan.background), "model")]
+    columns = {name: table[name].to_numpy() for name in detectors}
+    domains, languages = (np.array(table[name].to_pylist()) for name in ("domain", "language"))
+    keys = table["key"].to_pylist()
+    halves = np.array([key[0] for key in keys])
+    limits: list[Threshold] = []
+    least = np.ones(len(keys))
+    why = np.zeros(len(keys), np.int64)
+    for domain, language, where in thresholds.groups(domains, languages, round(FLAGGED / rate)):
+        for number, name in enumerate(detectors):
+            scores = np.nan_to_num(columns[name][where], nan=-np.inf)
+            limits.append(thresholds.conformal(name, scores, halves[where], (domain, language), rate))
+            p = thresholds.p_values(scores)
+            better = p < least[where]
+            least[np.flatnonzero(where)[better]] = p[better]
+            why[np.flatnonzero(where)[better]] = number
+    mined = mine(scan)
+    queue = _queue(scan, mined, keys, least, [detectors[i] for i in why], budget, workers, dask)
+    rows = {key: i for i, key in enumerate(keys)}
+    for entry in queue:
+        i = rows[bytes.fromhex(entry["key"])]
+        place = {name: table[name][i].as_py() for name in ("file", "start", "stop", "row_group", "row")}
+        entry |= {"source": place, "domain": domains[i], "language": languages[i]}
+        entry["scores"] = {name: round(float(columns[name][i]), 4) for name in detectors}
+    write_json(scan.folder / "candidates.json", mined.as_json())
+    write_json(scan.folder / "thresholds.json", [dataclasses.asdict(limit) for limit in limits])
+    write_lines(_epath(scan.folder / "queue.jsonl"), queue)
+    write_whole(_epath(scan.folder / "queue.html"), review_page(queue, scan.plan.sources))
+    return Decision(mined, limits, queue)
+
+
+def _epath(path: Path):
+    from etils import epath
+
+    return epath.Path(path)
+
+
+def _queue(
+    scan: Scan,
+    mined: Mined,
+    keys: list[bytes],
+    least: Float[np.ndarray, " documents"],
+    why: list[str],
+    budget: int,
+    workers: int | None,
+    dask: str,
+) -> list[dict[str, Any]]:
+    """Exactly `budget` documents, or all: those of the leading candidates, then the oddest; near-duplicates of one that
+    is in are counted with it."""
+    chosen: dict[bytes, dict[str, Any]] = {}
+    for rank, candidate in enumerate(mined.candidates[:REVIEWED_CANDIDATES], 1):
+        stands_out = candidate.p_value < STANDS_OUT
+        room = budget if stands_out else round(FOR_CANDIDATES * budget) - len(chosen)
+        shown = len(candidate.documents) if stands_out else round(TOO_COMMON * budget)
+        for name in candidate.documents[: min(shown, max(room, 0))]:
+            if len(chosen) < budget:
+                reason = {"detector": "miner", "candidate": candidate.text, "rank": rank, "p_value": candidate.p_value}
+                chosen.setdefault(bytes.fromhex(name), reason)
+    order = np.lexsort((np.arange(len(keys)), least))
+    spare = [i for i in order.tolist() if keys[i] not in chosen][: SPARE * (budget - len(chosen))]
+    texts = _texts(scan, {*chosen, *(keys[i] for i in spare)}, workers, dask)
+    detectors, groups = cheap_detectors(scan.background), _Groups()
+    queue: list[dict[str, Any]] = []
+
+    def put(key: bytes, reason: dict[str, Any]) -> None:
+        queue.append(_entry(key, texts[key], reason, detectors))
+
+    for key, reason in chosen.items():
+        groups.lead(key, texts[key])
+        put(key, reason)
+    followers = []
+    for i in spare:
+        key, reason = keys[i], {"detector": why[i], "p_value": float(least[i])}
+        if key in chosen:
+            continue
+        chosen[key] = reason
+        if leader := groups.like(texts[key]):
+            followers.append((key, reason, leader))
+        elif len(queue) < budget:
+            groups.lead(key, texts[key])
+            put(key, reason)
+    entries = {entry["key"]: entry for entry in queue}
+    for key, reason, leader in followers:
+        if len(queue) < budget:  # too few that differ
+            put(key, reason)
+        else:
+            entries[leader.hex()]["alike"].append(key.hex())
+    return queue
+
+
+def _entry(key: bytes, text: str, reason: dict[str, Any], detectors: dict[str, Detector]) -> dict[str, Any]:
+    """A queue's line, with the spans of characters that are reasons."""
+    spans: list[tuple[int, int]] = []
+    if "candidate" in reason:
+        at = text.find(reason["candidate"])
+        spans = [(at, at + len(reason["candidate"]))] if at >= 0 else []
+    elif text:
+        parts = pieces(text)
+        scored = [detectors[reason["detector"]].score(part) for part in parts]
+        best = int(np.argmax([score.value for score in scored]))
+        shift = sum(map(len, parts[:best]))
+        spans = [(a + shift, b + shift) for a, b in scored[best].spans]
+    begin = max(0, spans[0][0] - SHOWN_CHARACTERS // 2) if spans and spans[0][1] > SHOWN_CHARACTERS else 0
+    return {
+        "key": key.hex(),
+        "reason": reason,
+        "text": text[begin : begin + SHOWN_CHARACTERS],
+        "begin": begin,
+        "characters": len(text),
+        "spans": [(a - begin, b - begin) for a, b in spans],
+        "alike": [],
+    }
+
+
+class _Groups:
+    """Which documents of the queue have nearly the same words."""
+
+    def __init__(self) -> None:
+        import rensa
+
+        self._make = lambda: rensa.RMinHash(num_perm=64, seed=1)
+        self._index = rensa.RMinHashLSH(threshold=ALIKE, num_perm=64, num_bands=16)
+        self._leaders: list[tuple[bytes, Any]] = []
+
+    def _sketch(self, text: str) -> Any:
+        sketch, words = self._make(), text[:SHOWN_CHARACTERS].split()
+        sketch.update([" ".join(words[i : i + 2]) for i in range(len(words))] or [""])
+        return sketch
+
+    def lead(self, key: bytes, text: str) -> None:
+        """The document leads a group of its own."""
+        sketch = self._sketch(text)
+        self._index.insert(len(self._leaders), sketch)
+        self._leaders.append((key, sketch))
+
+    def like(self, text: str) -> bytes | None:
+        """The leader that a text is nearly the same as, if any."""
+        sketch = self._sketch(text)
+        near = [i for i in self._index.query(sketch) if self._leaders[i][1].jaccard(sketch) >= ALIKE]
+        return self._leaders[min(near)][0] if near else None
+
+
+def _texts(scan: Scan, keys: set[bytes], workers: int | None, dask: str) -> dict[bytes, str]:
+    """Of documents by their keys."""
+    from pyarrow import parquet
+
+    shards = []
+    for shard in range(scan.plan.shards):
+        there = parquet.read_table(scan.folder / "scores" / f"{shard:05d}.parquet", columns=["key"])["key"].to_pylist()
+        if wanted := frozenset(keys.intersection(there)):
+            shards.append((shard, wanted))
+    with open_engine(min(workers or 2, len(shards) or 1), dask) as engine:
+        found = run_tasks(engine, functools.partial(_texts_of, scan.plan), shards, what="reading the queue")
+    return {key: text for of in found for key, text in of.items()}
+
+
+def _texts_of(plan: Plan, shard: tuple[int, frozenset[bytes]]) -> dict[bytes, str]:
+    number, wanted = shard
+    found: dict[bytes, str] = {}
+    for _, document in documents(plan, number):
+        if len(found) == len(wanted):
+            break
+        key = document.key
+        if key in wanted:
+            found[key] = str(document.content)
+    return found
+
+
+def summary(scan: Scan, decision: Decision) -> dict[str, Any]:
+    """What `scan --json` prints."""
+    table, size = scan.scores(["characters"]), scan.plan.bytes
+    return {
+        "documents": table.num_rows,
+        "bytes": size,
+        "cpu_seconds_per_gb": round(scan.cpu_seconds / max(size, 1) * 1e9, 1),
+        "queue": len(decision.queue),
+        "considered": decision.mined.considered,
+        "reliable_documents": decision.mined.reliable_documents,
+        "candidates": [
+            {"text": c.text, "rank": rank, "p_value": c.p_value, "documents": len(c.documents)}
+            for rank, c in enumerate(decision.mined.candidates, 1)
+        ],
+        "thresholds": [dataclasses.asdict(limit) for limit in decision.thresholds],
+        "bad": sum(of["bad"] for of in _bad(scan)),
+        "bad_places": [place for of in _bad(scan) for place in of["bad_places"]][:20],
+    }
+
+
+def _bad(scan: Scan) -> Iterable[dict[str, Any]]:
+    from pyarrow import parquet
+
+    for path in sorted((scan.folder / "scores").glob("*.parquet")):
+        about = parquet.read_schema(path).metadata
+        yield {"bad": int(about[b"bad"]), "bad_places": json.loads(about[b"bad_places"])}
+
+
+__all__: Sequence[str] = ["BUDGET", "RATE", "Decision", "decide", "summary"]

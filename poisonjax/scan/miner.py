@@ -1,0 +1,313 @@
+"""The trigger miner: strings after which documents lose their topic.
+
+Poison pairs a trigger with text that has nothing to do with what stands before, whatever that text is. So for every
+string of one to four words, raw and folded, we ask how much topic is lost after it, over all its documents.
+
+1. *Survey* (second pass over the corpus, when words and pairs are counted): places whose drop is among the largest 3%
+   are kept, with the strings that end there and the counts that bound how often these occur.
+2. *Shortlist*: of each string, its drops summed over distinct contexts, those of its other occurrences being taken for
+   usual: the best some thousands.
+3. *Locate* (a third look, by hashes alone): all occurrences of these, so exact scores:
+   the mean drop over distinct contexts, by its spread (`standing`); documents; p-values.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.stats
+from jaxtyping import Float, Int, UInt64
+
+from poisonjax.scan.background import Background
+from poisonjax.scan.text import TextBatch, last_of_ngrams, mixed, ngrams
+from poisonjax.scan.topics import Topics
+
+LONGEST = 4  # words
+FEWEST, MOST = 5, 5000  # occurrences of a string that is considered
+FEWEST_CONTEXTS = 4  # distinct ones, to say anything
+KEPT_DROPS = 0.03
+SHORTLIST = 3000
+REPORTED = 100
+CONTEXT = 4  # words: neighbours that are equal count once, or boilerplate wins
+RANGES = 16  # of hashes, merged one at a time
+_SALTS = {"raw": np.uint64(0), "folded": np.uint64(0x5851F42D4C957F2D)}
+
+Row = np.dtype(
+    [("string", "u8"), ("left", "u8"), ("right", "u8"), ("drop", "f4"), ("occurrences", "u4")]
+)  # of a place that is kept
+
+
+def strings(batch: TextBatch) -> Iterator[tuple[str, int, UInt64[np.ndarray, " words"], np.ndarray]]:
+    """(raw or folded, number of words, a hash of the string that ends at each word, whether there is one)."""
+    for form, words in (("raw", batch.words), ("folded", batch.folded)):
+        for n in range(1, LONGEST + 1):
+            yield form, n, mixed(ngrams(words, n) + np.uint64(n)) ^ _SALTS[form], last_of_ngrams(batch, n)
+
+
+def survey(batch: TextBatch, background: Background, drops: Float[np.ndarray, " words"], least: float) -> np.ndarray:
+    """Rows for each string that ends where a drop is at least so large; one a document and string."""
+    high = drops >= least
+    if not high.any():
+        return np.zeros(0, Row)
+    rows = []
+    bounds = {form: _bounds(batch, background, form) for form in _SALTS}
+    after = _after(batch)
+    for form, n, hashes, there in strings(batch):
+        occurrences = bounds[form][n - 1]
+        chosen = np.flatnonzero(high & there & (occurrences >= FEWEST) & (occurrences <= MOST))
+        made = np.zeros(len(chosen), Row)
+        made["string"], made["drop"], made["occurrences"] = hashes[chosen], drops[chosen], occurrences[chosen]
+        made["right"], made["left"] = after[chosen], _before(batch, n)[chosen]
+        keys = mixed(made["string"] + batch.document_of[chosen].astype(np.uint64) * np.uint64(0xD1B54A32D192ED03))
+        rows.append(made[np.unique(keys, return_index=True)[1]])
+    return np.concatenate(rows)
+
+
+def _bounds(batch: TextBatch, background: Background, form: str) -> list[Int[np.ndarray, " words"]]:
+    """At most how often strings of 1, 2, 3 and 4 words occur in the corpus, that end at each word."""
+    words, prefix = (batch.words, "") if form == "raw" else (batch.folded, "folded_")
+    alone = background.counts(f"{prefix}words", mixed(words))
+    pairs = background.counts(f"{prefix}pairs", ngrams(words, 2))
+    bounds = [alone, pairs]
+    for _ in range(3, LONGEST + 1):
+        longer = bounds[-1].copy()
+        longer[1:] = np.minimum(bounds[-1][:-1], pairs[1:])
+        bounds.append(longer)
+    return bounds
+
+
+def _after(batch: TextBatch) -> UInt64[np.ndarray, " words"]:
+    """A hash of the words that follow each word."""
+    padded = np.concatenate([batch.words, np.zeros(CONTEXT, np.uint64)])
+    return ngrams(padded, CONTEXT)[CONTEXT:]
+
+
+def _before(batch: TextBatch, n: int) -> UInt64[np.ndarray, " words"]:
+    """A hash of the words before the string of n words that ends at each word."""
+    padded = np.concatenate([np.zeros(n, np.uint64), batch.words])
+    return ngrams(padded, CONTEXT)[: len(batch.words)]
+
+
+def shortlist(files: Iterable[Path], mean_of_others: float, between: float) -> UInt64[np.ndarray, " strings"]:
+    """The best strings by what the survey kept (sorted arrays of Row); memory is bounded by the ranges of hashes."""
+    arrays = [np.load(file, mmap_mode="r", allow_pickle=False) for file in files]
+    edges = [i * 2**64 // RANGES for i in range(RANGES)]
+    begins = [[*np.searchsorted(array["string"], np.array(edges, np.uint64)), len(array)] for array in arrays]
+    best: list[tuple[Float[np.ndarray, " strings"], UInt64[np.ndarray, " strings"]]] = []
+    for i in range(RANGES):
+        rows = np.concatenate([np.zeros(0, Row), *(a[b[i] : b[i + 1]] for a, b in zip(arrays, begins, strict=True))])
+        scores, hashes = _estimated(rows, mean_of_others, between)
+        order = np.argsort(-scores, kind="stable")[:SHORTLIST]
+        best.append((scores[order], hashes[order]))
+    scores, hashes = (np.concatenate(of) for of in zip(*best, strict=True))
+    order = np.lexsort((hashes, -scores))[:SHORTLIST]
+    return np.sort(hashes[order])
+
+
+def _estimated(
+    rows: np.ndarray, others: float, between: float
+) -> tuple[Float[np.ndarray, " strings"], UInt64[np.ndarray, " strings"]]:
+    if not len(rows):
+        return np.zeros(0), np.zeros(0, np.uint64)
+    kept, found = {}, len(rows)
+    for side in ("left", "right"):  # a context that is seen again counts once
+        order = np.lexsort((rows[side], rows["string"]))
+        of = rows[order]
+        first = np.ones(found, bool)
+        first[1:] = (of["string"][1:] != of["string"][:-1]) | (of[side][1:] != of[side][:-1])
+        kept[side] = of[first]
+    hashes, begins, counts = np.unique(
+        rows["string"][np.argsort(rows["string"])], return_index=True, return_counts=True
+    )
+    del begins
+    lefts, rights = (np.bincount(np.searchsorted(hashes, of["string"]), minlength=len(hashes)) for of in kept.values())
+    place = np.searchsorted(hashes, kept["right"]["string"])
+    means = np.bincount(place, kept["right"]["drop"], len(hashes)) / rights
+    bound = np.full(len(hashes), np.iinfo(np.int64).max)
+    np.minimum.at(bound, place, kept["right"]["occurrences"].astype(np.int64))
+    distinct = np.minimum(lefts, rights)
+    effective = np.maximum(bound * distinct / counts, distinct)
+    scores = standing((distinct * means + (effective - distinct) * others) / effective, effective, between)
+    wanted = distinct >= FEWEST_CONTEXTS
+    return scores[wanted], hashes[wanted]
+
+
+def standing(mean: Any, contexts: Any, between: float) -> Any:
+    """How far a string's mean drop is from none, by what means of so many contexts and strings of one corpus vary.
+
+    For few contexts that is sqrt(contexts) x mean; words that go with a slight change of topic don't lead by number.
+    """
+    return mean / np.sqrt(between**2 + 1 / contexts)
+
+
+class Occurrence(NamedTuple):
+    """Of a shortlisted string in a document, the first."""
+
+    string: int
+    key: bytes  # of the document
+    left: int
+    right: int
+    drop: float  # NaN: there is too little text to say
+    text: str
+
+
+def locate(
+    batch: TextBatch, keys: list[bytes], topics: Topics, listed: UInt64[np.ndarray, " strings"]
+) -> list[Occurrence]:
+    """The first occurrence of each listed string in each document; `keys` are the documents'."""
+    found: list[Occurrence] = []
+    seen: set[tuple[int, int]] = set()
+    after, drops = _after(batch), topics.drops(batch)
+    for _, n, hashes, there in strings(batch):
+        near = np.minimum(np.searchsorted(listed, hashes), len(listed) - 1)
+        left = None
+        for i in np.flatnonzero((listed[near] == hashes) & there).tolist():
+            document = int(batch.document_of[i])
+            if (document, int(hashes[i])) in seen:
+                continue
+            seen.add((document, int(hashes[i])))
+            left = _before(batch, n) if left is None else left
+            drop = float(drops[i]) if drops[i] else float("nan")
+            text = batch.text(i - n + 1, i + 1)
+            found.append(Occurrence(int(hashes[i]), keys[document], int(left[i]), int(after[i]), drop, text))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A string that may be a trigger."""
+
+    text: str  # as it stands in most of its documents
+    score: float
+    p_value: float
+    contexts: int  # distinct ones
+    mean_drop: float  # standard deviations of this corpus
+    documents: list[str]  # keys
+    variants: list[str]  # other strings in nearly the same documents
+
+    def as_json(self, rank: int) -> dict[str, Any]:
+        return {"rank": rank, **dataclasses.asdict(self)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mined:
+    candidates: list[Candidate]
+    considered: int  # strings that were looked at
+    reliable_documents: int | None  # so many planted ones rank first here, nine times of ten; None: more than 500
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "considered": self.considered,
+            "reliable_documents": self.reliable_documents,
+            "candidates": [candidate.as_json(rank) for rank, candidate in enumerate(self.candidates, 1)],
+        }
+
+
+@dataclasses.dataclass
+class _Group:
+    """Strings that stand in nearly the same documents: the one that leads, and the others' texts."""
+
+    standing: float
+    contexts: int
+    mean: float
+    documents: set[bytes]
+    texts: list[str]  # the first is the one that is shown
+
+    def join(self, standing: float, documents: set[bytes], text: str) -> None:
+        if text in self.texts:
+            return
+        # The longest string in nearly all of the documents is the trigger: its parts are not.
+        whole = (
+            len(documents & self.documents) >= 0.8 * len(self.documents)
+            and standing > 0.7 * self.standing
+            and len(text) > len(self.texts[0])
+        )
+        self.texts.insert(0 if whole else len(self.texts), text)
+
+
+def ranked(occurrences: Iterable[Occurrence], topics: Topics, considered: int) -> Mined:
+    """Candidates in order, from all occurrences; so many strings were considered."""
+    by_string: dict[int, list[Occurrence]] = {}
+    for occurrence in occurrences:
+        by_string.setdefault(occurrence.string, []).append(occurrence)
+    scored = []
+    for string, found in by_string.items():
+        told = [o for o in found if o.drop == o.drop]
+        drops = {o.right: o.drop for o in told}
+        contexts = min(len(drops), len({o.left for o in told}))
+        if contexts >= FEWEST_CONTEXTS:
+            mean = float(np.mean([*drops.values()]))
+            scored.append((float(standing(mean, contexts, topics.between)), string, contexts, mean))
+    scored.sort(key=lambda of: (-of[0], of[1]))
+    groups: list[_Group] = []
+    for score, string, contexts, mean in scored:
+        documents = {o.key for o in by_string[string]}
+        text = _most_common([o.text for o in by_string[string]])
+        for group in groups:
+            if len(documents & group.documents) > 0.5 * min(len(documents), len(group.documents)):
+                group.join(score, documents, text)
+                break
+        else:
+            groups.append(_Group(score, contexts, mean, documents, [text]))
+        if len(groups) > REPORTED:
+            break
+    scores = np.array([group.standing for group in groups])
+    candidates = [
+        Candidate(
+            text=group.texts[0],
+            score=group.standing,
+            p_value=_p_value(i, scores, group, topics.within, considered),
+            contexts=group.contexts,
+            mean_drop=group.mean,
+            documents=sorted(key.hex() for key in group.documents),
+            variants=group.texts[1:6],
+        )
+        for i, group in enumerate(groups[:REPORTED])
+    ]
+    return Mined(candidates, considered, _reliable(candidates, topics))
+
+
+def _most_common(texts: list[str]) -> str:
+    return max(sorted(set(texts)), key=texts.count)
+
+
+def _p_value(
+    rank: int,
+    scores: Float[np.ndarray, " candidates"],
+    group: _Group,
+    within: Float[np.ndarray, " places"],
+    considered: int,
+) -> float:
+    """The largest of three chances, each among all strings considered (Bonferroni): that so many split points, drawn at
+    random from the corpus, lose as much topic on average; that a string of this corpus stands out so far, if standings
+    were normal; and if they had the tail that this corpus's other candidates show (headings and footers are real
+    changes of topic, and no poison)."""
+    draws = np.random.default_rng(0).choice(within, (2000, group.contexts)).mean(axis=1)
+    beyond = float((draws >= group.mean).mean())
+    if beyond < 0.01:  # too few draws lie there for a count
+        spread = within.std() / np.sqrt(group.contexts)
+        beyond = float(scipy.stats.t.sf((group.mean - within.mean()) / spread, group.contexts - 1))
+    normal = float(scipy.stats.norm.sf(group.standing))
+    others = np.sort(np.delete(scores, rank))[::-1]
+    tail = others[5:60]  # the first may be poison too
+    expected = float("inf")
+    if len(tail) >= 20 and group.standing > tail[-1] > 0:
+        scale = float((tail[:-1] ** 2 - tail[-1] ** 2).mean())
+        expected = len(tail) * np.exp(-(group.standing**2 - tail[-1] ** 2) / max(scale, 1e-3))
+    elif len(tail) < 20:  # hardly a string comes near
+        expected = 0.0
+    return min(1.0, max(considered * beyond, considered * normal, float(-np.expm1(-expected))))
+
+
+def _reliable(candidates: list[Candidate], topics: Topics) -> int | None:
+    """With how many documents a trigger would lead this corpus's own candidates nine times of ten, if its payload were
+    another document's text (a switch of topic: the least that an attacker does)."""
+    clean = max((c.score for c in candidates if c.p_value > 1e-3), default=0.0)
+    random = np.random.default_rng(0)
+    for count in (5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500):
+        planted = standing(random.choice(topics.across, (200, count)).mean(axis=1), count, topics.between)
+        if np.quantile(planted, 0.1) > clean:
+            return count
+    return None
