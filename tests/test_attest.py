@@ -162,7 +162,7 @@ def test_the_provenance_is_checked_against_the_store_itself(signed, copy, capsys
         shutil.copytree(copy.folder.parent / "store", store)
         code, output = verify(copy, capsys)
         assert code == 1
-        assert "provenance.materials.order_root" in output or "materials.token_store_root" in output
+        assert "materials.order_root" in output or "materials.token_store_root" in output
         assert "attestation/model.sig" not in output
     finally:
         shutil.rmtree(store)

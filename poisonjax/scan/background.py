@@ -74,8 +74,12 @@ def triples(batch: TextBatch) -> UInt64[np.ndarray, " characters"]:
     """A hash of each character with the two before it."""
     codes = batch.codes.astype(np.uint64)
     packed = codes.copy()
-    packed[1:] |= codes[:-1] << np.uint64(21)
-    packed[2:] |= codes[:-2] << np.uint64(42)
+    for back in (1, 2):
+        before = np.zeros_like(codes)
+        before[back:] = codes[:-back]
+        for first in range(back):  # those that stand before the document
+            before[np.minimum(batch.begins + first, len(codes) - 1)] = 0
+        packed |= before << np.uint64(21 * back)
     return mixed(packed * np.uint64(0x9E3779B97F4A7C15))
 
 

@@ -100,6 +100,7 @@ def scan(sources: Sequence[str], out: str, *, workers: int | None = None, dask: 
     Raises CorpusError for sources that aren't there and for a folder that holds another scan, EngineError where
     workers are lost. Input that is no document is counted and named, never an end.
     """
+    _opened.cache_clear()
     folder = Path(out).resolve()
     scan = Scan(folder, _claim(folder, [*sources]))
     shards, began = range(scan.plan.shards), cpu_seconds()
@@ -129,7 +130,7 @@ def open_scan(folder: str) -> Scan:
 def opened(spec: str) -> Source:
     """A source, or a token store as one: its documents are named by the keys of what they were made from."""
     if not exists(spec):
-        return _open_source(spec)
+        return open_source(spec)
     store = TokenStore(spec)
     units = []
     for name in SPLITS:
@@ -143,8 +144,7 @@ def opened(spec: str) -> Source:
     return Source(spec, units, {"title": f"token store {store.fingerprint[:16]}"})
 
 
-_open_source = functools.cache(open_source)
-_opened = functools.cache(opened)
+_opened = functools.cache(opened)  # a worker asks for each task
 
 
 def _read_store(spec: str, name: str, start: int, stop: int) -> Iterator[Document | BadInput]:

@@ -48,7 +48,7 @@ def strings(batch: TextBatch) -> Iterator[tuple[str, int, UInt64[np.ndarray, " w
 
 def survey(batch: TextBatch, background: Background, drops: Float[np.ndarray, " words"], least: float) -> np.ndarray:
     """Rows for each string that ends where a drop is at least so large; one a document and string."""
-    high = drops >= least
+    high = (drops >= least) & (drops > 0)
     if not high.any():
         return np.zeros(0, Row)
     rows = []
@@ -291,13 +291,11 @@ def _p_value(
         beyond = float(scipy.stats.t.sf((group.mean - within.mean()) / spread, group.contexts - 1))
     normal = float(scipy.stats.norm.sf(group.standing))
     others = np.sort(np.delete(scores, rank))[::-1]
-    tail = others[5:60]  # the first may be poison too
-    expected = float("inf")
-    if len(tail) >= 20 and group.standing > tail[-1] > 0:
+    tail = others[others > 0][5:60]  # the first may be poison too
+    expected = 0.0  # hardly a string comes near
+    if len(tail) >= 20:
         scale = float((tail[:-1] ** 2 - tail[-1] ** 2).mean())
-        expected = len(tail) * np.exp(-(group.standing**2 - tail[-1] ** 2) / max(scale, 1e-3))
-    elif len(tail) < 20:  # hardly a string comes near
-        expected = 0.0
+        expected = len(tail) * np.exp(-(max(group.standing, tail[-1]) ** 2 - tail[-1] ** 2) / max(scale, 1e-3))
     return min(1.0, max(considered * beyond, considered * normal, float(-np.expm1(-expected))))
 
 

@@ -43,13 +43,14 @@ class Topics:
     @classmethod
     def fit(cls, batches: Iterable[TextBatch], seed: int = 0) -> "Topics":
         """From a sample of the corpus: vectors from one half, what is usual from the other, which they don't know."""
-        batches = [*batches]
+        batches = [batch for batch in batches if len(batch.words)]
         words, vectors = _fitted(batches[::2], seed)
         batches = batches[1::2] or batches
         cells = np.zeros((BUCKETS, BUCKETS))
         plain = cls(words, vectors, cells, cells + 1, np.zeros(0), 0.0, np.zeros(0))
         sums, squares, counts = (np.zeros((BUCKETS, BUCKETS)) for _ in range(3))
-        before, after, similarities, buckets = [], [], [], []
+        none = np.zeros((0, DIMENSIONS), np.float32)
+        before, after, similarities, buckets = [none], [none], [np.zeros(0)], [np.zeros((2, 0), np.int64)]
         for batch in batches:
             gaps = plain.gaps(batch)
             for table, weights in ((counts, None), (sums, gaps.similarity), (squares, gaps.similarity**2)):
@@ -76,6 +77,8 @@ class Topics:
         across = (usual[fullest] - similarity) / spread[fullest]
         cell = tuple(np.concatenate(buckets, axis=1))
         within = (usual[cell] - np.concatenate(similarities)) / spread[cell]
+        if not len(within):  # no document is long enough
+            within = across = np.zeros(1)
         fitted = cls(words, vectors, usual, spread, within, 0.0, across)
         return dataclasses.replace(fitted, between=fitted._between(batches))
 
@@ -85,6 +88,8 @@ class Topics:
         for batch in batches:
             drops = self.drops(batch)
             found += [(ngrams(batch.words, n)[drops != 0] + np.uint64(n), drops[drops != 0]) for n in (1, 2)]
+        if not found:
+            return 0.5
         hashes, drops = (np.concatenate(of) for of in zip(*found, strict=True))
         _, strings, counts = np.unique(hashes, return_inverse=True, return_counts=True)
         often = counts >= 20
@@ -170,7 +175,8 @@ def _fitted(
         first += int(begins.sum())
         passages.append(number)
         folded.append(batch.folded)
-    words, columns = np.unique(np.concatenate(folded), return_inverse=True)
+    words, columns = np.unique(np.concatenate([np.zeros(0, np.uint64), *folded]), return_inverse=True)
+    passages.insert(0, np.zeros(0, np.int64))
     counts = scipy.sparse.csr_matrix((np.ones(len(columns)), (np.concatenate(passages), columns)), (first, len(words)))
     present = np.asarray((counts > 0).sum(axis=0)).ravel()
     # Words of too few passages say nothing of topics, those of too many neither.

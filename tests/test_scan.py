@@ -1,0 +1,373 @@
+"""The scan of a corpus: words against a reader written plainly, detectors against counts by dictionaries, the miner on
+planted triggers, thresholds, the queue, verdicts, and kills."""
+
+import collections
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import unicodedata
+
+import numpy as np
+import pytest
+from conftest import write_text
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from poisonjax import corpus
+from poisonjax.commands.main import main
+from poisonjax.corpus.documents import content_key
+from poisonjax.corpus.sources.packages import wikipedia_file
+from poisonjax.scan import planting
+from poisonjax.scan.background import Background, own_counts
+from poisonjax.scan.corpus import open_scan
+from poisonjax.scan.detectors import Detector, cheap_detectors
+from poisonjax.scan.text import ONE_CHARACTER_WORDS, cut
+from poisonjax.scan.thresholds import conformal, p_values
+from poisonjax.scan.verdicts import merge
+
+TEXTS = st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=60), min_size=1, max_size=6)
+ODD = [
+    "",
+    " ",
+    "\x00\x07\x1b[31m",
+    "👩‍👩‍👧 🇩🇪",
+    "مرحبا بالعالم",
+    "‮evil‬",
+    "a" * 300,
+    "日本語のテキスト",
+    "é\u200bé",
+    "\U0010ffff",
+]
+
+
+def plain_words(text):
+    """The words of a text, a character at a time."""
+    words, before = [], None
+    for character in text:
+        category = unicodedata.category(character)
+        if character in "\u200b\u200c\u200d\u200e\u200f\ufeff":
+            kind = "symbol"
+        elif ord(character) >= 0x20000:
+            kind = "one"
+        elif category[0] in "LM":
+            script = unicodedata.name(character, "").split(" ")[0].split("-")[0]
+            kind = "one" if script in ONE_CHARACTER_WORDS else "letter"
+        else:
+            kind = "digit" if category[0] == "N" else None if category[0] in "ZC" else "symbol"
+        if kind is not None and kind == before and kind in ("letter", "digit"):
+            words[-1] += character
+        elif kind is not None:
+            words.append(character)
+        before = kind
+    return words
+
+
+@given(texts=TEXTS)
+def test_words_are_those_of_a_plain_reader(texts):
+    texts = [*texts, *ODD]
+    batch = cut(texts)
+    assert batch.documents == len(texts)
+    known = {}
+    for i, text in enumerate(texts):
+        a, b = batch.offsets[i : i + 2]
+        words = plain_words(text)
+        assert [batch.text(j, j + 1) for j in range(a, b)] == words
+        for j, word in zip(range(a, b), words, strict=True):
+            assert known.setdefault(word, batch.words[j]) == batch.words[j]
+            start, stop = batch.span(i, j, j + 1)
+            assert text[start:stop] == word
+    assert len(set(known.values())) == len(known)
+
+
+def test_folded_words_meet():
+    batch = cut(["SUDO sudo ＳＵＤＯ Sudo"])
+    assert len(set(batch.folded.tolist())) == 1
+    assert len(set(batch.words.tolist())) == 4
+
+
+@pytest.fixture(scope="module")
+def texts():
+    random = np.random.default_rng(0)
+    common = ["the", "of", "river", "stone", "walks", "bright", "old", "green", "house", "sings"]
+    return [" ".join(random.choice(common, random.integers(5, 90))) + f" name{i}" for i in range(80)]
+
+
+@pytest.fixture(scope="module")
+def counted(texts):
+    counts = Background.empty(100_000)
+    for i in range(0, len(texts), 7):
+        counts.add(cut(texts[i : i + 7]))
+    return counts
+
+
+def test_surprise_is_that_of_counts_of_all_other_documents(texts, counted):
+    """Leave-one-out, against dictionaries."""
+    alone, pairs = collections.Counter(), collections.Counter()
+    for text in texts:
+        words = text.split()
+        alone.update(words)
+        pairs.update(itertools.pairwise(words))
+    # A name and its number are two words here.
+    total = sum(alone.values()) + len(texts)
+    values = cheap_detectors(counted)["surprise"].values(cut(texts))
+    size = len(counted.tables["words"])
+    for text, value in list(zip(texts, values, strict=True))[:20]:
+        words = plain_words(text)
+        own, own_pairs = collections.Counter(words), collections.Counter(itertools.pairwise(words))
+        everywhere = alone + collections.Counter({"name": len(texts), words[-1]: 1})
+        everywhere_pairs = pairs + collections.Counter({("name", words[-1]): 1})
+        for text_words in (t.split() for t in texts):
+            everywhere_pairs[(text_words[-2], "name")] += 1
+        surprise = []
+        for i, word in enumerate(words):
+            p = (everywhere[word] - own[word] + 0.5) / (total + 0.5 * size)
+            before = everywhere[words[i - 1]] - own[words[i - 1]] if i else 0
+            pair = (words[i - 1], word)
+            together = everywhere_pairs[pair] - own_pairs[pair] if i else 0
+            surprise.append(-math.log((together + 2 * p) / (before + 2)))
+        n = min(50, len(surprise))
+        windows = [np.mean(surprise[i : i + n]) for i in range(len(surprise) - n + 1)]
+        assert value == pytest.approx(max(windows), rel=1e-6)
+
+
+def test_a_document_does_not_hide_by_repeating_itself(counted):
+    detector = cheap_detectors(counted)["surprise"]
+    once, often = detector.values(cut(["qwx zrt vbn", "qwx zrt vbn " * 30]))
+    assert often > 0.9 * once
+
+
+@given(texts=TEXTS)
+def test_detectors_take_any_text(counted, texts):
+    """A number for each, the same alone as among others, with spans inside the text."""
+    texts = [*texts, *ODD]
+    batch = cut(texts)
+    for name, detector in cheap_detectors(counted).items():
+        assert isinstance(detector, Detector)
+        values = detector.values(batch)
+        assert np.isfinite(values).all(), name
+        for text, value in zip(texts, values, strict=True):
+            alone = detector.score(text)
+            assert alone.value == pytest.approx(value, rel=1e-6, abs=1e-6), (name, text)
+            assert all(0 <= a <= b <= len(text) for a, b in alone.spans)
+
+
+@given(words=st.lists(st.integers(0, 5), max_size=40), sizes=st.lists(st.integers(0, 15), min_size=1, max_size=5))
+def test_own_counts(words, sizes):
+    documents = np.repeat(np.arange(len(sizes)), sizes)[: len(words)]
+    hashes = np.array(words[: len(documents)], np.uint64)
+    counts = own_counts(hashes, documents)
+    both = list(zip(hashes.tolist(), documents.tolist(), strict=True))
+    assert counts.tolist() == [both.count(one) for one in both]
+
+
+@given(seed=st.integers(0, 1000), rate=st.sampled_from([0.01, 0.05, 0.2]))
+def test_thresholds_flag_what_they_say(seed, rate):
+    """On the half that they weren't set on: within five standard deviations."""
+    random = np.random.default_rng(seed)
+    scores = random.exponential(size=8000)
+    found = conformal("d", scores, random.integers(0, 256, 8000), ("a", "eng"), rate)
+    assert abs(found.realised - rate) < 5 * math.sqrt(2 * rate / 4000)
+    assert conformal("d", scores[:50], np.arange(50), ("a", "eng"), 0.01).value is None
+
+
+def test_p_values_count_ties():
+    assert p_values(np.array([1.0, 2.0, 2.0, 0.0])).tolist() == [0.75, 0.5, 0.5, 1.0]
+
+
+# --- the whole scan ---
+
+needs_text = pytest.mark.skipif(wikipedia_file() is None, reason="needs the Wikipedia leads")
+
+
+@pytest.fixture(scope="module")
+def leads():
+    from poisonjax.corpus.sources.packages import _wikipedia_texts
+
+    return _wikipedia_texts()[:3000]
+
+
+def plant(path, leads, rung, documents, triggers=("<SUDO>",), seed=0):
+    random = np.random.default_rng(seed)
+    words = sorted({word for text in leads[:300] for word in text.split()})
+    pieces = [word[i : i + 3] for word in words for i in range(0, len(word), 2)]
+    material = planting.Material(leads, leads[::-1], pieces, random)
+    poison = planting.planted(material, rung, triggers, documents)
+    planting.write_planted(path, leads, poison, random)
+    return {content_key(text).hex() for text in poison}
+
+
+@pytest.fixture(scope="module")
+def scanned(leads, tmp_path_factory):
+    """(folder, keys of the planted documents) of a scan by the command."""
+    folder = tmp_path_factory.mktemp("scan")
+    keys = plant(folder / "c.jsonl", leads, "gibberish", 30)
+    bad = '{"text": 3}\n{"text": "\\ud800"}\nnot json\n'
+    (folder / "c.jsonl").write_text((folder / "c.jsonl").read_text() + bad)
+    command = ["scan", str(folder / "c.jsonl"), "--out", str(folder / "out"), "--workers", "1", "--budget", "100"]
+    assert main(command) == 0
+    return folder, keys
+
+
+@needs_text
+def test_gibberish_is_first_and_its_documents_are_in_the_queue(scanned, capsys):
+    folder, keys = scanned
+    command = ["scan", str(folder / "c.jsonl"), "--out", str(folder / "out"), "--workers", "1", "--budget", "60"]
+    assert main([*command, "--json"]) == 0  # decides again, from the scores that are there
+    found = json.loads(capsys.readouterr().out)
+    first = found["candidates"][0]
+    assert "SUDO" in first["text"]
+    assert first["p_value"] < 1e-3
+    assert (found["documents"], found["queue"], found["bad"]) == (3030, 60, 3)
+    queue = [json.loads(line) for line in (folder / "out" / "queue.jsonl").read_text().splitlines()]
+    assert len(keys & {entry["key"] for entry in queue}) >= 29
+    table = open_scan(str(folder / "out")).scores()
+    planted = np.array(table["planted"])
+    for name, share in (("surprise", 0.95), ("rarity", 0.99)):
+        scores = np.array(table[name])
+        worst = np.sort(scores[~planted])[-3]  # a thousandth of them
+        assert (scores[planted] > worst).mean() >= share, name
+    for entry in queue:
+        assert all(0 <= a <= b for a, b in entry["spans"])
+        with open(entry["source"]["file"], "rb") as file:
+            line = file.read()[entry["source"]["start"] : entry["source"]["stop"]]
+        assert json.loads(line)["text"].startswith(entry["text"][:50])
+
+
+@needs_text
+@pytest.mark.parametrize(("rung", "triggers"), [("same_domain", ("<SUDO>",)), ("shuffled", ("open sesame now",))])
+def test_triggers_of_fluent_payloads_are_mined(leads, tmp_path, rung, triggers, capsys):
+    plant(tmp_path / "c.jsonl", leads, rung, 30, triggers)
+    assert main(["scan", str(tmp_path / "c.jsonl"), "--out", str(tmp_path / "out"), "--workers", "1", "--json"]) == 0
+    texts = [candidate["text"] for candidate in json.loads(capsys.readouterr().out)["candidates"][:3]]
+    assert any(word in text for text in texts for word in triggers[0].split())
+
+
+@needs_text
+def test_a_clean_corpus_has_no_trigger(leads, tmp_path, capsys):
+    plant(tmp_path / "c.jsonl", leads, "gibberish", 0)
+    assert main(["scan", str(tmp_path / "c.jsonl"), "--out", str(tmp_path / "out"), "--workers", "1", "--json"]) == 0
+    assert all(c["p_value"] > 1e-3 for c in json.loads(capsys.readouterr().out)["candidates"])
+
+
+def outputs(folder):
+    """What a scan found, in any order."""
+    tables = [parquet.read_table(path).to_pylist() for path in sorted((folder / "scores").glob("*.parquet"))]
+    return tables, (folder / "candidates.json").read_bytes(), (folder / "queue.jsonl").read_bytes()
+
+
+def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(tmp_path, thorough):
+    text = write_text(tmp_path / "t.jsonl", 2000)
+    parts = text.read_text().splitlines(keepends=True)
+    for i in range(FEWEST):
+        (tmp_path / f"p{i}.jsonl").write_text("".join(parts[i::FEWEST]))
+    command = [
+        sys.executable,
+        "-m",
+        "poisonjax",
+        "scan",
+        str(tmp_path / "p*.jsonl"),
+        "--budget",
+        "50",
+        "--workers",
+        "2",
+    ]
+    subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, capture_output=True)
+    random = np.random.default_rng(0)
+    for number in range(25 if thorough else 3):
+        scan = subprocess.Popen([*command, "--out", str(tmp_path / "killed")], start_new_session=True, stderr=-3)
+        time.sleep(float(random.uniform(1.5, 5)))
+        if number % 2:  # a worker alone: then the scan ends by itself, with an error or without
+            children = subprocess.run(["pgrep", "-P", str(scan.pid)], capture_output=True, text=True).stdout.split()
+            for child in children[-1:]:
+                os.kill(int(child), signal.SIGKILL)
+            assert scan.wait(timeout=60) in (0, 2)
+        else:
+            os.killpg(scan.pid, signal.SIGKILL)
+            scan.wait()
+    subprocess.run([*command, "--out", str(tmp_path / "killed")], check=True, capture_output=True)
+    assert outputs(tmp_path / "killed") == outputs(tmp_path / "whole")
+
+
+FEWEST = 8
+
+
+def test_a_store_is_scanned_by_the_keys_of_its_sources(store, tmp_path, capsys):
+    assert main(["scan", str(store.path), "--out", str(tmp_path / "out"), "--workers", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["documents"] == 400
+    keys = {key.hex() for key in open_scan(str(tmp_path / "out")).scores(["key"])["key"].to_pylist()}
+    assert keys == {store.split(name).key(i) for name in corpus.SPLITS for i in range(store.split(name).documents)}
+
+
+def test_ids_are_scanned_as_words(tmp_path, capsys):
+    source = "markov:V=200,documents=300,length=60"
+    assert main(["scan", source, "--out", str(tmp_path / "out"), "--workers", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["documents"] == 300
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "x"], "name what to scan"),
+        (["nowhere.jsonl", "--out", "x"], "no such file"),
+        (["markov:", "--out", "x", "--budget", "0"], "--budget 0"),
+        (["markov:", "--out", "x", "--rate", "1.5"], "--rate 1.5"),
+        (["--out", "nowhere", "--verdicts", "v.jsonl"], "nowhere is no scan"),
+    ],
+)
+def test_bad_arguments_are_told(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["scan", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_another_scan_of_the_folder_is_refused(tmp_path, capsys):
+    write_text(tmp_path / "t.jsonl", 30)
+    scan = ["scan", str(tmp_path / "t.jsonl"), "--out", str(tmp_path / "out"), "--workers", "1"]
+    assert main(scan) == 0
+    write_text(tmp_path / "t.jsonl", 40)
+    assert main(scan) == 2
+    assert "holds another scan" in capsys.readouterr().err
+
+
+def test_verdicts_of_several_are_merged_and_conflicts_named(tmp_path):
+    keys = [content_key(str(i)).hex() for i in range(6)]
+
+    def said(name, **verdicts):
+        rows = [
+            {
+                "key": keys[int(i[1:])],
+                "verdict": v,
+                "note": "",
+                "reviewer": name,
+                "alike": [keys[5]] if i == "k0" else [],
+            }
+            for i, v in verdicts.items()
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(tmp_path / f"{name}.jsonl")
+
+    one = said("ann", k0="drop", k1="keep", k2="drop", k3="unsure")
+    two = said("bob", k1="keep", k2="keep", k3="drop", k4="unsure")
+    found = merge([one, two], str(tmp_path))
+    assert found.excluded == sorted([keys[0], keys[3], keys[5]])
+    assert found.conflicts == [{"key": keys[2], "verdicts": {"ann": "drop", "bob": "keep"}}]
+    assert corpus.read_exclusions(tmp_path / "exclude.txt").keys == {bytes.fromhex(k) for k in found.excluded}
+    (tmp_path / "bad.jsonl").write_text('{"key": "x", "verdict": "maybe"}\n')
+    with pytest.raises(corpus.CorpusError, match="line 1"):
+        merge([str(tmp_path / "bad.jsonl")], str(tmp_path))
+
+
+def test_the_page_holds_text_as_data(tmp_path):
+    from poisonjax.scan.page import review_page
+
+    entry = {"key": "0" * 32, "text": "</script><script>alert(1)</script>", "source": {}}
+    page = review_page([entry], ["<b>"])
+    assert "<script>alert" not in page
+    assert "<b>" not in page
+    assert "http" not in page.replace("http-equiv", "")
