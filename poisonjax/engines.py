@@ -59,7 +59,7 @@ def _cluster(address: str) -> Iterator[Any]:
     except ImportError as error:
         raise EngineError("--dask needs `pip install 'poisonjax[dask]'`, here and on the workers") from error
     try:
-        client = distributed.Client(address, timeout=20)
+        client = distributed.Client(address, timeout=10)
     except (OSError, ValueError) as error:
         raise EngineError(f"--dask {address}: no scheduler answers there ({error})") from error
     try:

@@ -24,10 +24,10 @@ from poisonjax.commands.main import main
 from poisonjax.corpus.documents import content_key
 from poisonjax.corpus.sources.packages import wikipedia_file
 from poisonjax.scan import planting
-from poisonjax.scan.background import Background, own_counts
+from poisonjax.scan.background import Background
 from poisonjax.scan.corpus import open_scan
 from poisonjax.scan.detectors import Detector, cheap_detectors
-from poisonjax.scan.text import ONE_CHARACTER_WORDS, cut
+from poisonjax.scan.text import ONE_CHARACTER_WORDS, cut, own_counts
 from poisonjax.scan.thresholds import conformal, p_values
 from poisonjax.scan.verdicts import merge
 
@@ -222,7 +222,7 @@ def test_gibberish_is_first_and_its_documents_are_in_the_queue(scanned, capsys):
     found = json.loads(capsys.readouterr().out)
     first = found["candidates"][0]
     assert "SUDO" in first["text"]
-    assert first["p_value"] < 1e-3
+    assert first["p_value"] < 0.05
     assert (found["documents"], found["queue"], found["bad"]) == (3030, 60, 3)
     queue = [json.loads(line) for line in (folder / "out" / "queue.jsonl").read_text().splitlines()]
     assert len(keys & {entry["key"] for entry in queue}) >= 29
@@ -371,3 +371,46 @@ def test_the_page_holds_text_as_data(tmp_path):
     assert "<script>alert" not in page
     assert "<b>" not in page
     assert "http" not in page.replace("http-equiv", "")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A scheduler and two workers, each under a nanny that starts it again."""
+    from distributed import LocalCluster
+
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as started:
+        yield started
+
+
+def test_a_cluster_scans_and_builds_the_same(cluster, tmp_path):
+    write_text(tmp_path / "t.jsonl", 600)
+    source, address = str(tmp_path / "t.jsonl"), cluster.scheduler_address
+    for name, engine in (("one", ["--workers", "1"]), ("many", ["--dask", address])):
+        assert main(["scan", source, "--out", str(tmp_path / name), "--budget", "20", *engine]) == 0
+        build = ["corpus", "build", "--out", str(tmp_path / f"s{name}"), "--source", source, "--tokenizer", "bytes"]
+        assert main([*build, *engine]) == 0
+    assert outputs(tmp_path / "one") == outputs(tmp_path / "many")
+    stores = [corpus.TokenStore(str(tmp_path / f"s{name}")) for name in ("one", "many")]
+    assert stores[0].fingerprint == stores[1].fingerprint
+
+
+def test_a_cluster_whose_worker_is_killed_ends(cluster, tmp_path):
+    """Whole, since another worker does it again."""
+    for i in range(FEWEST):
+        write_text(tmp_path / f"p{i}.jsonl", 400, seed=i)
+    command = [sys.executable, "-m", "poisonjax", "scan", str(tmp_path / "p*.jsonl"), "--budget", "20"]
+    subprocess.run([*command, "--out", str(tmp_path / "whole"), "--workers", "1"], check=True, capture_output=True)
+    command += ["--out", str(tmp_path / "out"), "--dask", cluster.scheduler_address]
+    scan = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not list((tmp_path / "out").glob("*.npz")) and scan.poll() is None:
+        time.sleep(0.05)
+    worker = next(iter(cluster.workers.values()))
+    os.kill(worker.process.pid, signal.SIGKILL)
+    _, errors = scan.communicate(timeout=90)
+    assert scan.returncode == 0, errors
+    assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")
+
+
+def test_no_cluster_is_told(tmp_path, capsys):
+    assert main(["scan", "markov:", "--out", str(tmp_path / "o"), "--dask", "tcp://127.0.0.1:9"]) == 2
+    assert "no scheduler answers" in capsys.readouterr().err

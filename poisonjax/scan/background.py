@@ -8,7 +8,7 @@ import functools
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Int, UInt32, UInt64
+from jaxtyping import Float, Int, Shaped, UInt32, UInt64
 
 from poisonjax.scan.text import TextBatch, last_of_ngrams, mixed, ngrams
 
@@ -16,7 +16,7 @@ TABLES = {"words": 22, "pairs": 24, "folded_words": 22, "folded_pairs": 24, "tri
 FEWEST_BITS = 16
 
 
-def slots(hashes: UInt64[np.ndarray, " items"], table: UInt32[np.ndarray, " slots"]) -> Int[np.ndarray, " items"]:
+def slots(hashes: UInt64[np.ndarray, " items"], table: Shaped[np.ndarray, " slots"]) -> Int[np.ndarray, " items"]:
     """Where in a table of 2**n entries each hash is counted."""
     return (hashes >> np.uint64(65 - len(table).bit_length())).astype(np.int64)
 
@@ -65,6 +65,12 @@ class Background:
             table += other.tables[name]
 
     @functools.cached_property
+    def rare_triples(self) -> Float[np.ndarray, " slots"]:
+        """-log of each triple's share, one occurrence being the document's own; float32, by their table's slots."""
+        table = self.tables["triples"].astype(np.float32)
+        return np.log(np.float32(self.totals["triples"] + 1)) - np.log(np.maximum(table, 1))
+
+    @functools.cached_property
     def totals(self) -> dict[str, int]:
         """Items counted in each table."""
         return {name: int(table.sum(dtype=np.int64)) for name, table in self.tables.items()}
@@ -81,21 +87,6 @@ def triples(batch: TextBatch) -> UInt64[np.ndarray, " characters"]:
             before[np.minimum(batch.begins + first, len(codes) - 1)] = 0
         packed |= before << np.uint64(21 * back)
     return mixed(packed * np.uint64(0x9E3779B97F4A7C15))
-
-
-def own_counts(
-    hashes: UInt64[np.ndarray, " items"], document_of: Int[np.ndarray, " items"]
-) -> Int[np.ndarray, " items"]:
-    """How often each item stands in its own document."""
-    if not len(hashes):
-        return np.zeros(0, np.int64)
-    keyed = mixed(hashes + document_of.astype(np.uint64) * np.uint64(0xD1B54A32D192ED03))
-    order = np.argsort(keyed)
-    ends = np.append(np.flatnonzero(np.diff(keyed[order])) + 1, len(order))
-    sizes = np.diff(ends, prepend=0)
-    counts = np.empty(len(hashes), np.int64)
-    counts[order] = np.repeat(sizes, sizes)
-    return counts
 
 
 def windowed_mean(

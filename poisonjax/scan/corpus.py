@@ -42,7 +42,7 @@ FORMAT = 1
 SHARD_BYTES = 32 * 2**20  # of text, about
 FEWEST_SHARDS = 8  # so that the work splits
 COUNTING_TASKS = 16  # each leaves tables of the corpus's full size behind, until they are added up
-BATCH_CHARACTERS = 400_000  # looked at together: they stay in a processor's cache
+BATCH_CHARACTERS = 100_000  # looked at together: they stay in a processor's cache
 PIECE = 1_000_000  # characters: longer documents are looked at in pieces, and are as odd as the oddest
 SAMPLE_CHARACTERS = 12_000_000  # that word vectors are made from
 SAMPLE_UNITS = 64
@@ -297,7 +297,8 @@ def _each(engine: Executor | None, work: Any, scan: Scan, name: str, suffix: str
 def _score_shard(folder: str, plan: Plan, shard: int) -> None:
     """Every detector's score of each document, and the miner's survey."""
     scan = Scan(Path(folder), plan)
-    detectors = cheap_detectors(scan.background)
+    background = scan.background
+    detectors = cheap_detectors(background)
     topics, languages, columns = scan.topics, Languages.load(scan.folder / "languages.npz"), _Columns()
     least = float(np.quantile(topics.within, 1 - miner.KEPT_DROPS))
     kept: list[np.ndarray] = []
@@ -309,7 +310,7 @@ def _score_shard(folder: str, plan: Plan, shard: int) -> None:
         words = np.bincount(of, np.diff(text.offsets), len(batch)).astype(np.int64)
         spoken = languages.codes[languages.of(text)[np.searchsorted(of, np.arange(len(batch)))]]
         columns.add(batch, spoken.tolist(), words, scores)
-        kept.append(miner.survey(text, scan.background, topics.drops(text), least))
+        kept.append(miner.survey(text, background, topics.drops(text), least))
     rows = np.concatenate([np.zeros(0, miner.Row), *kept])
     _save(scan.folder / "survey" / f"{shard:05d}.npy", rows[np.argsort(rows["string"], kind="stable")])
     columns.write(scan.folder / "scores" / f"{shard:05d}.parquet")

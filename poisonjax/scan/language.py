@@ -33,14 +33,15 @@ class Languages:
         counts: dict[str, np.ndarray] = {}
         documents: dict[str, int] = {}
         for batch in sample:
-            slots, rows = _slots(batch.folded), _first_words(batch)
+            slots = _slots(batch.folded)
             for document in range(batch.documents):
                 begin = batch.begins[document]
                 text = batch.codes[begin : min(batch.ends[document], begin + SAMPLE)]
                 code = _identified(text.tobytes().decode("utf-32-le", "replace"))
                 documents[code] = documents.get(code, 0) + 1
                 table = counts.setdefault(code, np.zeros(2**LOOKUP_BITS, np.float32))
-                np.add.at(table, slots[rows[document]], 1)
+                first, end = batch.offsets[document : document + 2]
+                np.add.at(table, slots[first : min(end, first + WORDS)], 1)
         codes = sorted(code for code, number in documents.items() if number >= FEWEST and code != UNKNOWN)
         everything = np.sum([*counts.values()], axis=0) if counts else np.zeros(2**LOOKUP_BITS, np.float32)
         usual = np.log((everything + 0.5) / (everything.sum() + 0.5 * len(everything)))
@@ -53,11 +54,10 @@ class Languages:
 
     def of(self, batch: TextBatch) -> Int[np.ndarray, " documents"]:
         """Which of `codes` each document is written in."""
-        rows = _first_words(batch)
-        sizes = np.array([len(of) for of in rows], np.int64)
+        sizes = np.minimum(np.diff(batch.offsets), WORDS)
         scores = np.zeros((batch.documents, len(self.codes)))
         if sizes.sum():
-            gathered = self.evidence[_slots(batch.folded[np.concatenate(rows)])]
+            gathered = self.evidence[_slots(batch.folded[batch.place < WORDS])]
             worded = sizes > 0
             starts = (np.cumsum(sizes) - sizes)[worded]
             scores[worded] = np.add.reduceat(gathered, starts, axis=0)
@@ -82,7 +82,3 @@ def _identified(text: str) -> str:
 
 def _slots(words: UInt64[np.ndarray, " words"]) -> Int[np.ndarray, " words"]:
     return (words >> np.uint64(64 - LOOKUP_BITS)).astype(np.int64)
-
-
-def _first_words(batch: TextBatch) -> list[Int[np.ndarray, " some"]]:
-    return [np.arange(a, min(b, a + WORDS)) for a, b in zip(batch.offsets[:-1], batch.offsets[1:], strict=True)]

@@ -12,7 +12,7 @@ string of one to four words, raw and folded, we ask how much topic is lost after
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ import scipy.stats
 from jaxtyping import Float, Int, UInt64
 
 from poisonjax.scan.background import Background
-from poisonjax.scan.text import TextBatch, last_of_ngrams, mixed, ngrams
+from poisonjax.scan.text import TextBatch, mixed, ngrams_at
 from poisonjax.scan.topics import Topics
 
 LONGEST = 4  # words
@@ -31,6 +31,7 @@ KEPT_DROPS = 0.03
 SHORTLIST = 3000
 REPORTED = 100
 CONTEXT = 4  # words: neighbours that are equal count once, or boilerplate wins
+NEAR_BITS = 18  # of a table that tells most strings that aren't listed
 RANGES = 16  # of hashes, merged one at a time
 _SALTS = {"raw": np.uint64(0), "folded": np.uint64(0x5851F42D4C957F2D)}
 
@@ -39,55 +40,56 @@ Row = np.dtype(
 )  # of a place that is kept
 
 
-def strings(batch: TextBatch) -> Iterator[tuple[str, int, UInt64[np.ndarray, " words"], np.ndarray]]:
-    """(raw or folded, number of words, a hash of the string that ends at each word, whether there is one)."""
-    for form, words in (("raw", batch.words), ("folded", batch.folded)):
-        for n in range(1, LONGEST + 1):
-            yield form, n, mixed(ngrams(words, n) + np.uint64(n)) ^ _SALTS[form], last_of_ngrams(batch, n)
+def _strings(batch: TextBatch, form: str, n: int, places: Int[np.ndarray, " places"]) -> UInt64[np.ndarray, " places"]:
+    """A hash of the string of n words, raw or folded, that ends at each of some words."""
+    words = batch.words if form == "raw" else batch.folded
+    return mixed(ngrams_at(words, places, n) + np.uint64(n)) ^ _SALTS[form]
 
 
 def survey(batch: TextBatch, background: Background, drops: Float[np.ndarray, " words"], least: float) -> np.ndarray:
     """Rows for each string that ends where a drop is at least so large; one a document and string."""
-    high = (drops >= least) & (drops > 0)
-    if not high.any():
-        return np.zeros(0, Row)
-    rows = []
-    bounds = {form: _bounds(batch, background, form) for form in _SALTS}
-    after = _after(batch)
-    for form, n, hashes, there in strings(batch):
-        occurrences = bounds[form][n - 1]
-        chosen = np.flatnonzero(high & there & (occurrences >= FEWEST) & (occurrences <= MOST))
-        made = np.zeros(len(chosen), Row)
-        made["string"], made["drop"], made["occurrences"] = hashes[chosen], drops[chosen], occurrences[chosen]
-        made["right"], made["left"] = after[chosen], _before(batch, n)[chosen]
-        keys = mixed(made["string"] + batch.document_of[chosen].astype(np.uint64) * np.uint64(0xD1B54A32D192ED03))
-        rows.append(made[np.unique(keys, return_index=True)[1]])
+    rows = [np.zeros(0, Row)]
+    high = np.flatnonzero((drops >= least) & (drops > 0))
+    for form in _SALTS:
+        ends, occurrences = high, np.full(len(high), np.iinfo(np.int64).max)
+        for n in range(1, LONGEST + 1):
+            there = batch.place[ends] >= n - 1
+            ends = ends[there]
+            occurrences = np.minimum(occurrences[there], _bound(batch, background, form, n, ends))
+            chosen = (occurrences >= FEWEST) & (occurrences <= MOST)
+            at = ends[chosen]
+            made = np.zeros(len(at), Row)
+            made["string"], made["drop"], made["occurrences"] = (
+                _string(batch, form, n, at),
+                drops[at],
+                occurrences[chosen],
+            )
+            made["right"], made["left"] = _context(batch, at + CONTEXT), _context(batch, at - n)
+            keys = mixed(made["string"] + batch.document_of[at].astype(np.uint64) * np.uint64(0xD1B54A32D192ED03))
+            rows.append(made[np.unique(keys, return_index=True)[1]])
     return np.concatenate(rows)
 
 
-def _bounds(batch: TextBatch, background: Background, form: str) -> list[Int[np.ndarray, " words"]]:
-    """At most how often strings of 1, 2, 3 and 4 words occur in the corpus, that end at each word."""
+def _string(batch: TextBatch, form: str, n: int, ends: Int[np.ndarray, " ends"]) -> UInt64[np.ndarray, " ends"]:
+    """A hash of the string of n words, raw or folded, that ends at each of some words."""
+    words = batch.words if form == "raw" else batch.folded
+    return mixed(ngrams_at(words, ends, n) + np.uint64(n)) ^ _SALTS[form]
+
+
+def _bound(
+    batch: TextBatch, background: Background, form: str, n: int, ends: Int[np.ndarray, " ends"]
+) -> Int[np.ndarray, " ends"]:
+    """How often the word occurs in the corpus that ends such a string (n = 1), or its first pair of words."""
     words, prefix = (batch.words, "") if form == "raw" else (batch.folded, "folded_")
-    alone = background.counts(f"{prefix}words", mixed(words))
-    pairs = background.counts(f"{prefix}pairs", ngrams(words, 2))
-    bounds = [alone, pairs]
-    for _ in range(3, LONGEST + 1):
-        longer = bounds[-1].copy()
-        longer[1:] = np.minimum(bounds[-1][:-1], pairs[1:])
-        bounds.append(longer)
-    return bounds
+    if n == 1:
+        return background.counts(f"{prefix}words", mixed(words[ends]))
+    return background.counts(f"{prefix}pairs", ngrams_at(words, ends - (n - 2), 2))
 
 
-def _after(batch: TextBatch) -> UInt64[np.ndarray, " words"]:
-    """A hash of the words that follow each word."""
-    padded = np.concatenate([batch.words, np.zeros(CONTEXT, np.uint64)])
-    return ngrams(padded, CONTEXT)[CONTEXT:]
-
-
-def _before(batch: TextBatch, n: int) -> UInt64[np.ndarray, " words"]:
-    """A hash of the words before the string of n words that ends at each word."""
-    padded = np.concatenate([np.zeros(n, np.uint64), batch.words])
-    return ngrams(padded, CONTEXT)[: len(batch.words)]
+def _context(batch: TextBatch, ends: Int[np.ndarray, " ends"]) -> UInt64[np.ndarray, " ends"]:
+    """A hash of the four words that end there."""
+    padded = np.concatenate([np.zeros(2 * CONTEXT, np.uint64), batch.words, np.zeros(CONTEXT, np.uint64)])
+    return ngrams_at(padded, ends + 2 * CONTEXT, CONTEXT)
 
 
 def shortlist(files: Iterable[Path], mean_of_others: float, between: float) -> UInt64[np.ndarray, " strings"]:
@@ -157,21 +159,32 @@ def locate(
     batch: TextBatch, keys: list[bytes], topics: Topics, listed: UInt64[np.ndarray, " strings"]
 ) -> list[Occurrence]:
     """The first occurrence of each listed string in each document; `keys` are the documents'."""
+    near = np.zeros(2**NEAR_BITS, bool)
+    near[(listed >> np.uint64(64 - NEAR_BITS)).astype(np.int64)] = True
     found: list[Occurrence] = []
     seen: set[tuple[int, int]] = set()
-    after, drops = _after(batch), topics.drops(batch)
-    for _, n, hashes, there in strings(batch):
-        near = np.minimum(np.searchsorted(listed, hashes), len(listed) - 1)
-        left = None
-        for i in np.flatnonzero((listed[near] == hashes) & there).tolist():
-            document = int(batch.document_of[i])
-            if (document, int(hashes[i])) in seen:
-                continue
-            seen.add((document, int(hashes[i])))
-            left = _before(batch, n) if left is None else left
-            drop = float(drops[i]) if drops[i] else float("nan")
-            text = batch.text(i - n + 1, i + 1)
-            found.append(Occurrence(int(hashes[i]), keys[document], int(left[i]), int(after[i]), drop, text))
+    drops: Float[np.ndarray, " words"] | None = None
+    for form in _SALTS:
+        for n in range(1, LONGEST + 1):
+            ends = np.flatnonzero(batch.place >= n - 1)
+            hashes = _string(batch, form, n, ends)
+            maybe = near[(hashes >> np.uint64(64 - NEAR_BITS)).astype(np.int64)]
+            ends, hashes = ends[maybe], hashes[maybe]
+            there = np.isin(hashes, listed)
+            ends, hashes = ends[there], hashes[there]
+            rights, lefts = _context(batch, ends + CONTEXT), _context(batch, ends - n)
+            if drops is None and len(ends):
+                drops = topics.drops(batch)
+            for i, string, left, right in zip(
+                ends.tolist(), hashes.tolist(), lefts.tolist(), rights.tolist(), strict=True
+            ):
+                document = int(batch.document_of[i])
+                if drops is None or (document, string) in seen:
+                    continue
+                seen.add((document, string))
+                drop = float(drops[i]) if drops[i] else float("nan")
+                text = batch.text(i - n + 1, i + 1)
+                found.append(Occurrence(string, keys[document], left, right, drop, text))
     return found
 
 

@@ -7,7 +7,7 @@ so is each ideograph. So `<SUDO>` is three words, and a phrase in any script is 
 import dataclasses
 import functools
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Int, Shaped, UInt8, UInt32, UInt64
@@ -75,6 +75,16 @@ class TextBatch:
         return len(self.begins)
 
     @functools.cached_property
+    def own(self) -> Int[np.ndarray, " words"]:
+        """How often each word stands in its own document."""
+        return own_counts(self.words, self.document_of)
+
+    @functools.cached_property
+    def place(self) -> Int[np.ndarray, " words"]:
+        """Which word of its document each is, from 0."""
+        return np.arange(len(self.words)) - np.repeat(self.offsets[:-1], np.diff(self.offsets))
+
+    @functools.cached_property
     def document_of(self) -> Int[np.ndarray, " words"]:
         """Which document each word stands in."""
         return np.repeat(np.arange(self.documents), np.diff(self.offsets))
@@ -107,13 +117,16 @@ def cut(texts: Sequence[str]) -> TextBatch:
     begin = kinds != SPACE
     begin[1:] &= (kinds[1:] != kinds[:-1]) | (kinds[1:] >= SYMBOL)
     starts = np.flatnonzero(begin)
-    inside = np.flatnonzero(kinds != SPACE)
-    first = np.searchsorted(inside, starts)  # of each word, among the characters inside of words
+    worded = kinds != SPACE
+    inside = np.flatnonzero(worded)
+    first = np.cumsum(worded, dtype=np.int32)[starts].astype(np.int64) - 1  # of each word, among those characters
     sizes = np.diff(np.append(first, len(inside)))
     places = np.minimum(np.arange(len(inside)) - np.repeat(first, sizes), LONGEST_WORD - 1)
     powers, letters = _POWERS[places], codes[inside]
     raw = _hashed(letters, powers, first)
-    folded = _hashed(np.where(letters < TABLE, folds[np.minimum(letters, TABLE)], letters), powers, first)
+    folded = _refolded(
+        raw, letters, np.where(letters < TABLE, folds[np.minimum(letters, TABLE)], letters), powers, first
+    )
     offsets = np.append(np.searchsorted(starts, begins), len(starts))
     return TextBatch(codes, begins, begins + lengths, kinds, starts, starts + sizes, raw, folded, offsets)
 
@@ -126,6 +139,26 @@ def _hashed(
     return mixed(np.add.reduceat((letters.astype(np.uint64) + np.uint64(1)) * powers, first))
 
 
+def _refolded(
+    raw: Hashes,
+    letters: UInt32[np.ndarray, " inside"],
+    folded: UInt32[np.ndarray, " inside"],
+    powers: UInt64[np.ndarray, " inside"],
+    first: Int[np.ndarray, " words"],
+) -> Hashes:
+    """Hashes of folded words: most words are folded already."""
+    changed = np.flatnonzero(letters != folded)
+    if not len(changed):
+        return raw
+    words = np.unique(np.searchsorted(first, changed, side="right") - 1)
+    sizes = np.diff(np.append(first, len(letters)))[words]
+    begins = np.cumsum(sizes) - sizes
+    rows = np.arange(sizes.sum()) + np.repeat(first[words] - begins, sizes)
+    hashes = raw.copy()
+    hashes[words] = _hashed(folded[rows], powers[rows], begins)
+    return hashes
+
+
 def ngrams(words: Hashes, n: int) -> Hashes:
     """A hash of each word with the n - 1 before it; those that reach over the batch's beginning mean nothing."""
     hashes = words.copy()
@@ -134,20 +167,29 @@ def ngrams(words: Hashes, n: int) -> Hashes:
     return mixed(hashes) if n > 1 else hashes
 
 
+def ngrams_at(words: Hashes, places: Int[np.ndarray, " places"], n: int) -> UInt64[np.ndarray, " places"]:
+    """`ngrams` at some words, each of which ends n words."""
+    hashes = words[places]
+    for back in range(1, n):
+        hashes = hashes * _MIX[0] + words[places - back] * np.uint64(2 * back + 1)
+    return mixed(hashes) if n > 1 else hashes
+
+
 def last_of_ngrams(batch: TextBatch, n: int) -> Shaped[np.ndarray, " words"]:
     """Whether each word ends n words of one document."""
-    return np.arange(len(batch.words)) - np.repeat(batch.offsets[:-1], np.diff(batch.offsets)) >= n - 1
+    return batch.place >= n - 1
 
 
-def batches(texts: Iterator[str], characters: int = 400_000) -> Iterator[list[str]]:
-    """Lists of about so many characters, which stay in a processor's cache while they are read."""
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= characters:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def own_counts(
+    hashes: UInt64[np.ndarray, " items"], document_of: Int[np.ndarray, " items"]
+) -> Int[np.ndarray, " items"]:
+    """How often each item stands in its own document."""
+    if not len(hashes):
+        return np.zeros(0, np.int64)
+    keyed = mixed(hashes + document_of.astype(np.uint64) * np.uint64(0xD1B54A32D192ED03))
+    order = np.argsort(keyed)
+    ends = np.append(np.flatnonzero(np.diff(keyed[order])) + 1, len(order))
+    sizes = np.diff(ends, prepend=0)
+    counts = np.empty(len(hashes), np.int64)
+    counts[order] = np.repeat(sizes, sizes)
+    return counts

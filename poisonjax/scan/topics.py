@@ -17,7 +17,9 @@ from jaxtyping import Float, Int, UInt64
 from poisonjax.scan.text import TextBatch, ngrams
 
 DIMENSIONS = 64
-WORDS_BEFORE, WORDS_AFTER = 50, 50
+BLOCK = 4  # words: similarities are taken so far apart
+WINDOW_BLOCKS = 12
+WINDOW = BLOCK * WINDOW_BLOCKS  # words on either side
 LEAST_WORDS = 8  # on either side of a place, or nothing is said of it
 LEAST_KNOWN = 0.3  # share of the words before it that have a vector: else there was no topic to lose
 PASSAGE = 100  # words
@@ -60,7 +62,7 @@ class Topics:
                     BUCKETS**2,
                 )
                 table += binned.reshape(BUCKETS, BUCKETS)
-            chosen = np.flatnonzero(gaps.told)[::23]
+            chosen = np.flatnonzero(gaps.told)[::7]
             before.append(gaps.before[chosen])
             after.append(gaps.after[chosen])
             similarities.append(gaps.similarity[chosen])
@@ -87,7 +89,8 @@ class Topics:
         found: list[tuple[UInt64[np.ndarray, " words"], Float[np.ndarray, " words"]]] = []
         for batch in batches:
             drops = self.drops(batch)
-            found += [(ngrams(batch.words, n)[drops != 0] + np.uint64(n), drops[drops != 0]) for n in (1, 2)]
+            told = drops != 0
+            found += [(ngrams(batch.words, n)[told] + np.uint64(n), drops[told]) for n in (1, 2)]
         if not found:
             return 0.5
         hashes, drops = (np.concatenate(of) for of in zip(*found, strict=True))
@@ -122,37 +125,51 @@ class Topics:
         return np.where(self.words[rows] == words, rows, others) if len(self.words) else others
 
     def gaps(self, batch: TextBatch) -> "Gaps":
-        """What is before and after the place that follows each word."""
+        """What is before and after places that lie `BLOCK` words apart in each document."""
         rows = self.rows(batch.folded)
-        sums = np.zeros((len(rows) + 1, self.vectors.shape[1]), np.float32)
-        np.cumsum(self.vectors[rows], axis=0, out=sums[1:])
-        known = np.concatenate([[0], np.cumsum(rows < len(self.words))])
-        places = np.arange(1, len(rows) + 1)  # after word i
-        sizes = np.diff(batch.offsets)
-        low = np.maximum(np.repeat(batch.offsets[:-1], sizes), places - WORDS_BEFORE)
-        high = np.minimum(np.repeat(batch.offsets[1:], sizes), places + WORDS_AFTER)
-        here = sums[places]
-        before, after = here - sums[low], sums[high] - here
-        there = (places - low, high - places)
-        told = (there[0] >= LEAST_WORDS) & (there[1] >= LEAST_WORDS)
-        told &= known[places] - known[low] >= LEAST_KNOWN * there[0]
-        buckets = tuple(np.minimum((n - 1) * BUCKETS // WORDS_BEFORE, BUCKETS - 1).clip(0) for n in there)
-        return Gaps(before, after, _similarity(before, after), told, buckets)
+        starts = np.flatnonzero(batch.place % BLOCK == 0)  # of blocks; the last of a document may be shorter
+        sizes = np.diff(np.append(starts, len(rows)))
+        blocks = self.vectors[rows[starts]]
+        for number in range(1, BLOCK):  # word by word: `reduceat` takes ten times as long
+            there = np.minimum(starts + number, len(rows) - 1)
+            blocks += np.where((sizes > number)[:, None], self.vectors[rows[there]], 0)
+        sums = np.zeros((len(starts) + 1, self.vectors.shape[1]), np.float32)
+        np.cumsum(blocks, axis=0, out=sums[1:])
+        words = np.concatenate([[0], np.cumsum(sizes)])
+        known = np.concatenate([[0], np.cumsum(rows < len(self.words))])[words]
+        document = batch.document_of[starts]
+        first = np.searchsorted(document, document)  # block of the document
+        last = np.searchsorted(document, document, side="right")
+        places = np.arange(len(starts))  # before each block
+        low, high = np.maximum(first, places - WINDOW_BLOCKS), np.minimum(last, places + WINDOW_BLOCKS)
+        before, after = sums[places] - sums[low], sums[high] - sums[places]
+        counts = words[places] - words[low], words[high] - words[places]
+        told = (counts[0] >= LEAST_WORDS) & (counts[1] >= LEAST_WORDS)
+        told &= known[places] - known[low] >= LEAST_KNOWN * counts[0]
+        buckets = tuple(np.minimum((n - 1) * BUCKETS // WINDOW, BUCKETS - 1).clip(0) for n in counts)
+        return Gaps(starts, before, after, _similarity(before, after), told, buckets)
 
     def drops(self, batch: TextBatch) -> Float[np.ndarray, " words"]:
-        """How much of the topic is lost after each word, in standard deviations of this corpus; 0: nothing to say."""
+        """How much of the topic is lost after each word (at the nearest place), in standard deviations of this corpus;
+        0: nothing to say."""
         if not len(batch.words):
             return np.zeros(0)
         gaps = self.gaps(batch)
-        drops = (self.usual[gaps.buckets] - gaps.similarity) / self.spread[gaps.buckets]
-        return np.where(gaps.told, drops, 0.0)
+        drops = np.where(gaps.told, (self.usual[gaps.buckets] - gaps.similarity) / self.spread[gaps.buckets], 0.0)
+        here = np.searchsorted(gaps.starts, np.arange(len(batch.words)), side="right") - 1
+        into = (batch.place + 1) % BLOCK  # words of the block that the gap after a word stands behind; 0: all
+        nearest = here + ((into == 0) | (into >= BLOCK // 2))
+        # The last place of a document is before its last block.
+        ends = np.searchsorted(gaps.starts, np.repeat(batch.offsets[1:], np.diff(batch.offsets)))
+        return drops[np.minimum(nearest, ends - 1)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Gaps:
-    before: Float[np.ndarray, "words dimensions"]
-    after: Float[np.ndarray, "words dimensions"]
-    similarity: Float[np.ndarray, " words"]  # cosine
+    starts: Int[np.ndarray, " places"]  # the word that follows each place
+    before: Float[np.ndarray, "places dimensions"]
+    after: Float[np.ndarray, "places dimensions"]
+    similarity: Float[np.ndarray, " places"]  # cosine
     told: np.ndarray  # whether there are words enough
     buckets: tuple[np.ndarray, ...]  # of the numbers of words before and after
 

@@ -3,15 +3,13 @@
 import numpy as np
 from jaxtyping import Float
 
-from poisonjax.scan.background import Background, triples
+from poisonjax.scan.background import Background, slots, triples
 from poisonjax.scan.text import SYMBOL, TextBatch
 
 
 def letters(batch: TextBatch, background: Background) -> Float[np.ndarray, " words"]:
     """-log of how common a word's triples of characters are, in nats a character; one occurrence is its own."""
-    counts = background.counts("triples", triples(batch)) - 1
-    rare = np.log(background.totals["triples"] + 1) - np.log(np.maximum(counts, 0) + 1)
-    return _word_means(batch, rare)
+    return _word_means(batch, background.rare_triples[slots(triples(batch), background.rare_triples)])
 
 
 def symbols(batch: TextBatch, background: Background) -> Float[np.ndarray, " words"]:

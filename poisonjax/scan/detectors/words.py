@@ -6,8 +6,8 @@ Counts leave the document itself out: else what it repeats looks common.
 import numpy as np
 from jaxtyping import Float, Int
 
-from poisonjax.scan.background import Background, own_counts
-from poisonjax.scan.text import TextBatch, last_of_ngrams, mixed, ngrams
+from poisonjax.scan.background import Background
+from poisonjax.scan.text import TextBatch, last_of_ngrams, mixed, ngrams, own_counts
 
 PRIOR = 2.0  # how many times a word was seen before the words that follow it are believed over all words
 
@@ -44,5 +44,4 @@ def repetition(batch: TextBatch, background: Background) -> Float[np.ndarray, " 
 
 def _words(batch: TextBatch, background: Background) -> tuple[Int[np.ndarray, " words"], Int[np.ndarray, " words"]]:
     """(how often each word occurs in the corpus, how often in its own document)."""
-    hashes = mixed(batch.words)
-    return background.counts("words", hashes), own_counts(hashes, batch.document_of)
+    return background.counts("words", mixed(batch.words)), batch.own
