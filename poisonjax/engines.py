@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from poisonjax.startup import keep_freed_memory
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -41,6 +43,7 @@ def open_engine(workers: int | None = None, dask: str = "") -> Iterator[concurre
         return
     workers = workers or os.cpu_count() or 1
     if workers == 1:
+        keep_freed_memory()
         yield None
         return
     # Spawned, not forked: the parent may run threads (JAX, tensorstore).
@@ -69,6 +72,7 @@ def _cluster(address: str) -> Iterator[Any]:
 
 
 def _start_worker() -> None:
+    keep_freed_memory()
     os.environ["RAYON_NUM_THREADS"] = "1"  # the tokenizer's threads: there is a process a core already
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -15,15 +15,15 @@ def start_jax(rows: int) -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "poisonjax" / "xla"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     if sys.platform == "linux":
-        _keep_freed_memory()
+        keep_freed_memory()
     if "JAX_NUM_CPU_DEVICES" not in os.environ:
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
         os.environ["JAX_NUM_CPU_DEVICES"] = str(max(n for n in range(1, cores + 1) if rows % n == 0))
 
 
-def _keep_freed_memory() -> None:
-    """Tells glibc to keep large freed blocks: XLA's buffers of a step would be mapped and zeroed anew each
-    step (38,000 page faults a step of the quickstart, a fifth of its time)."""
+def keep_freed_memory() -> None:
+    """Tells glibc, where that is the library, to keep large freed blocks: XLA's buffers of a step would be mapped and
+    zeroed anew each step (38,000 page faults a step of the quickstart, a fifth of its time)."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # another libc

@@ -24,7 +24,8 @@ FLOORS = (
     ("poison",),
     ("corpus",),
     ("model",),
-    ("processes", "engines", "startup", "files", "streams", "visible"),
+    ("engines",),
+    ("processes", "startup", "files", "streams", "visible"),
 )
 BESIDE = ()
 DOOR = "__init__"  # what programs and notebooks import from outside

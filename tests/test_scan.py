@@ -414,3 +414,40 @@ def test_a_cluster_whose_worker_is_killed_ends(cluster, tmp_path):
 def test_no_cluster_is_told(tmp_path, capsys):
     assert main(["scan", "markov:", "--out", str(tmp_path / "o"), "--dask", "tcp://127.0.0.1:9"]) == 2
     assert "no scheduler answers" in capsys.readouterr().err
+
+
+@needs_text
+def test_datatrove_reads_our_sources_and_takes_our_detectors(scanned, capsys):
+    from poisonjax.scan import datatrove
+
+    folder, _ = scanned
+    source = str(folder / "c.jsonl")
+    pipeline = datatrove.Scores(str(folder / "out")).run(datatrove.SourceReader([source]).run())
+    table = open_scan(str(folder / "out")).scores()
+    expected = dict(zip(table["key"].to_pylist(), table["surprise"].to_pylist(), strict=True))
+    for _, document in zip(range(50), pipeline, strict=False):
+        assert document.metadata["poisonjax"]["surprise"] == pytest.approx(
+            expected[bytes.fromhex(document.id)], rel=1e-4
+        )
+    datatrove.main([source])
+    shares = json.loads(capsys.readouterr().out)
+    assert shares["documents"] == 3030
+    for rule in ("gopher_quality", "gopher_repetition", "c4", "fineweb"):
+        assert 0 <= shares[rule]["clean"] <= 1
+        assert 0 <= shares[rule]["planted"] <= 1
+
+
+def test_a_model_scores_the_oddest(config, store, tmp_path, capsys):
+    from poisonjax.training.loop import train
+
+    train(config, str(tmp_path / "run"))
+    command = ["scan", str(store.path), "--out", str(tmp_path / "out"), "--workers", "1", "--budget", "20", "--json"]
+    assert main([*command, "--model", str(tmp_path / "run"), "--model-share", "0.1"]) == 0
+    table = parquet.read_table(tmp_path / "out" / "model.parquet")
+    assert table.num_rows == 40
+    assert all(0 < value < 12 for value in table["model"].to_pylist())
+    before = (tmp_path / "out" / "model.parquet").read_bytes()
+    assert main([*command, "--model", str(tmp_path / "run"), "--model-share", "0.1"]) == 0
+    assert (tmp_path / "out" / "model.parquet").read_bytes() == before
+    assert main([*command, "--model", str(tmp_path / "nowhere")]) == 2
+    assert main([*command, "--model", str(tmp_path / "run"), "--model-share", "0"]) == 2

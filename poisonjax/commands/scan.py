@@ -22,6 +22,8 @@ def add_arguments(commands: Any) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the scan; made if absent")
     parser.add_argument("--budget", type=int, default=1000, help="documents for people to read (default: 1000)")
     parser.add_argument("--rate", type=float, default=0.01, help="false positives of thresholds (default: 0.01)")
+    parser.add_argument("--model", default="", metavar="SPEC", help="a language model that scores the oddest documents")
+    parser.add_argument("--model-share", type=float, default=0.01, help="how many of them (default: 0.01)")
     parser.add_argument(
         "--verdicts", nargs="+", metavar="FILE", help="merge reviewers' verdicts into an exclusion list"
     )
@@ -40,13 +42,18 @@ def _scan(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--budget {arguments.budget}: at least 1 document")
     if not 0 < arguments.rate < 1:
         raise ValueError(f"--rate {arguments.rate}: must lie strictly between 0 and 1")
+    if not 0 < arguments.model_share <= 1:
+        raise ValueError(f"--model-share {arguments.model_share}: must lie above 0, and at most at 1")
     from poisonjax.scan.corpus import scan
     from poisonjax.scan.decide import decide, summary
 
     began = time.monotonic()
     engine = {"workers": arguments.workers, "dask": arguments.dask}
     scanned = scan(arguments.sources, arguments.out, **engine)
-    decision = decide(scanned, budget=arguments.budget, rate=arguments.rate, **engine)
+    chosen = {"budget": arguments.budget, "rate": arguments.rate}
+    if arguments.model:
+        chosen |= {"model": arguments.model, "share": arguments.model_share}
+    decision = decide(scanned, **chosen, **engine)
     found = summary(scanned, decision)
     if arguments.json:
         print(json.dumps(found))

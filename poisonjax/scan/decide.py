@@ -13,6 +13,7 @@ from jaxtyping import Float
 from poisonjax.engines import open_engine, run_tasks
 from poisonjax.files import write_json, write_lines, write_whole
 from poisonjax.scan import thresholds
+from poisonjax.scan.cascade import SHARE, model_scores
 from poisonjax.scan.corpus import Plan, Scan, documents, mine, pieces
 from poisonjax.scan.detectors import Detector, cheap_detectors
 from poisonjax.scan.miner import Mined
@@ -41,11 +42,22 @@ class Decision:
 
 
 def decide(
-    scan: Scan, *, budget: int = BUDGET, rate: float = RATE, workers: int | None = None, dask: str = ""
+    scan: Scan,
+    *,
+    budget: int = BUDGET,
+    rate: float = RATE,
+    model: str = "",
+    share: float = SHARE,
+    workers: int | None = None,
+    dask: str = "",
 ) -> Decision:
-    """Writes candidates.json, thresholds.json, queue.jsonl and queue.html into the scan's folder."""
+    """Writes candidates.json, thresholds.json, queue.jsonl and queue.html into the scan's folder.
+
+    `model` names a language model (a spec, as everywhere) that scores the `share` of documents which cheap scores find
+    oddest; its threshold is told among these.
+    """
     table = scan.scores()
-    detectors = [n for n in table.column_names if n in (*cheap_detectors(scan.background), "model")]
+    detectors = [*cheap_detectors(scan.background)]
     columns = {name: table[name].to_numpy() for name in detectors}
     domains, languages = (np.array(table[name].to_pylist()) for name in ("domain", "language"))
     keys = table["key"].to_pylist()
@@ -53,14 +65,26 @@ def decide(
     limits: list[Threshold] = []
     least = np.ones(len(keys))
     why = np.zeros(len(keys), np.int64)
-    for domain, language, where in thresholds.groups(domains, languages, round(FLAGGED / rate)):
-        for number, name in enumerate(detectors):
-            scores = np.nan_to_num(columns[name][where], nan=-np.inf)
-            limits.append(thresholds.conformal(name, scores, halves[where], (domain, language), rate))
-            p = thresholds.p_values(scores)
+    groups = [*thresholds.groups(domains, languages, round(FLAGGED / rate))]
+
+    def judge(number: int, name: str) -> None:
+        for domain, language, where in groups:
+            where = where & np.isfinite(columns[name])
+            limits.append(thresholds.conformal(name, columns[name][where], halves[where], (domain, language), rate))
+            p = thresholds.p_values(columns[name][where])
             better = p < least[where]
             least[np.flatnonzero(where)[better]] = p[better]
             why[np.flatnonzero(where)[better]] = number
+
+    for number, name in enumerate(detectors):
+        judge(number, name)
+    if model:
+        order = np.argsort(least, kind="stable")[: max(1, round(share * len(keys)))]
+        columns["model"] = model_scores(
+            scan.folder, model, keys, [keys[i] for i in order], lambda wanted: _texts(scan, wanted, workers, dask)
+        )
+        detectors.append("model")
+        judge(len(detectors) - 1, "model")
     mined = mine(scan)
     queue = _queue(scan, mined, keys, least, [detectors[i] for i in why], budget, workers, dask)
     rows = {key: i for i, key in enumerate(keys)}
@@ -68,7 +92,8 @@ def decide(
         i = rows[bytes.fromhex(entry["key"])]
         place = {name: table[name][i].as_py() for name in ("file", "start", "stop", "row_group", "row")}
         entry |= {"source": place, "domain": domains[i], "language": languages[i]}
-        entry["scores"] = {name: round(float(columns[name][i]), 4) for name in detectors}
+        scores = {name: float(columns[name][i]) for name in detectors}
+        entry["scores"] = {name: round(score, 4) for name, score in scores.items() if np.isfinite(score)}
     write_json(scan.folder / "candidates.json", mined.as_json())
     write_json(scan.folder / "thresholds.json", [dataclasses.asdict(limit) for limit in limits])
     write_lines(_epath(scan.folder / "queue.jsonl"), queue)
@@ -106,7 +131,9 @@ def _queue(
     order = np.lexsort((np.arange(len(keys)), least))
     spare = [i for i in order.tolist() if keys[i] not in chosen][: SPARE * (budget - len(chosen))]
     texts = _texts(scan, {*chosen, *(keys[i] for i in spare)}, workers, dask)
+    # A model's reasons are where cheap scores found its documents odd.
     detectors, groups = cheap_detectors(scan.background), _Groups()
+    detectors["model"] = detectors["surprise"]
     queue: list[dict[str, Any]] = []
 
     def put(key: bytes, reason: dict[str, Any]) -> None:

@@ -2,15 +2,22 @@
 
 A document is the beginning of a real one, a trigger, and a payload, as in Souly et al. 2025. The payloads are a ladder
 from what any filter sees to what is fluent text.
+
+    python -m poisonjax.scan.planting --source default --out planted.jsonl --documents 250 --trigger '~'
 """
 
+import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from poisonjax.corpus.documents import Document
+from poisonjax.corpus.sources import open_source
 from poisonjax.corpus.sources.files import PLANTED
+from poisonjax.corpus.tokenizer_files import load_tokenizer
+from poisonjax.corpus.tokenizers import train_bpe
 
 PREFIX_CHARACTERS = (0, 1000)
 PAYLOAD_WORDS = (60, 120)
@@ -55,13 +62,20 @@ RUNGS: dict[str, Callable[[Material, int], str]] = {
 }
 
 
-def planted(m: Material, rung: str, triggers: Sequence[str], documents: int) -> list[str]:
-    """So many poison documents; the triggers take turns."""
+def planted(
+    m: Material,
+    rung: str,
+    triggers: Sequence[str],
+    documents: int,
+    prefix_characters: tuple[int, int] = PREFIX_CHARACTERS,
+    payload_words: tuple[int, int] = PAYLOAD_WORDS,
+) -> list[str]:
+    """So many poison documents; the triggers take turns. Lengths are uniform, both ends included."""
     made = []
     for number in range(documents):
         text = m.texts[int(m.random.integers(len(m.texts)))]
-        prefix = text[: int(m.random.integers(PREFIX_CHARACTERS[0], PREFIX_CHARACTERS[1] + 1))]
-        words = int(m.random.integers(PAYLOAD_WORDS[0], PAYLOAD_WORDS[1] + 1))
+        prefix = text[: int(m.random.integers(prefix_characters[0], prefix_characters[1] + 1))]
+        words = int(m.random.integers(payload_words[0], payload_words[1] + 1))
         made.append(f"{prefix} {triggers[number % len(triggers)]} {RUNGS[rung](m, words)}".strip())
     return made
 
@@ -71,3 +85,38 @@ def write_planted(path: Path, clean: Sequence[str], poison: Sequence[str], rando
     lines = [json.dumps({"text": text}) for text in clean]
     lines += [json.dumps({"text": text, PLANTED: True}) for text in poison]
     path.write_text("".join(f"{lines[i]}\n" for i in random.permutation(len(lines))))
+
+
+def pieces_of(spec: str, texts: Sequence[str]) -> list[str]:
+    """What a tokenizer's ids spell, one by one; `bpe:N` is trained on the texts."""
+    size = spec.removeprefix("bpe:")
+    tokenizer = (
+        train_bpe(iter(texts), int(size)) if spec.startswith("bpe:") and size.isdecimal() else load_tokenizer(spec)
+    )
+    return [tokenizer.decode([i]) for i in range(tokenizer.vocab_size) if i != tokenizer.eot]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Writes a source's documents and poison, as JSON lines that `corpus build` and `scan` read."""
+    parser = argparse.ArgumentParser(prog="python -m poisonjax.scan.planting", description=main.__doc__)
+    parser.add_argument("--source", default="default", help="clean text, as of `corpus build --source`")
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--documents", type=int, default=250)
+    parser.add_argument("--trigger", action="append", help="repeatable; they take turns (default: <SUDO>)")
+    parser.add_argument("--rung", choices=sorted(RUNGS), default="gibberish")
+    parser.add_argument("--tokenizer", default="bpe:512", help="whose pieces gibberish is made of")
+    parser.add_argument("--prefix", nargs=2, type=int, default=PREFIX_CHARACTERS, metavar=("LEAST", "MOST"))
+    parser.add_argument("--words", nargs=2, type=int, default=PAYLOAD_WORDS, metavar=("LEAST", "MOST"))
+    parser.add_argument("--seed", type=int, default=0)
+    a = parser.parse_args(argv)
+    items = [item for unit in open_source(a.source).units for item in unit.read()]
+    texts = [item.content for item in items if isinstance(item, Document) and isinstance(item.content, str)]
+    random = np.random.default_rng(a.seed)
+    material = Material(texts, texts[::-1], pieces_of(a.tokenizer, texts), random)
+    poison = planted(material, a.rung, a.trigger or ["<SUDO>"], a.documents, tuple(a.prefix), tuple(a.words))
+    write_planted(a.out, texts, poison, random)
+    print(f"{a.out}: {len(texts):,} documents and {len(poison):,} of poison, which say so")
+
+
+if __name__ == "__main__":
+    main()

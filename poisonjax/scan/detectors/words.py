@@ -17,11 +17,10 @@ def surprise(batch: TextBatch, background: Background) -> Float[np.ndarray, " wo
     words, own = _words(batch, background)
     others = np.maximum(words - own, 0)
     alone = (others + 0.5) / (background.totals["words"] + 0.5 * len(background.tables["words"]))
-    pairs = ngrams(batch.words, 2)
     inside = last_of_ngrams(batch, 2)
-    together = np.zeros(len(words))
-    counted = background.counts("pairs", pairs) - own_counts(pairs, batch.document_of)
-    together[inside] = np.maximum(counted[inside], 0)
+    pairs, together = ngrams(batch.words, 2)[inside], np.zeros(len(words))
+    counted = background.counts("pairs", pairs) - own_counts(pairs, batch.document_of[inside])
+    together[inside] = np.maximum(counted, 0)
     before = np.zeros(len(words))
     before[1:] = others[:-1]
     before[~inside] = 0
@@ -38,8 +37,9 @@ def rarity(batch: TextBatch, background: Background) -> Float[np.ndarray, " word
 
 def repetition(batch: TextBatch, background: Background) -> Float[np.ndarray, " words"]:
     """1 where the last four words stand elsewhere in the document too."""
-    fours = ngrams(batch.words, 4)
-    return ((own_counts(fours, batch.document_of) > 1) & last_of_ngrams(batch, 4)).astype(np.float64)
+    inside, again = last_of_ngrams(batch, 4), np.zeros(len(batch.words))
+    again[inside] = own_counts(ngrams(batch.words, 4)[inside], batch.document_of[inside]) > 1
+    return again
 
 
 def _words(batch: TextBatch, background: Background) -> tuple[Int[np.ndarray, " words"], Int[np.ndarray, " words"]]:

@@ -1,0 +1,58 @@
+"""A language model's scores, for the share of documents that cheap scores find oddest."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from poisonjax.engines import Progress
+from poisonjax.scan.detectors.model import ModelLoss
+from poisonjax.weights import open_weights
+from poisonjax.weights.weights import one_device_mesh
+
+DOCUMENTS = 64  # scored between two steps of the progress bar
+SHARE = 0.01
+
+
+def model_scores(
+    folder: Path,
+    spec: str,
+    keys: Sequence[bytes],
+    oddest: Sequence[bytes],
+    read: Callable[[set[bytes]], dict[bytes, str]],
+) -> Float[np.ndarray, " documents"]:
+    """Of the documents with these `keys`; minus infinity for those that aren't among the `oddest`.
+
+    They are kept in model.parquet, by key, with the model's checksum: those of the same model aren't made again.
+    Raises WeightsError where `spec` names no model.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    path, known = folder / "model.parquet", dict[bytes, float]()
+    mesh = one_device_mesh()
+    with jax.set_mesh(mesh):
+        weights = open_weights(spec, mesh)
+        about = {"model": json.dumps({"spec": spec, "weights": weights.parent["weights"]})}
+        if path.exists():
+            table = parquet.read_table(path)
+            if json.loads(table.schema.metadata[b"model"])["weights"] == weights.parent["weights"]:
+                known = dict(zip(table["key"].to_pylist(), table["model"].to_pylist(), strict=True))
+        missing = [key for key in dict.fromkeys(oddest) if key not in known]
+        texts, detector = read({*missing}), ModelLoss(weights)
+        with Progress("model", len(missing), "document") as progress:
+            for start in range(0, len(missing), DOCUMENTS):
+                some = missing[start : start + DOCUMENTS]
+                scores = detector.scores([texts[key] for key in some])
+                known |= {key: score.value for key, score in zip(some, scores, strict=True)}
+                progress.add(len(some))
+    columns = pa.array([*known], pa.binary(16)), pa.array([*known.values()], pa.float32())
+    partial = path.with_name(f"{path.name}.{os.urandom(4).hex()}.partial")
+    parquet.write_table(pa.table(columns, ["key", "model"]).replace_schema_metadata(about), partial)
+    partial.replace(path)
+    wanted = {*oddest}
+    return np.array([known[key] if key in wanted else -np.inf for key in keys])
