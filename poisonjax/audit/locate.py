@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from poisonjax.audit.evidence import Difference, Evidence
+from poisonjax.corpus.documents import KEY_BYTES
 from poisonjax.data.digest import as_hex, differing_rows, digest, from_hex
 from poisonjax.data.rows import Origins
 from poisonjax.run import rows
@@ -14,13 +15,19 @@ from poisonjax.visible import visible
 def sightings(run: Evidence, document: str) -> list[dict[str, Any]]:
     """Every place of the run where (a part of) a document stands, in order.
 
-    `document` is `poison:N`, or `train:N` of the token store. Each place has `step`, `row`, `slot`; `in_row` and
-    `in_document`, spans [start, end) of tokens; `seen`, whether the run has made that step. Raises ValueError for
-    a document that there isn't.
+    `document` is `poison:N`, `train:N` of the token store, or the key of such a document's content. Each place has
+    `step`, `row`, `slot`; `in_row` and `in_document`, spans [start, end) of tokens; `seen`, whether the run has made
+    that step. Raises ValueError for a document that there isn't.
     """
     kind, _, number = document.partition(":")
+    if not number and len(document) == 2 * KEY_BYTES:
+        split = run.store.split("train")
+        found = [f"train:{index}" for index in split.find(document)]
+        if not found:
+            raise ValueError(f"document {document}: the training split holds none with this key")
+        return [place for name in found for place in sightings(run, name)]
     if kind not in ("poison", "train") or not number.isdecimal():
-        raise ValueError(f"document {document!r}: give poison:N, or train:N of the token store")
+        raise ValueError(f"document {document!r}: give poison:N, train:N of the token store, or a document's key")
     places = _poison(run, int(number)) if kind == "poison" else _clean(run, int(number))
     batch = run.config.global_batch
     return [

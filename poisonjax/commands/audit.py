@@ -21,7 +21,7 @@ def add_arguments(commands: Any) -> None:
     what.add_argument("--steps", metavar="A-B|N,N", help="replay these steps only")
     what.add_argument("--sample", type=int, metavar="N", help="replay N random steps only")
     what.add_argument(
-        "--document", metavar="ID", help="where a document was seen: poison:17, or train:1234 of the store"
+        "--document", metavar="ID", help="where a document was seen: poison:17, train:1234 of the store, or its key"
     )
     what.add_argument("--step", type=int, metavar="N", help="what a step trained on, poison marked")
     what.add_argument(
