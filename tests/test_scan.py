@@ -2,10 +2,12 @@
 planted triggers, thresholds, the queue, verdicts, and kills."""
 
 import collections
+import html
 import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -451,3 +453,56 @@ def test_a_model_scores_the_oddest(config, store, tmp_path, capsys):
     assert (tmp_path / "out" / "model.parquet").read_bytes() == before
     assert main([*command, "--model", str(tmp_path / "nowhere")]) == 2
     assert main([*command, "--model", str(tmp_path / "run"), "--model-share", "0"]) == 2
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+DRIVEN = """<script>
+(async () => {
+  const press = key => document.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+  const seen = [document.querySelector("mark").textContent];
+  document.getElementById("reviewer").value = "ann";
+  press("k"); seen.push(document.getElementById("title").textContent);
+  press("d"); press("u"); press("ArrowLeft");
+  document.getElementById("note").value = "odd";
+  document.getElementById("note").dispatchEvent(new Event("change"));
+  seen.push(document.getElementById("count").textContent);
+  let saved = "";
+  const made = URL.createObjectURL;
+  URL.createObjectURL = blob => { blob.text().then(text => { saved = text; }); return made.call(URL, blob); };
+  press("s");
+  await new Promise(done => setTimeout(done, 300));
+  document.body.textContent = JSON.stringify({ seen, saved });
+})();
+</script>"""
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
+def test_the_page_works_in_a_browser(tmp_path):
+    """From a file, by the keyboard: verdicts, a note, progress, and the saved file is one that `merge` reads."""
+    from poisonjax.scan.page import review_page
+
+    source = {"file": "a.jsonl", "start": 0, "stop": 9, "row_group": -1, "row": -1}
+    texts = ["<b>👩 gibberish</b>", "two", "three"]
+    queue = [
+        {
+            "key": content_key(text).hex(), "reason": {"detector": "rarity", "p_value": 0.01}, "text": text, "begin": 0,
+            "characters": len(text), "spans": [(3, 14)] if i == 0 else [], "alike": [], "source": source,
+            "domain": "a", "language": "eng", "scores": {},
+        }
+        for i, text in enumerate(texts)
+    ]  # fmt: skip
+    (tmp_path / "queue.html").write_text(review_page(queue, ["a.jsonl"]).replace("</body>", DRIVEN + "</body>"))
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
+    command += ["--virtual-time-budget=5000", "--dump-dom", f"file://{tmp_path}/queue.html"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    body = html.unescape(done.stdout.partition("<body>")[2].partition("</body>")[0])
+    found = json.loads(body)
+    assert found["seen"] == ["👩 gibberish", "Document 2 of 3", "3 of 3 decided"]
+    (tmp_path / "saved.jsonl").write_text(found["saved"])
+    merged = merge([str(tmp_path / "saved.jsonl")], str(tmp_path))
+    assert merged.excluded == [queue[1]["key"]]
+    assert [v["verdict"] for v in sorted(merged.verdicts, key=lambda v: v["key"])] == [
+        {queue[0]["key"]: "keep", queue[1]["key"]: "drop", queue[2]["key"]: "unsure"}[key]
+        for key in sorted(entry["key"] for entry in queue)
+    ]
+    assert any(v["notes"] == ["ann: odd"] for v in merged.verdicts)

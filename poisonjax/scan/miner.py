@@ -3,7 +3,7 @@
 Poison pairs a trigger with text that has nothing to do with what stands before, whatever that text is. So for every
 string of one to four words, raw and folded, we ask how much topic is lost after it, over all its documents.
 
-1. *Survey* (second pass over the corpus, when words and pairs are counted): places whose drop is among the largest 3%
+1. *Survey* (second pass over the corpus, when words and pairs are counted): places whose drop is among the largest 6%
    are kept, with the strings that end there and the counts that bound how often these occur.
 2. *Shortlist*: of each string, its drops summed over distinct contexts, those of its other occurrences being taken for
    usual: the best some thousands.
@@ -27,8 +27,8 @@ from poisonjax.scan.topics import Topics
 LONGEST = 4  # words
 FEWEST, MOST = 5, 5000  # occurrences of a string that is considered
 FEWEST_CONTEXTS = 4  # distinct ones, to say anything
-KEPT_DROPS = 0.03
-SHORTLIST = 3000
+KEPT_DROPS = 0.06
+SHORTLIST = 5000
 REPORTED = 100
 CONTEXT = 4  # words: neighbours that are equal count once, or boilerplate wins
 NEAR_BITS = 18  # of a table that tells most strings that aren't listed
@@ -36,7 +36,7 @@ RANGES = 16  # of hashes, merged one at a time
 _SALTS = {"raw": np.uint64(0), "folded": np.uint64(0x5851F42D4C957F2D)}
 
 Row = np.dtype(
-    [("string", "u8"), ("left", "u8"), ("right", "u8"), ("drop", "f4"), ("occurrences", "u4")]
+    [("string", "u8"), ("left", "u4"), ("right", "u4"), ("drop", "f4"), ("occurrences", "u4")]
 )  # of a place that is kept
 
 
@@ -87,9 +87,9 @@ def _bound(
 
 
 def _context(batch: TextBatch, ends: Int[np.ndarray, " ends"]) -> UInt64[np.ndarray, " ends"]:
-    """A hash of the four words that end there."""
+    """A hash of the four words that end there, of 32 bits."""
     padded = np.concatenate([np.zeros(2 * CONTEXT, np.uint64), batch.words, np.zeros(CONTEXT, np.uint64)])
-    return ngrams_at(padded, ends + 2 * CONTEXT, CONTEXT)
+    return ngrams_at(padded, ends + 2 * CONTEXT, CONTEXT) >> np.uint64(32)
 
 
 def shortlist(files: Iterable[Path], mean_of_others: float, between: float) -> UInt64[np.ndarray, " strings"]:
@@ -162,8 +162,6 @@ def locate(
     near = np.zeros(2**NEAR_BITS, bool)
     near[(listed >> np.uint64(64 - NEAR_BITS)).astype(np.int64)] = True
     found: list[Occurrence] = []
-    seen: set[tuple[int, int]] = set()
-    drops: Float[np.ndarray, " words"] | None = None
     for form in _SALTS:
         for n in range(1, LONGEST + 1):
             ends = np.flatnonzero(batch.place >= n - 1)
@@ -172,19 +170,16 @@ def locate(
             ends, hashes = ends[maybe], hashes[maybe]
             there = np.isin(hashes, listed)
             ends, hashes = ends[there], hashes[there]
-            rights, lefts = _context(batch, ends + CONTEXT), _context(batch, ends - n)
-            if drops is None and len(ends):
-                drops = topics.drops(batch)
-            for i, string, left, right in zip(
-                ends.tolist(), hashes.tolist(), lefts.tolist(), rights.tolist(), strict=True
+            keyed = mixed(hashes + batch.document_of[ends].astype(np.uint64) * np.uint64(0xD1B54A32D192ED03))
+            first = np.sort(np.unique(keyed, return_index=True)[1])
+            ends, hashes = ends[first], hashes[first]
+            drops = topics.drops_around(batch, ends - n + 1, ends + 1)
+            contexts = _context(batch, ends - n), _context(batch, ends + CONTEXT)
+            for end, string, drop, left, right in zip(
+                ends.tolist(), hashes.tolist(), drops.tolist(), *(of.tolist() for of in contexts), strict=True
             ):
-                document = int(batch.document_of[i])
-                if drops is None or (document, string) in seen:
-                    continue
-                seen.add((document, string))
-                drop = float(drops[i]) if drops[i] else float("nan")
-                text = batch.text(i - n + 1, i + 1)
-                found.append(Occurrence(string, keys[document], left, right, drop, text))
+                text = batch.text(end - n + 1, end + 1)
+                found.append(Occurrence(string, keys[batch.document_of[end]], left, right, drop, text))
     return found
 
 

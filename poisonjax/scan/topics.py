@@ -125,7 +125,8 @@ class Topics:
         return np.where(self.words[rows] == words, rows, others) if len(self.words) else others
 
     def gaps(self, batch: TextBatch) -> "Gaps":
-        """What is before and after places that lie `BLOCK` words apart in each document."""
+        """What is before and after each block of `BLOCK` words and the block before it: a string of so many words that
+        ends in a block stands on neither side. (A trigger's own vector is its payload's, by their company.)"""
         rows = self.rows(batch.folded)
         starts = np.flatnonzero(batch.place % BLOCK == 0)  # of blocks; the last of a document may be shorter
         sizes = np.diff(np.append(starts, len(rows)))
@@ -137,41 +138,60 @@ class Topics:
         np.cumsum(blocks, axis=0, out=sums[1:])
         words = np.concatenate([[0], np.cumsum(sizes)])
         known = np.concatenate([[0], np.cumsum(rows < len(self.words))])[words]
-        document = batch.document_of[starts]
-        first = np.searchsorted(document, document)  # block of the document
-        last = np.searchsorted(document, document, side="right")
-        places = np.arange(len(starts))  # before each block
-        low, high = np.maximum(first, places - WINDOW_BLOCKS), np.minimum(last, places + WINDOW_BLOCKS)
-        before, after = sums[places] - sums[low], sums[high] - sums[places]
-        counts = words[places] - words[low], words[high] - words[places]
-        told = (counts[0] >= LEAST_WORDS) & (counts[1] >= LEAST_WORDS)
-        told &= known[places] - known[low] >= LEAST_KNOWN * counts[0]
-        buckets = tuple(np.minimum((n - 1) * BUCKETS // WINDOW, BUCKETS - 1).clip(0) for n in counts)
-        return Gaps(starts, before, after, _similarity(before, after), told, buckets)
+        document, block = batch.document_of[starts], np.arange(len(starts))
+        first, last = np.searchsorted(document, document), np.searchsorted(document, document, side="right")
+        stop, start = np.maximum(first, block - 1), np.minimum(last, block + 1)  # of what is before, and after
+        low, high = np.maximum(first, stop - WINDOW_BLOCKS), np.minimum(last, start + WINDOW_BLOCKS)
+        before, after = sums[stop] - sums[low], sums[high] - sums[start]
+        counts = words[stop] - words[low], words[high] - words[start]
+        told = self._told(counts, known[stop] - known[low])
+        return Gaps(starts, before, after, _similarity(before, after), told, _buckets(counts))
+
+    @staticmethod
+    def _told(counts: tuple[np.ndarray, ...], known: np.ndarray) -> np.ndarray:
+        """Whether there are words enough, and known ones before: else there was no topic to lose."""
+        return (counts[0] >= LEAST_WORDS) & (counts[1] >= LEAST_WORDS) & (known >= LEAST_KNOWN * counts[0])
 
     def drops(self, batch: TextBatch) -> Float[np.ndarray, " words"]:
-        """How much of the topic is lost after each word (at the nearest place), in standard deviations of this corpus;
-        0: nothing to say."""
+        """How much of the topic is lost about each word, in standard deviations of this corpus; 0: nothing to say."""
         if not len(batch.words):
             return np.zeros(0)
         gaps = self.gaps(batch)
         drops = np.where(gaps.told, (self.usual[gaps.buckets] - gaps.similarity) / self.spread[gaps.buckets], 0.0)
-        here = np.searchsorted(gaps.starts, np.arange(len(batch.words)), side="right") - 1
-        into = (batch.place + 1) % BLOCK  # words of the block that the gap after a word stands behind; 0: all
-        nearest = here + ((into == 0) | (into >= BLOCK // 2))
-        # The last place of a document is before its last block.
-        ends = np.searchsorted(gaps.starts, np.repeat(batch.offsets[1:], np.diff(batch.offsets)))
-        return drops[np.minimum(nearest, ends - 1)]
+        return np.repeat(drops, np.diff(np.append(gaps.starts, len(batch.words))))
+
+    def drops_around(
+        self, batch: TextBatch, starts: Int[np.ndarray, " places"], stops: Int[np.ndarray, " places"]
+    ) -> Float[np.ndarray, " places"]:
+        """The same between what is before word `start` and from word `stop` on, exactly there; NaN: nothing to say."""
+        rows, document = self.rows(batch.folded), batch.document_of[starts]
+        reach = np.arange(WINDOW)
+        sides = starts[:, None] - 1 - reach, stops[:, None] + reach
+        inside = sides[0] >= batch.offsets[document][:, None], sides[1] < batch.offsets[document + 1][:, None]
+        counts = tuple(there.sum(axis=1) for there in inside)
+        words = [rows[np.where(there, side, 0)] for side, there in zip(sides, inside, strict=True)]
+        before, after = (
+            np.einsum("pwd,pw->pd", self.vectors[of], there.astype(np.float32))
+            for of, there in zip(words, inside, strict=True)
+        )
+        known = ((words[0] < len(self.words)) & inside[0]).sum(axis=1)
+        told, cell = self._told(counts, known), _buckets(counts)
+        return np.where(told, (self.usual[cell] - _similarity(before, after)) / self.spread[cell], np.nan)
 
 
 @dataclasses.dataclass(frozen=True)
 class Gaps:
-    starts: Int[np.ndarray, " places"]  # the word that follows each place
+    starts: Int[np.ndarray, " places"]  # first words of blocks
     before: Float[np.ndarray, "places dimensions"]
     after: Float[np.ndarray, "places dimensions"]
     similarity: Float[np.ndarray, " places"]  # cosine
     told: np.ndarray  # whether there are words enough
     buckets: tuple[np.ndarray, ...]  # of the numbers of words before and after
+
+
+def _buckets(counts: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+    """Of numbers of words."""
+    return tuple(np.minimum((n - 1) * BUCKETS // WINDOW, BUCKETS - 1).clip(0) for n in counts)
 
 
 def _similarity(
