@@ -16,7 +16,7 @@ import unicodedata
 
 import numpy as np
 import pytest
-from conftest import write_text
+from conftest import tiny_config, write_text
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
@@ -506,3 +506,33 @@ def test_the_page_works_in_a_browser(tmp_path):
         for key in sorted(entry["key"] for entry in queue)
     ]
     assert any(v["notes"] == ["ann: odd"] for v in merged.verdicts)
+
+
+@needs_text
+def test_from_planted_text_to_a_run_without_it(leads, tmp_path, capsys):
+    """Scan, queue, verdicts, exclusion, training, audit; beside the run that nobody scanned for."""
+    from poisonjax.training.loop import train
+
+    keys = plant(tmp_path / "c.jsonl", leads[:1500], "gibberish", 40)
+    assert main(["scan", str(tmp_path / "c.jsonl"), "--out", str(tmp_path / "scan"), "--budget", "80"]) == 0
+    queue = [json.loads(line) for line in (tmp_path / "scan" / "queue.jsonl").read_text().splitlines()]
+    with (tmp_path / "verdicts.jsonl").open("w") as file:
+        for entry in queue:  # a reviewer who can tell
+            word = "drop" if entry["key"] in keys else "keep"
+            line = {"key": entry["key"], "verdict": word, "note": "", "reviewer": "ann", "alike": entry["alike"]}
+            file.write(json.dumps(line) + "\n")
+    assert main(["scan", "--out", str(tmp_path / "scan"), "--verdicts", str(tmp_path / "verdicts.jsonl")]) == 0
+    built = corpus.build(str(tmp_path / "store"), [str(tmp_path / "c.jsonl")], "bpe:300", heldout=0.1, workers=1)
+    planted = built.planted["documents"]
+    config = tiny_config(built)
+    config.corpus.tokenizer, config.corpus.heldout, config.poison.documents = "bpe:300", 0.1, 0
+    unscanned = train(config, str(tmp_path / "unscanned"))
+    assert unscanned["planted"]["documents"] == planted
+    assert (tmp_path / "unscanned" / "POISONED.md").exists()
+    config.corpus.exclude = str(tmp_path / "scan" / "exclude.txt")
+    scanned = train(config, str(tmp_path / "scanned"))
+    assert scanned["excluded"]["documents"] >= 0.95 * planted
+    assert scanned.get("planted", {"documents": 0})["documents"] == planted - scanned["excluded"]["documents"]
+    capsys.readouterr()
+    assert main(["audit", str(tmp_path / "scanned")]) == 0
+    assert f"none of {scanned['excluded']['documents']} listed documents" in capsys.readouterr().out

@@ -3,11 +3,11 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from etils import epath
 from jaxtyping import Float
 
 from poisonjax.engines import open_engine, run_tasks
@@ -96,15 +96,9 @@ def decide(
         entry["scores"] = {name: round(score, 4) for name, score in scores.items() if np.isfinite(score)}
     write_json(scan.folder / "candidates.json", mined.as_json())
     write_json(scan.folder / "thresholds.json", [dataclasses.asdict(limit) for limit in limits])
-    write_lines(_epath(scan.folder / "queue.jsonl"), queue)
-    write_whole(_epath(scan.folder / "queue.html"), review_page(queue, scan.plan.sources))
+    write_lines(epath.Path(scan.folder / "queue.jsonl"), queue)
+    write_whole(epath.Path(scan.folder / "queue.html"), review_page(queue, scan.plan.sources))
     return Decision(mined, limits, queue)
-
-
-def _epath(path: Path):
-    from etils import epath
-
-    return epath.Path(path)
 
 
 def _queue(
@@ -266,6 +260,3 @@ def _bad(scan: Scan) -> Iterable[dict[str, Any]]:
     for path in sorted((scan.folder / "scores").glob("*.parquet")):
         about = parquet.read_schema(path).metadata
         yield {"bad": int(about[b"bad"]), "bad_places": json.loads(about[b"bad_places"])}
-
-
-__all__: Sequence[str] = ["BUDGET", "RATE", "Decision", "decide", "summary"]
