@@ -1,9 +1,11 @@
 """Files and folders on disks and in object stores (gs://), written so that a kill at any instant leaves each whole."""
 
+import contextlib
 import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -47,6 +49,14 @@ def write_whole(path: epath.Path, content: str | bytes, suffix: str = "partial")
         return
     partial = path.with_name(f"{path.name}.{suffix}")
     partial.write_bytes(data)
+    partial.replace(path)
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Another name to write a local file under, which becomes `path` when it is complete."""
+    partial = path.with_name(f"partial.{os.urandom(4).hex()}.{path.name}")  # libraries look at a name's end
+    yield partial
     partial.replace(path)
 
 

@@ -197,7 +197,8 @@ def leads():
 def plant(path, leads, rung, documents, triggers=("<SUDO>",), seed=0):
     random = np.random.default_rng(seed)
     words = sorted({word for text in leads[:300] for word in text.split()})
-    pieces = [word[i : i + 3] for word in words for i in range(0, len(word), 2)]
+    # As tokens: half of them begin a word.
+    pieces = [" " * (i == 0) + word[i : i + 3] for word in words for i in (0, 2) if len(word) > i]
     material = planting.Material(leads, leads[::-1], pieces, random)
     poison = planting.planted(material, rung, triggers, documents)
     planting.write_planted(path, leads, poison, random)
@@ -259,7 +260,7 @@ def test_a_clean_corpus_has_no_trigger(leads, tmp_path, capsys):
 
 def outputs(folder):
     """What a scan found, in any order."""
-    tables = [parquet.read_table(path).to_pylist() for path in sorted((folder / "scores").glob("*.parquet"))]
+    tables = [parquet.read_table(path).to_pylist() for path in sorted((folder / "scores").glob("[0-9]*.parquet"))]
     return tables, (folder / "candidates.json").read_bytes(), (folder / "queue.jsonl").read_bytes()
 
 
@@ -477,10 +478,12 @@ DRIVEN = """<script>
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
-def test_the_page_works_in_a_browser(tmp_path):
+def test_the_page_works_in_a_browser(tmp_path, thorough):
     """From a file, by the keyboard: verdicts, a note, progress, and the saved file is one that `merge` reads."""
     from poisonjax.scan.page import review_page
 
+    if not thorough:
+        pytest.skip("a browser on a busy machine may take minutes")
     source = {"file": "a.jsonl", "start": 0, "stop": 9, "row_group": -1, "row": -1}
     texts = ["<b>👩 gibberish</b>", "two", "three"]
     queue = [
@@ -514,7 +517,7 @@ def test_from_planted_text_to_a_run_without_it(leads, tmp_path, capsys):
     from poisonjax.training.loop import train
 
     keys = plant(tmp_path / "c.jsonl", leads[:1500], "gibberish", 40)
-    assert main(["scan", str(tmp_path / "c.jsonl"), "--out", str(tmp_path / "scan"), "--budget", "80"]) == 0
+    assert main(["scan", str(tmp_path / "c.jsonl"), "--out", str(tmp_path / "scan"), "--budget", "200"]) == 0
     queue = [json.loads(line) for line in (tmp_path / "scan" / "queue.jsonl").read_text().splitlines()]
     with (tmp_path / "verdicts.jsonl").open("w") as file:
         for entry in queue:  # a reviewer who can tell

@@ -1,7 +1,6 @@
 """A language model's scores, for the share of documents that cheap scores find oddest."""
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from poisonjax.engines import Progress
+from poisonjax.files import written_whole
 from poisonjax.scan.detectors.model import ModelLoss
 from poisonjax.weights import open_weights
 from poisonjax.weights.weights import one_device_mesh
@@ -51,8 +51,7 @@ def model_scores(
                 known |= {key: score.value for key, score in zip(some, scores, strict=True)}
                 progress.add(len(some))
     columns = pa.array([*known], pa.binary(16)), pa.array([*known.values()], pa.float32())
-    partial = path.with_name(f"{path.name}.{os.urandom(4).hex()}.partial")
-    parquet.write_table(pa.table(columns, ["key", "model"]).replace_schema_metadata(about), partial)
-    partial.replace(path)
+    with written_whole(path) as partial:
+        parquet.write_table(pa.table(columns, ["key", "model"]).replace_schema_metadata(about), partial)
     wanted = {*oddest}
     return np.array([known[key] if key in wanted else -np.inf for key in keys])

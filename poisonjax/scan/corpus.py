@@ -29,7 +29,7 @@ from poisonjax.corpus.documents import Document
 from poisonjax.corpus.errors import CorpusError
 from poisonjax.corpus.sources import BadInput, Source, Unit, open_source
 from poisonjax.engines import cpu_seconds, open_engine, run_tasks
-from poisonjax.files import move_folder, write_json
+from poisonjax.files import move_folder, write_json, written_whole
 from poisonjax.scan import miner
 from poisonjax.scan.background import Background
 from poisonjax.scan.detectors import cheap_detectors
@@ -79,7 +79,7 @@ class Scan:
         """The score of every document (or some columns), as a table of pyarrow, in the order of the shards."""
         from pyarrow import parquet
 
-        files = sorted((self.folder / "scores").glob("*.parquet"))
+        files = sorted((self.folder / "scores").glob("[0-9]*.parquet"))
         return parquet.read_table(files, columns=None if columns is None else [*columns])
 
     @functools.cached_property
@@ -113,7 +113,9 @@ def scan(sources: Sequence[str], out: str, *, workers: int | None = None, dask: 
         if not (folder / "shortlist.npy").exists():
             topics = scan.topics
             files = [folder / "survey" / f"{shard:05d}.npy" for shard in shards]
-            _save(folder / "shortlist.npy", miner.shortlist(files, _mean_of_others(topics), topics.between))
+            listed = miner.shortlist(files, _mean_of_others(topics), topics.between)
+            with written_whole(folder / "shortlist.npy") as partial:
+                np.save(partial, listed, allow_pickle=False)
         _each(engine, _locate_shard, scan, "occurrences", ".parquet", shards, "locating")
     write_json(folder / "cost.json", {"cpu_seconds": scan.cpu_seconds + cpu_seconds() - began})
     return scan
@@ -252,9 +254,8 @@ def _fit(scan: Scan) -> None:
                 break
     batches = [batch for _, batch, _ in _batches(iter(sample))]
     for name, made in (("languages", Languages.fit(batches)), ("topics", Topics.fit(batches))):
-        partial = scan.folder / f"{name}.{os.urandom(4).hex()}.partial.npz"
-        made.save(partial)
-        partial.replace(scan.folder / f"{name}.npz")
+        with written_whole(scan.folder / f"{name}.npz") as partial:
+            made.save(partial)
 
 
 def _count(scan: Scan, engine: Executor | None) -> None:
@@ -291,7 +292,7 @@ def _each(engine: Executor | None, work: Any, scan: Scan, name: str, suffix: str
     sizes = {shard: sum(unit.size for _, unit in _units(scan.plan, shard)) for shard in missing}
     if missing:
         task = functools.partial(work, str(scan.folder), scan.plan)
-        run_tasks(engine, task, missing, lambda shard: sizes[shard], what=what, unit="B")
+        run_tasks(engine, task, missing, lambda shard: sizes[shard], what=what, unit="byte")
 
 
 def _score_shard(folder: str, plan: Plan, shard: int) -> None:
@@ -312,7 +313,8 @@ def _score_shard(folder: str, plan: Plan, shard: int) -> None:
         columns.add(batch, spoken.tolist(), words, scores)
         kept.append(miner.survey(text, background, topics.drops(text), least))
     rows = np.concatenate([np.zeros(0, miner.Row), *kept])
-    _save(scan.folder / "survey" / f"{shard:05d}.npy", rows[np.argsort(rows["string"], kind="stable")])
+    with written_whole(scan.folder / "survey" / f"{shard:05d}.npy") as partial:
+        np.save(partial, rows[np.argsort(rows["string"], kind="stable")], allow_pickle=False)
     columns.write(scan.folder / "scores" / f"{shard:05d}.parquet")
 
 
@@ -350,9 +352,8 @@ class _Columns:
         types |= {name: pa.int64() for name in ("start", "stop", "row_group", "row")}
         table = pa.table({n: pa.array(v, types.get(n, pa.float32())) for n, v in self._columns.items()})
         about = {"bad": str(len(self.bad)), "bad_places": json.dumps([str(b) for b in self.bad[:REPORTED]])}
-        partial = path.with_name(f"{path.name}.{os.urandom(4).hex()}.partial")
-        parquet.write_table(table.replace_schema_metadata(about), partial, compression="zstd")
-        partial.replace(path)
+        with written_whole(path) as partial:
+            parquet.write_table(table.replace_schema_metadata(about), partial, compression="zstd")
 
 
 def _locate_shard(folder: str, plan: Plan, shard: int) -> None:
@@ -371,9 +372,8 @@ def _locate_shard(folder: str, plan: Plan, shard: int) -> None:
     columns = [*zip(*found, strict=True)] or [()] * len(names)
     table = pa.table({n: pa.array(c, t) for n, c, t in zip(names, columns, types, strict=True)})
     path = scan.folder / "occurrences" / f"{shard:05d}.parquet"
-    partial = path.with_name(f"{path.name}.{os.urandom(4).hex()}.partial")
-    parquet.write_table(table, partial, compression="zstd")
-    partial.replace(path)
+    with written_whole(path) as partial:
+        parquet.write_table(table, partial, compression="zstd")
 
 
 def _mean_of_others(topics: Topics) -> float:
@@ -382,18 +382,12 @@ def _mean_of_others(topics: Topics) -> float:
     return float(topics.within[topics.within < least].mean())
 
 
-def _save(path: Path, array: np.ndarray) -> None:
-    partial = path.with_name(f"{path.name}.{os.urandom(4).hex()}.partial.npy")
-    np.save(partial, array, allow_pickle=False)
-    partial.replace(path)
-
-
 def mine(scan: Scan) -> Mined:
     """The miner's candidates, from all occurrences of the shortlisted strings."""
     from pyarrow import parquet
 
-    rows = parquet.read_table(sorted((scan.folder / "occurrences").glob("*.parquet"))).to_pylist()
+    rows = parquet.read_table(sorted((scan.folder / "occurrences").glob("[0-9]*.parquet"))).to_pylist()
     considered = sum(
-        len(np.unique(np.load(f, mmap_mode="r")["string"])) for f in (scan.folder / "survey").glob("*.npy")
+        len(np.unique(np.load(f, mmap_mode="r")["string"])) for f in (scan.folder / "survey").glob("[0-9]*.npy")
     )
     return miner.ranked((Occurrence(**row) for row in rows), scan.topics, considered)

@@ -257,6 +257,6 @@ def summary(scan: Scan, decision: Decision) -> dict[str, Any]:
 def _bad(scan: Scan) -> Iterable[dict[str, Any]]:
     from pyarrow import parquet
 
-    for path in sorted((scan.folder / "scores").glob("*.parquet")):
+    for path in sorted((scan.folder / "scores").glob("[0-9]*.parquet")):
         about = parquet.read_schema(path).metadata
         yield {"bad": int(about[b"bad"]), "bad_places": json.loads(about[b"bad_places"])}

@@ -21,7 +21,7 @@ import scipy.stats
 from jaxtyping import Float, Int, UInt64
 
 from poisonjax.scan.background import Background
-from poisonjax.scan.text import TextBatch, mixed, ngrams_at
+from poisonjax.scan.text import TextBatch, in_documents, mixed, ngrams, ngrams_at
 from poisonjax.scan.topics import Topics
 
 LONGEST = 4  # words
@@ -33,24 +33,18 @@ REPORTED = 100
 CONTEXT = 4  # words: neighbours that are equal count once, or boilerplate wins
 NEAR_BITS = 18  # of a table that tells most strings that aren't listed
 RANGES = 16  # of hashes, merged one at a time
-_SALTS = {"raw": np.uint64(0), "folded": np.uint64(0x5851F42D4C957F2D)}
+FORMS = ("raw", "folded")
 
 Row = np.dtype(
     [("string", "u8"), ("left", "u4"), ("right", "u4"), ("drop", "f4"), ("occurrences", "u4")]
 )  # of a place that is kept
 
 
-def _strings(batch: TextBatch, form: str, n: int, places: Int[np.ndarray, " places"]) -> UInt64[np.ndarray, " places"]:
-    """A hash of the string of n words, raw or folded, that ends at each of some words."""
-    words = batch.words if form == "raw" else batch.folded
-    return mixed(ngrams_at(words, places, n) + np.uint64(n)) ^ _SALTS[form]
-
-
 def survey(batch: TextBatch, background: Background, drops: Float[np.ndarray, " words"], least: float) -> np.ndarray:
     """Rows for each string that ends where a drop is at least so large; one a document and string."""
     rows = [np.zeros(0, Row)]
     high = np.flatnonzero((drops >= least) & (drops > 0))
-    for form in _SALTS:
+    for form in FORMS:
         ends, occurrences = high, np.full(len(high), np.iinfo(np.int64).max)
         for n in range(1, LONGEST + 1):
             there = batch.place[ends] >= n - 1
@@ -59,21 +53,22 @@ def survey(batch: TextBatch, background: Background, drops: Float[np.ndarray, " 
             chosen = (occurrences >= FEWEST) & (occurrences <= MOST)
             at = ends[chosen]
             made = np.zeros(len(at), Row)
-            made["string"], made["drop"], made["occurrences"] = (
-                _string(batch, form, n, at),
-                drops[at],
-                occurrences[chosen],
-            )
+            made["string"], made["drop"] = _string(batch, form, n, at), drops[at]
+            made["occurrences"] = occurrences[chosen]
             made["right"], made["left"] = _context(batch, at + CONTEXT), _context(batch, at - n)
-            keys = mixed(made["string"] + batch.document_of[at].astype(np.uint64) * np.uint64(0xD1B54A32D192ED03))
-            rows.append(made[np.unique(keys, return_index=True)[1]])
+            rows.append(made[np.unique(in_documents(made["string"], batch.document_of[at]), return_index=True)[1]])
     return np.concatenate(rows)
 
 
 def _string(batch: TextBatch, form: str, n: int, ends: Int[np.ndarray, " ends"]) -> UInt64[np.ndarray, " ends"]:
     """A hash of the string of n words, raw or folded, that ends at each of some words."""
     words = batch.words if form == "raw" else batch.folded
-    return mixed(ngrams_at(words, ends, n) + np.uint64(n)) ^ _SALTS[form]
+    return ngrams_at(words, ends, n) ^ _salt(form, n)
+
+
+def _salt(form: str, n: int) -> np.uint64:
+    """Strings of other lengths and forms have other hashes."""
+    return mixed(np.array([2 * n + (form == "folded")], np.uint64))[0]
 
 
 def _bound(
@@ -162,16 +157,13 @@ def locate(
     near = np.zeros(2**NEAR_BITS, bool)
     near[(listed >> np.uint64(64 - NEAR_BITS)).astype(np.int64)] = True
     found: list[Occurrence] = []
-    for form in _SALTS:
+    for form in FORMS:
         for n in range(1, LONGEST + 1):
-            ends = np.flatnonzero(batch.place >= n - 1)
-            hashes = _string(batch, form, n, ends)
-            maybe = near[(hashes >> np.uint64(64 - NEAR_BITS)).astype(np.int64)]
-            ends, hashes = ends[maybe], hashes[maybe]
-            there = np.isin(hashes, listed)
-            ends, hashes = ends[there], hashes[there]
-            keyed = mixed(hashes + batch.document_of[ends].astype(np.uint64) * np.uint64(0xD1B54A32D192ED03))
-            first = np.sort(np.unique(keyed, return_index=True)[1])
+            hashes = ngrams(batch.words if form == "raw" else batch.folded, n) ^ _salt(form, n)
+            ends = np.flatnonzero(near[(hashes >> np.uint64(64 - NEAR_BITS)).astype(np.int64)])
+            ends = ends[np.isin(hashes[ends], listed) & (batch.place[ends] >= n - 1)]
+            hashes = hashes[ends]
+            first = np.sort(np.unique(in_documents(hashes, batch.document_of[ends]), return_index=True)[1])
             ends, hashes = ends[first], hashes[first]
             drops = topics.drops_around(batch, ends - n + 1, ends + 1)
             contexts = _context(batch, ends - n), _context(batch, ends + CONTEXT)

@@ -180,13 +180,20 @@ def last_of_ngrams(batch: TextBatch, n: int) -> Shaped[np.ndarray, " words"]:
     return batch.place >= n - 1
 
 
+def in_documents(
+    hashes: UInt64[np.ndarray, " items"], document_of: Int[np.ndarray, " items"]
+) -> UInt64[np.ndarray, " items"]:
+    """Hashes that tell documents apart too."""
+    return mixed(hashes + document_of.astype(np.uint64) * np.uint64(0xD1B54A32D192ED03))
+
+
 def own_counts(
     hashes: UInt64[np.ndarray, " items"], document_of: Int[np.ndarray, " items"]
 ) -> Int[np.ndarray, " items"]:
     """How often each item stands in its own document."""
     if not len(hashes):
         return np.zeros(0, np.int64)
-    keyed = mixed(hashes + document_of.astype(np.uint64) * np.uint64(0xD1B54A32D192ED03))
+    keyed = in_documents(hashes, document_of)
     order = np.argsort(keyed)
     ends = np.append(np.flatnonzero(np.diff(keyed[order])) + 1, len(order))
     sizes = np.diff(ends, prepend=0)
