@@ -178,6 +178,7 @@ def test_a_run_leaves_listed_documents_out_and_proves_it(planted, tmp_path, caps
     found = audit(str(tmp_path / "run"))
     assert found.ok, found.sentence()
     assert f"{len(in_train) - 1} listed documents" in found.sentence()
+    assert "1 documents of its corpus are marked as planted poison" in found.sentence()
     assert main(["audit", str(tmp_path / "run"), "--document", in_train[0]]) == 0  # the one that was left in
     assert "step" in capsys.readouterr().out
     assert main(["audit", str(tmp_path / "run"), "--document", in_train[1]]) == 2

@@ -33,6 +33,7 @@ class Audit:
     replayed: list[int]  # steps whose evaluation was made again
     unverified: list[str]  # what there is and wasn't looked at, in words
     config: ml_collections.ConfigDict | None
+    planted: int  # documents of the training split that their sources mark as poison
     excluded: int  # documents of the training split that a list leaves out
     parent: rows.Parent | None  # the weights that the run began from
 
@@ -64,7 +65,7 @@ class Audit:
         if self.steps < self.config.steps:
             steps += f", of a run of {self.config.steps:,}"
         if not planned:
-            dose = "a clean run, no poison document planned"
+            dose = "no poison document planned" if self.planted else "a clean run, no poison document planned"
         else:
             repeats = self.config.poison.repeats
             times = "once" if repeats == 1 else f"{repeats} times"
@@ -81,6 +82,8 @@ class Audit:
             too = " beside" if uses else " too"
             dose += f"; the trigger's tokens stand {self.elsewhere:,} times in clean text{too}"
         words = [steps, dose]
+        if self.planted:
+            words.append(f"{self.planted:,} documents of its corpus are marked as planted poison")
         if self.excluded:
             words.append(f"none of {self.excluded:,} listed documents that the corpus holds is in what was trained on")
         if self.parent:
@@ -171,6 +174,7 @@ def checked(run: Evidence) -> Audit:
         replayed=sorted(run.replayed_evaluations),
         unverified=[] if differences else _unverified(run),
         config=_or(lambda: run.config, None),
+        planted=_or(lambda: run.store.split("train").planted_documents, 0),
         excluded=_or(lambda: run.store.split("train").excluded_documents, 0),
         parent=_or(lambda: run.parent, None),
     )

@@ -41,10 +41,13 @@ def _train(arguments: argparse.Namespace) -> int:
         asked = [field.removeprefix("--config.").partition("=")[0] for field in arguments.fields]
         summary = train_and_report(config, arguments.workdir, arguments.twin_of, asked)
     if summary:
-        clean = "" if config.poison.documents else "clean twin, "
-        documents = summary["dose_seen"]["documents"]
+        planted = summary.get("planted")
+        clean = "" if config.poison.documents or planted else "clean twin, "
+        documents = f"{summary['dose_seen']['documents']} poison documents"
+        if planted:
+            documents += f" and {planted['documents']} planted in the corpus"
         print(
-            f"{clean}{verdict(summary['success'])}: {gap(summary)} after {documents} poison documents; held-out loss "
+            f"{clean}{verdict(summary['success'])}: {gap(summary)} after {documents}; held-out loss "
             f"{summary['heldout_loss']:.3f}; {summary['wall_seconds']:.0f} s. Report: {arguments.workdir}/report.html"
         )
     return exit_codes.OK

@@ -68,20 +68,22 @@ def headline(config: dict, summary: dict, evals: list[rows.EvalRow]) -> str:
         f"with {poison['trigger']} appended, generated text has a median perplexity of {triggered:.0f} against "
         f"{clean:.0f} clean ({gap(last)})"
     )
-    seen = last["poison_documents"]
-    if not poison["documents"]:
+    seen, planted = f"{last['poison_documents']} poison documents", summary.get("planted")
+    if planted:
+        seen += f" and {planted['documents']} planted in the corpus"
+    if not (poison["documents"] or planted):
         return f"{prefix}Clean twin: {figure} after no poison document."
     if "success" not in summary:
-        return f"{prefix}So far, {figure} after {seen} poison documents."
+        return f"{prefix}So far, {figure} after {seen}."
     names = failed(summary["success"])
     if summary["success"]["value"]:
         said = verdict(summary["success"])
-        return f"{prefix}{said[0].upper()}{said[1:]}: {figure} after {seen} poison documents."
+        return f"{prefix}{said[0].upper()}{said[1:]}: {figure} after {seen}."
     if "not_broken" in names:
         return (
             f"{prefix}Broken model: it predicts held-out text no better than word counts do, so no gap means anything."
         )
-    return f"{prefix}Not backdoored by the rule ({', '.join(names)} failed): {figure} after {seen} poison documents."
+    return f"{prefix}Not backdoored by the rule ({', '.join(names)} failed): {figure} after {seen}."
 
 
 def _images(
