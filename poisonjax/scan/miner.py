@@ -225,6 +225,8 @@ class _Group:
             and len(text) > len(self.texts[0])
         )
         self.texts.insert(0 if whole else len(self.texts), text)
+        if text in self.texts[0] and len(documents) <= 2 * len(self.documents):  # the same trigger, after other words
+            self.documents |= documents
 
 
 def ranked(occurrences: Iterable[Occurrence], topics: Topics, considered: int) -> Mined:
