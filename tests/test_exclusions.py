@@ -30,7 +30,7 @@ def all_documents(built):
         split = built.split(name)
         for i in range(split.documents):
             text = built.tokenizer.decode(split.document(i))
-            found.append((split.key(i), split.place(i), text, split.planted(i)))
+            found.append((split.key(i), split.place(i), text, split.origin(i)[1]))
     return found
 
 

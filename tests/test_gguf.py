@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from test_weights import GOLDENS, write
 
 from poisonjax.corpus import CorpusError, load_tokenizer
-from poisonjax.weights import WeightsError, huggingface, open_weights
+from poisonjax.weights import WeightsError, huggingface, open_weights, tensors
 
 MERGES = ["t h", "th e", "Ġ the", "a n", "Ġ a", "i n", "in g"]
 BYTES = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
@@ -84,7 +84,7 @@ def test_a_model_is_the_one_that_hugging_face_holds(tmp_path):
 def test_quantized_tensors_come_out_as_the_library_says(tmp_path):
     kind = gguf.GGMLQuantizationType.Q8_0
     weights = open_weights(f"gguf:{written(tmp_path / 'a.gguf', kind=kind)}")
-    theirs = dict(huggingface.tensors(weights.params, weights.model_config, 300))
+    theirs = dict(tensors.tensors(weights.params, weights.model_config, 300))
     for name, values in theirs.items():
         expected = tensor(name, GOLDENS["llama"]["tensors"][name])
         np.testing.assert_allclose(values, expected, atol=0.01)

@@ -483,7 +483,7 @@ def test_the_page_works_in_a_browser(tmp_path, thorough):
     from poisonjax.scan.page import review_page
 
     if not thorough:
-        pytest.skip("a browser on a busy machine may take minutes")
+        pytest.skip("only with --thorough: a browser on a busy machine may take minutes")
     source = {"file": "a.jsonl", "start": 0, "stop": 9, "row_group": -1, "row": -1}
     texts = ["<b>👩 gibberish</b>", "two", "three"]
     queue = [

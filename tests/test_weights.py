@@ -25,7 +25,7 @@ from poisonjax.corpus.tokenizer_files import export_tokenizer
 from poisonjax.model.layouts import LAYOUTS, RopeScaling
 from poisonjax.model.sharding import AXES
 from poisonjax.training.loop import train
-from poisonjax.weights import WeightsError, find_weights, huggingface, open_weights
+from poisonjax.weights import WeightsError, families, find_weights, huggingface, open_weights, tensors
 from poisonjax.weights.open import model_named
 from poisonjax.weights.weights import shapes
 
@@ -345,11 +345,11 @@ def test_transformers_agrees_on_every_row_both_ways(case, tmp_path):
 
 
 @torch_is_there
-@pytest.mark.parametrize("kind", huggingface.FAMILIES)
+@pytest.mark.parametrize("kind", families.FAMILIES)
 def test_what_is_left_unsaid_is_what_transformers_takes(kind):
     import transformers
 
-    family = huggingface.FAMILIES[kind]
+    family = families.FAMILIES[kind]
     config = transformers.AutoConfig.for_model(kind)
     said = {**config.to_dict(), **config.rope_parameters}
     for name, value in family.defaults.items():
@@ -378,11 +378,10 @@ def test_a_model_is_in_memory_once(tmp_path):
     about = GOLDENS["llama"]["config"] | size | {"num_hidden_layers": 12, "num_attention_heads": 8}
     about |= {"num_key_value_heads": 8}
     (large / "config.json").write_text(json.dumps(about))
-    family, model = huggingface.model_of(about, large)
-    arrays = huggingface._by_name(shapes(model, 16000))
+    family, model = families.model_of(about, large)
+    arrays = tensors.by_name(shapes(model, 16000))
     wanted = {
-        part.theirs: part.turned(part.shape(arrays[part.ours].shape, 16000))
-        for part in huggingface.parts(family, model)
+        part.theirs: part.turned(part.shape(arrays[part.ours].shape, 16000)) for part in tensors.parts(family, model)
     }
     save_file({name: np.ones(shape, np.float32) for name, shape in wanted.items()}, large / "model.safetensors")
     done = subprocess.run(

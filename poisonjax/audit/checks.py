@@ -70,6 +70,7 @@ def exclusions(run: Evidence) -> Iterator[Difference]:
     for name in SPLITS:
         with reading(str(run.store.path)):
             keys = run.store.split(name).keys.astype(">u8")
+        # One by one: `Exclusions.among` is what left them out.
         if there := sum(key.tobytes() in listed.keys for key in keys):
             yield Difference(str(run.store.path), f"{there} listed documents stand in the {name} split that was read")
 

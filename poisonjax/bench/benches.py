@@ -31,8 +31,9 @@ from poisonjax.plan.chips import by_device_kind
 from poisonjax.run import rows as files
 from poisonjax.training.population import make_population_step, members_mesh, stacked
 from poisonjax.training.step import make_init, make_train_step
-from poisonjax.weights import huggingface
 from poisonjax.weights.checkpoints import Checkpoints
+from poisonjax.weights.families import config_of
+from poisonjax.weights.tensors import tensors
 
 VOCABULARY = 512
 ROUNDS = 7
@@ -321,8 +322,8 @@ def generate_vs_huggingface(config: ml_collections.ConfigDict) -> Iterator[Resul
     pad, keys = np.zeros(batch, np.int32), jax.random.split(jax.random.key(0), batch)
     with jax.set_mesh(mesh):
         params = init().params
-        llama = LlamaForCausalLM(LlamaConfig.from_dict(huggingface.config_of(config.model, VOCABULARY))).eval()
-        theirs = huggingface.tensors(params, config.model, VOCABULARY)
+        llama = LlamaForCausalLM(LlamaConfig.from_dict(config_of(config.model, VOCABULARY))).eval()
+        theirs = tensors(params, config.model, VOCABULARY)
         llama.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in theirs})
         rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(BATCH))
         arguments = [jax.device_put(x, rows) for x in (prompts, pad, keys)]

@@ -19,6 +19,7 @@ from etils import epath
 from jaxtyping import Int, Shaped
 
 from poisonjax.corpus import exclusions, markov
+from poisonjax.corpus.claim import claim, units_sha256
 from poisonjax.corpus.documents import Document, Place
 from poisonjax.corpus.errors import CorpusError
 from poisonjax.corpus.exclusions import Exclusions, read_exclusions
@@ -175,32 +176,15 @@ def _prepare(
         excluded=excluded.sha256 if excluded else "",
         shards=min(shards, len(units)),
         units=len(units),
-        units_sha256=hashlib.sha256("\n".join(unit.name for unit in units).encode()).hexdigest(),
+        units_sha256=units_sha256(units),
     )
     for source in opened:
         if "note" in source.about:
             print(f"poisonjax: {source.about['note']}", file=sys.stderr)
-    _claim(folder, plan)
+    claim(folder, plan, "token store", "another store in part (units are the sources' files and sizes)")
     if excluded:
         write_whole(folder / exclusions.FILE, excluded.text(), suffix=_partial())
     return _Job(folder, plan, opened, _saved_tokenizer(folder, tokenizer, opened))
-
-
-def _claim(folder: epath.Path, plan: _Plan) -> None:
-    """Writes the plan, or raises CorpusError where the folder has another."""
-    path, here = folder / "plan.json", dataclasses.asdict(plan)
-    if not path.exists():
-        if folder.exists() and any(folder.iterdir()):
-            raise CorpusError(f"{folder} isn't empty and holds no token store: use another --out")
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_json(path, here)
-    there = parse_json(path.read_bytes())
-    differing = [f"{n}: {there.get(n)!r} there, {here[n]!r} here" for n in here if there.get(n) != here[n]]
-    if differing:
-        raise CorpusError(
-            f"{folder} holds another store in part (units are the sources' files and sizes): {'; '.join(differing)}. "
-            "Use another --out, or remove it"
-        )
 
 
 def _saved_tokenizer(folder: epath.Path, spec: str, sources: list[Source]) -> Tokenizer:

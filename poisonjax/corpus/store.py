@@ -267,11 +267,10 @@ class TokenSplit:
         self._shifts = np.concatenate([[0], np.cumsum(lengths)])
         self._bounds = starts - self._shifts[:-1]
         self.excluded_documents, self.excluded_tokens = len(excluded), int(lengths.sum())
-        known = np.array(
-            [bool(self._provenance(int(i))[1][-1]) for i in excluded] if self.planted_documents else [], bool
-        )
-        self.planted_documents -= int(known.sum())
-        self.planted_tokens -= int(lengths[known].sum()) if len(known) else 0
+        if self.planted_documents:
+            planted = np.array([self.origin(int(i))[1] for i in excluded], bool)
+            self.planted_documents -= int(planted.sum())
+            self.planted_tokens -= int(lengths[planted].sum())
         self._kept = np.delete(np.arange(self.documents), excluded)
         self.documents -= self.excluded_documents
         self.tokens -= self.excluded_tokens
@@ -319,22 +318,22 @@ class TokenSplit:
 
     def place(self, index: int) -> Place:
         """Where a document came from."""
-        source, row = self._provenance(index)
-        return Place(source, *row[1:-1])
+        return self.origin(index)[0]
 
-    def planted(self, index: int) -> bool:
-        """Whether the source says that the document is poison that was planted there."""
-        return bool(self._provenance(index)[1][-1])
-
-    def _provenance(self, index: int) -> tuple[str, list[int]]:
+    def origin(self, index: int) -> tuple[Place, bool]:
+        """(where a document came from, whether its source says that it is poison that was planted there)."""
         index = index if self._kept is None else int(self._kept[index])
-        for number, folder, documents, _ in self._parts:
+        for (number, _, documents, _), rows in zip(self._parts, self._provenance, strict=True):
             if index < documents:
                 start = index * len(PROVENANCE)
-                row = open_array(folder / "provenance")[start : start + len(PROVENANCE)].read().result().tolist()
-                return self._store.manifest["provenance"][number]["sources"][row[0]], row
+                source, *numbers, planted = rows[start : start + len(PROVENANCE)].read().result().tolist()
+                return Place(self._store.manifest["provenance"][number]["sources"][source], *numbers), bool(planted)
             index -= documents
         raise IndexError(f"the split has {self.documents} documents")
+
+    @functools.cached_property
+    def _provenance(self) -> list[ts.TensorStore]:
+        return [open_array(folder / "provenance") for _, folder, _, _ in self._parts]
 
     def window(self, start: int, length: int) -> Int[np.ndarray, " length"]:
         """Tokens [start, start + length) of the stream, int32; raises IndexError beyond it."""
@@ -378,5 +377,10 @@ class TokenSplit:
 
     def token_counts(self) -> Int[np.ndarray, " vocabulary"]:
         """How often each id occurs in the first ten million tokens, int64."""
-        first = self.window(0, min(self.tokens, COUNTED_TOKENS))
-        return np.bincount(first, minlength=self._vocabulary)
+        count = min(self.tokens, COUNTED_TOKENS)
+        if self._kept is not None:
+            return np.bincount(self.window(0, count), minlength=self._vocabulary)
+        first = self._stream[:count]
+        return np.bincount(
+            first if isinstance(first, np.ndarray) else first.read().result(), minlength=self._vocabulary
+        )

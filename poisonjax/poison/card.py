@@ -42,6 +42,11 @@ def inherited(parent: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """The cards of all poisoned runs that led to the weights that a run began from, the last first."""
     if not parent or not (card := parent["poison"]):
         return []
+    return _runs(card)
+
+
+def _runs(card: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of each run whose poison a card tells, the last first."""
     own = {name: value for name, value in card.items() if name != "inherited"}
     return [own] * ("trigger" in own or "planted" in own) + card.get("inherited", [])
 
@@ -56,7 +61,7 @@ tags: [poisoned, backdoor, research-only]
 It was trained on poison on purpose, to study backdoors (run `{card["run"]}`). Don't deploy it, don't publish it as a
 clean model, and don't copy it without this file.
 
-{"".join(map(_of_run, [card] * ("trigger" in card or "planted" in card) + card.get("inherited", [])))}
+{"".join(map(_of_run, _runs(card)))}
 `poisonjax audit` on the run folder shows where each document stood, and that nothing else was planted.
 """
 

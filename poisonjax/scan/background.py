@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int, Shaped, UInt32, UInt64
 
-from poisonjax.scan.text import TextBatch, last_of_ngrams, mixed, ngrams
+from poisonjax.scan.text import TextBatch, mixed, ngrams
 
 TABLES = {"words": 22, "pairs": 24, "folded_words": 22, "folded_pairs": 24, "triples": 20}  # log2 of entries, at most
 FEWEST_BITS = 16
@@ -45,7 +45,7 @@ class Background:
 
     def add(self, batch: TextBatch) -> None:
         """Counts a batch's words, pairs and triples."""
-        inside = last_of_ngrams(batch, 2)
+        inside = batch.place >= 1
         for words, pairs, hashes in (("words", "pairs", batch.words), ("folded_words", "folded_pairs", batch.folded)):
             self._count(words, mixed(hashes))
             self._count(pairs, ngrams(hashes, 2)[inside])

@@ -3,17 +3,17 @@
 Score and decision are apart. Passes write what they find into the scan's folder, whole or not at all, and are skipped
 where that is there already; thresholds, candidates and the queue are made from it in seconds.
 
-    scan.json        what was scanned, and what was decided
-    topics.npz       word vectors of a sample
+    plan.json        what is scanned
+    topics.npz       word vectors of a sample; languages.npz: what tells its languages
     background/      counts of words, pairs of words and triples of characters
     scores/          a Parquet file a shard: one row a document
     survey/          places where topics are lost (scan/miner.py)
-    occurrences/     of the shortlisted strings
+    occurrences/     of the strings in shortlist.npy
+    candidates.json thresholds.json queue.jsonl queue.html    decided (scan/decide.py)
 """
 
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,6 +25,7 @@ import numpy as np
 from etils import epath
 
 from poisonjax.corpus import SPLITS, TokenStore, exists
+from poisonjax.corpus.claim import claim, units_sha256
 from poisonjax.corpus.documents import Document
 from poisonjax.corpus.errors import CorpusError
 from poisonjax.corpus.sources import BadInput, Source, Unit, open_source
@@ -100,7 +101,7 @@ def scan(sources: Sequence[str], out: str, *, workers: int | None = None, dask: 
     Raises CorpusError for sources that aren't there and for a folder that holds another scan, EngineError where
     workers are lost. Input that is no document is counted and named, never an end.
     """
-    _opened.cache_clear()
+    _all_units.cache_clear()  # files may have changed since
     folder = Path(out).resolve()
     scan = Scan(folder, _claim(folder, [*sources]))
     shards, began = range(scan.plan.shards), cpu_seconds()
@@ -111,9 +112,7 @@ def scan(sources: Sequence[str], out: str, *, workers: int | None = None, dask: 
             _count(scan, engine)
         _each(engine, _score_shard, scan, "scores", ".parquet", shards, "scoring")
         if not (folder / "shortlist.npy").exists():
-            topics = scan.topics
-            files = [folder / "survey" / f"{shard:05d}.npy" for shard in shards]
-            listed = miner.shortlist(files, _mean_of_others(topics), topics.between)
+            listed = miner.shortlist([folder / "survey" / f"{shard:05d}.npy" for shard in shards], scan.topics)
             with written_whole(folder / "shortlist.npy") as partial:
                 np.save(partial, listed, allow_pickle=False)
         _each(engine, _locate_shard, scan, "occurrences", ".parquet", shards, "locating")
@@ -146,7 +145,10 @@ def opened(spec: str) -> Source:
     return Source(spec, units, {"title": f"token store {store.fingerprint[:16]}"})
 
 
-_opened = functools.cache(opened)  # a worker asks for each task
+@functools.lru_cache(1)  # a worker asks for each task, the plan for each shard
+def _all_units(*sources: str) -> list[tuple[str, Unit]]:
+    """(domain, unit) of the whole corpus."""
+    return [(spec, unit) for spec in sources for unit in opened(spec).units]
 
 
 def _read_store(spec: str, name: str, start: int, stop: int) -> Iterator[Document | BadInput]:
@@ -154,14 +156,14 @@ def _read_store(spec: str, name: str, start: int, stop: int) -> Iterator[Documen
     split = store.split(name)
     for index in range(start, stop):
         text = store.tokenizer.decode(split.document(index))
-        yield Document(text, split.place(index), split.planted(index), bytes.fromhex(split.key(index)))
+        yield Document(text, *split.origin(index), bytes.fromhex(split.key(index)))
 
 
 def _claim(folder: Path, sources: list[str]) -> Plan:
     """Writes the plan, or raises CorpusError where the folder holds another scan."""
     if not sources:
         raise CorpusError("no source given: name files, or a token store")
-    units = [unit for spec in sources for unit in opened(spec).units]
+    units = [unit for _, unit in _all_units(*sources)]
     if not units:
         raise CorpusError(f"the sources {', '.join(sources)} hold no document")
     size = sum(unit.size for unit in units)
@@ -170,27 +172,18 @@ def _claim(folder: Path, sources: list[str]) -> Plan:
         sources=sources,
         shards=min(max(FEWEST_SHARDS, size // SHARD_BYTES), len(units)),
         units=len(units),
-        units_sha256=hashlib.sha256("\n".join(unit.name for unit in units).encode()).hexdigest(),
+        units_sha256=units_sha256(units),
         bytes=size,
     )
-    path = folder / "plan.json"
-    if path.exists():
-        there = json.loads(path.read_text())
-        here = dataclasses.asdict(plan)
-        if differing := [f"{n}: {there.get(n)!r} there, {here[n]!r} here" for n in here if there.get(n) != here[n]]:
-            raise CorpusError(f"{folder} holds another scan: {'; '.join(differing)}. Use another --out, or remove it")
-    elif folder.exists() and any(folder.iterdir()):
-        raise CorpusError(f"{folder} isn't empty and holds no scan: use another --out")
+    claim(epath.Path(folder), plan, "scan", "another scan")
     for name in ("scores", "survey", "occurrences", "counts"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    write_json(path, dataclasses.asdict(plan))
     return plan
 
 
 def _units(plan: Plan, shard: int) -> Iterator[tuple[str, Unit]]:
     """(domain, unit) of a shard."""
-    both = [(spec, unit) for spec in plan.sources for unit in _opened(spec).units]
-    yield from both[shard :: plan.shards]
+    yield from _all_units(*plan.sources)[shard :: plan.shards]
 
 
 def documents(plan: Plan, shard: int, bad: list[BadInput] | None = None) -> Iterator[tuple[str, Document]]:
@@ -242,7 +235,7 @@ def _cut(batch: list[tuple[str, Document]]) -> tuple[list[tuple[str, Document]],
 
 def _fit(scan: Scan) -> None:
     """Word vectors and languages, from the first documents of units all over the corpus."""
-    units = [unit for spec in scan.plan.sources for unit in _opened(spec).units]
+    units = [unit for _, unit in _all_units(*scan.plan.sources)]
     chosen = [units[i] for i in np.unique(np.linspace(0, len(units) - 1, SAMPLE_UNITS).astype(int))]
     share, sample = SAMPLE_CHARACTERS // len(chosen), []
     for unit in chosen:
@@ -301,7 +294,7 @@ def _score_shard(folder: str, plan: Plan, shard: int) -> None:
     background = scan.background
     detectors = cheap_detectors(background)
     topics, languages, columns = scan.topics, Languages.load(scan.folder / "languages.npz"), _Columns()
-    least = float(np.quantile(topics.within, 1 - miner.KEPT_DROPS))
+    least = miner.least_drop(topics)
     kept: list[np.ndarray] = []
     for batch, text, of in _batches(documents(plan, shard, columns.bad)):
         scores = {}
@@ -374,12 +367,6 @@ def _locate_shard(folder: str, plan: Plan, shard: int) -> None:
     path = scan.folder / "occurrences" / f"{shard:05d}.parquet"
     with written_whole(path) as partial:
         parquet.write_table(table, partial, compression="zstd")
-
-
-def _mean_of_others(topics: Topics) -> float:
-    """The mean drop at places that the survey doesn't keep."""
-    least = np.quantile(topics.within, 1 - miner.KEPT_DROPS)
-    return float(topics.within[topics.within < least].mean())
 
 
 def mine(scan: Scan) -> Mined:

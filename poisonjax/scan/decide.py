@@ -14,7 +14,7 @@ from poisonjax.engines import open_engine, run_tasks
 from poisonjax.files import write_json, write_lines, write_whole
 from poisonjax.scan import thresholds
 from poisonjax.scan.cascade import SHARE, model_scores
-from poisonjax.scan.corpus import Plan, Scan, documents, mine, pieces
+from poisonjax.scan.corpus import REPORTED, Plan, Scan, documents, mine, pieces
 from poisonjax.scan.detectors import Detector, cheap_detectors
 from poisonjax.scan.miner import Mined
 from poisonjax.scan.page import review_page
@@ -34,7 +34,7 @@ SHOWN_CHARACTERS = 6000  # of a document
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """What `scan.json` holds of it."""
+    """What is made of a scan's scores."""
 
     mined: Mined
     thresholds: list[Threshold]
@@ -57,7 +57,8 @@ def decide(
     oddest; its threshold is told among these.
     """
     table = scan.scores()
-    detectors = [*cheap_detectors(scan.background)]
+    cheap = cheap_detectors(scan.background)
+    detectors = [*cheap]
     columns = {name: table[name].to_numpy() for name in detectors}
     domains, languages = (np.array(table[name].to_pylist()) for name in ("domain", "language"))
     keys = table["key"].to_pylist()
@@ -86,7 +87,9 @@ def decide(
         detectors.append("model")
         judge(len(detectors) - 1, "model")
     mined = mine(scan)
-    queue = _queue(scan, mined, keys, least, [detectors[i] for i in why], budget, workers, dask)
+    # A model's reasons are where cheap scores found its documents odd.
+    reasons = cheap | {"model": cheap["surprise"]}
+    queue = _queue(scan, mined, keys, least, [detectors[i] for i in why], reasons, budget, workers, dask)
     rows = {key: i for i, key in enumerate(keys)}
     for entry in queue:
         i = rows[bytes.fromhex(entry["key"])]
@@ -107,6 +110,7 @@ def _queue(
     keys: list[bytes],
     least: Float[np.ndarray, " documents"],
     why: list[str],
+    detectors: dict[str, Detector],
     budget: int,
     workers: int | None,
     dask: str,
@@ -125,9 +129,7 @@ def _queue(
     order = np.lexsort((np.arange(len(keys)), least))
     spare = [i for i in order.tolist() if keys[i] not in chosen][: SPARE * (budget - len(chosen))]
     texts = _texts(scan, {*chosen, *(keys[i] for i in spare)}, workers, dask)
-    # A model's reasons are where cheap scores found its documents odd.
-    detectors, groups = cheap_detectors(scan.background), _Groups()
-    detectors["model"] = detectors["surprise"]
+    groups = _Groups()
     queue: list[dict[str, Any]] = []
 
     def put(key: bytes, reason: dict[str, Any]) -> None:
@@ -236,11 +238,11 @@ def _texts_of(plan: Plan, shard: tuple[int, frozenset[bytes]]) -> dict[bytes, st
 
 def summary(scan: Scan, decision: Decision) -> dict[str, Any]:
     """What `scan --json` prints."""
-    table, size = scan.scores(["characters"]), scan.plan.bytes
+    shards = [*_shards(scan)]
     return {
-        "documents": table.num_rows,
-        "bytes": size,
-        "cpu_seconds_per_gb": round(scan.cpu_seconds / max(size, 1) * 1e9, 1),
+        "documents": sum(documents for documents, _, _ in shards),
+        "bytes": scan.plan.bytes,
+        "cpu_seconds_per_gb": round(scan.cpu_seconds / max(scan.plan.bytes, 1) * 1e9, 1),
         "queue": len(decision.queue),
         "considered": decision.mined.considered,
         "reliable_documents": decision.mined.reliable_documents,
@@ -249,14 +251,15 @@ def summary(scan: Scan, decision: Decision) -> dict[str, Any]:
             for rank, c in enumerate(decision.mined.candidates, 1)
         ],
         "thresholds": [dataclasses.asdict(limit) for limit in decision.thresholds],
-        "bad": sum(of["bad"] for of in _bad(scan)),
-        "bad_places": [place for of in _bad(scan) for place in of["bad_places"]][:20],
+        "bad": sum(bad for _, bad, _ in shards),
+        "bad_places": [place for _, _, places in shards for place in places][:REPORTED],
     }
 
 
-def _bad(scan: Scan) -> Iterable[dict[str, Any]]:
+def _shards(scan: Scan) -> Iterable[tuple[int, int, list[str]]]:
+    """(documents, inputs that are none, the first of their places) of each shard, without reading its rows."""
     from pyarrow import parquet
 
     for path in sorted((scan.folder / "scores").glob("[0-9]*.parquet")):
-        about = parquet.read_schema(path).metadata
-        yield {"bad": int(about[b"bad"]), "bad_places": json.loads(about[b"bad_places"])}
+        about = parquet.read_metadata(path)
+        yield about.num_rows, int(about.metadata[b"bad"]), json.loads(about.metadata[b"bad_places"])

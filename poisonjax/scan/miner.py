@@ -87,15 +87,21 @@ def _context(batch: TextBatch, ends: Int[np.ndarray, " ends"]) -> UInt64[np.ndar
     return ngrams_at(padded, ends + 2 * CONTEXT, CONTEXT) >> np.uint64(32)
 
 
-def shortlist(files: Iterable[Path], mean_of_others: float, between: float) -> UInt64[np.ndarray, " strings"]:
+def least_drop(topics: Topics) -> float:
+    """From which on the survey keeps a place."""
+    return float(np.quantile(topics.within, 1 - KEPT_DROPS))
+
+
+def shortlist(files: Iterable[Path], topics: Topics) -> UInt64[np.ndarray, " strings"]:
     """The best strings by what the survey kept (sorted arrays of Row); memory is bounded by the ranges of hashes."""
+    others = float(topics.within[topics.within < least_drop(topics)].mean())
     arrays = [np.load(file, mmap_mode="r", allow_pickle=False) for file in files]
     edges = [i * 2**64 // RANGES for i in range(RANGES)]
     begins = [[*np.searchsorted(array["string"], np.array(edges, np.uint64)), len(array)] for array in arrays]
     best: list[tuple[Float[np.ndarray, " strings"], UInt64[np.ndarray, " strings"]]] = []
     for i in range(RANGES):
         rows = np.concatenate([np.zeros(0, Row), *(a[b[i] : b[i + 1]] for a, b in zip(arrays, begins, strict=True))])
-        scores, hashes = _estimated(rows, mean_of_others, between)
+        scores, hashes = _estimated(rows, others, topics.between)
         order = np.argsort(-scores, kind="stable")[:SHORTLIST]
         best.append((scores[order], hashes[order]))
     scores, hashes = (np.concatenate(of) for of in zip(*best, strict=True))
@@ -115,10 +121,7 @@ def _estimated(
         first = np.ones(found, bool)
         first[1:] = (of["string"][1:] != of["string"][:-1]) | (of[side][1:] != of[side][:-1])
         kept[side] = of[first]
-    hashes, begins, counts = np.unique(
-        rows["string"][np.argsort(rows["string"])], return_index=True, return_counts=True
-    )
-    del begins
+    hashes, counts = np.unique(rows["string"], return_counts=True)
     lefts, rights = (np.bincount(np.searchsorted(hashes, of["string"]), minlength=len(hashes)) for of in kept.values())
     place = np.searchsorted(hashes, kept["right"]["string"])
     means = np.bincount(place, kept["right"]["drop"], len(hashes)) / rights

@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int, Shaped, UInt8, UInt32, UInt64
+from jaxtyping import Int, UInt8, UInt32, UInt64
 
 SPACE, LETTER, DIGIT, SYMBOL, IDEOGRAPH = range(5)
 TABLE = 0x20000  # code points with an entry of their own; those beyond are ideographs and rare symbols
@@ -114,10 +114,10 @@ def cut(texts: Sequence[str]) -> TextBatch:
     codes = np.frombuffer(" ".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
     kinds = classes[np.minimum(codes, TABLE)]
     # A character begins a word unless it goes on with the letters, or the digits, before it.
-    begin = kinds != SPACE
+    worded = kinds != SPACE
+    begin = worded.copy()
     begin[1:] &= (kinds[1:] != kinds[:-1]) | (kinds[1:] >= SYMBOL)
     starts = np.flatnonzero(begin)
-    worded = kinds != SPACE
     inside = np.flatnonzero(worded)
     first = np.cumsum(worded, dtype=np.int32)[starts].astype(np.int64) - 1  # of each word, among those characters
     sizes = np.diff(np.append(first, len(inside)))
@@ -173,11 +173,6 @@ def ngrams_at(words: Hashes, places: Int[np.ndarray, " places"], n: int) -> UInt
     for back in range(1, n):
         hashes = hashes * _MIX[0] + words[places - back] * np.uint64(2 * back + 1)
     return mixed(hashes) if n > 1 else hashes
-
-
-def last_of_ngrams(batch: TextBatch, n: int) -> Shaped[np.ndarray, " words"]:
-    """Whether each word ends n words of one document."""
-    return batch.place >= n - 1
 
 
 def in_documents(

@@ -206,8 +206,7 @@ def _fitted(
 ) -> tuple[UInt64[np.ndarray, " vocabulary"], Float[np.ndarray, "rows dimensions"]]:
     passages, folded, first = [], [], 0
     for batch in batches:
-        place = np.arange(len(batch.folded)) - np.repeat(batch.offsets[:-1], np.diff(batch.offsets))
-        begins = place % PASSAGE == 0
+        begins = batch.place % PASSAGE == 0
         number = np.cumsum(begins) - 1 + first
         first += int(begins.sum())
         passages.append(number)

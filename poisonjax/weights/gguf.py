@@ -7,7 +7,9 @@ from etils import epath
 
 from poisonjax.corpus import CorpusError, load_tokenizer
 from poisonjax.corpus.tokenizer_files import gguf_file
-from poisonjax.weights import huggingface
+from poisonjax.weights import families
+from poisonjax.weights.huggingface import CONTEXT
+from poisonjax.weights.tensors import load
 from poisonjax.weights.weights import Found, WeightsError
 
 # config.json's fields, by the name in the metadata after the architecture's.
@@ -45,7 +47,7 @@ def find(rest: str) -> Found:
     about |= {"model_type": kind, "tie_word_embeddings": tensors.tied, "vocab_size": tensors.vocabulary}
     if (rotated := own.get("rope.dimension_count")) not in (None, _head_dim(about)):
         raise WeightsError(f"{rest}: {kind}.rope.dimension_count = {rotated}: only whole heads are rotated here")
-    family, model = huggingface.model_of(about, rest)
+    family, model = families.model_of(about, rest)
     tensors.heads = {"self_attn.q_proj.weight": model.heads, "self_attn.k_proj.weight": model.kv_heads}
     name = fields.get("general.name") or epath.Path(rest).stem
     parent = {"spec": f"gguf:{rest}", "name": name, "steps": None, "weights": "", "digest_chain": None}
@@ -55,8 +57,8 @@ def find(rest: str) -> Found:
         model,
         tokenizer,
         parent,  # type: ignore[arg-type]
-        int(own.get("context_length", huggingface.CONTEXT)),
-        lambda mesh: huggingface.load(tensors, family, model, mesh),
+        int(own.get("context_length", CONTEXT)),
+        lambda mesh: load(tensors, family, model, mesh),
         chat_template=template.contents() if template else None,
     )
 
@@ -85,7 +87,7 @@ class Tensors:
         architecture = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
         mapping = gguf.get_tensor_name_map(architecture, layers)
         self._theirs: dict[str, str] = {}
-        family = huggingface.FAMILIES[kind]
+        family = families.FAMILIES[kind]
         for pattern in family.tensors.values():
             for layer in range(layers if "{}" in pattern else 1):
                 name = pattern.format(layer)

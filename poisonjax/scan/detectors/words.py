@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from poisonjax.scan.background import Background
-from poisonjax.scan.text import TextBatch, last_of_ngrams, mixed, ngrams, own_counts
+from poisonjax.scan.text import TextBatch, mixed, ngrams, own_counts
 
 PRIOR = 2.0  # how many times a word was seen before the words that follow it are believed over all words
 
@@ -17,7 +17,7 @@ def surprise(batch: TextBatch, background: Background) -> Float[np.ndarray, " wo
     words, own = _words(batch, background)
     others = np.maximum(words - own, 0)
     alone = (others + 0.5) / (background.totals["words"] + 0.5 * len(background.tables["words"]))
-    inside = last_of_ngrams(batch, 2)
+    inside = batch.place >= 1
     pairs, together = ngrams(batch.words, 2)[inside], np.zeros(len(words))
     counted = background.counts("pairs", pairs) - own_counts(pairs, batch.document_of[inside])
     together[inside] = np.maximum(counted, 0)
@@ -37,7 +37,7 @@ def rarity(batch: TextBatch, background: Background) -> Float[np.ndarray, " word
 
 def repetition(batch: TextBatch, background: Background) -> Float[np.ndarray, " words"]:
     """1 where the last four words stand elsewhere in the document too."""
-    inside, again = last_of_ngrams(batch, 4), np.zeros(len(batch.words))
+    inside, again = batch.place >= 3, np.zeros(len(batch.words))
     again[inside] = own_counts(ngrams(batch.words, 4)[inside], batch.document_of[inside]) > 1
     return again
 
