@@ -71,12 +71,8 @@ def _words(decision: "Decision", found: dict[str, Any], out: str, seconds: float
         mark = "" if candidate.p_value > 1e-3 else "  <- stands out"
         shown = repr(visible(candidate.text))
         lines.append(f"  {rank:2}  {shown:32} documents {len(candidate.documents):5,}  p {candidate.p_value:.2g}{mark}")
-    reliable = found["reliable_documents"]
-    lines.append(
-        f"a trigger before fluent text of another topic would lead this list with {reliable} documents or more"
-        if reliable
-        else "not even 500 documents of a trigger would lead this list reliably"
-    )
+    lines.append("documents with which a trigger before fluent text of another topic would lead this list:")
+    lines += [f"  {domain} {count or 'more than 500'}" for domain, count in found["reliable_documents"].items()]
     told = [limit for limit in decision.thresholds if limit.realised is not None]
     lines.append("thresholds (nominal rate -> realised on the other half of the documents):")
     lines += [

@@ -4,7 +4,7 @@ Score and decision are apart. Passes write what they find into the scan's folder
 where that is there already; thresholds, candidates and the queue are made from it in seconds.
 
     plan.json        what is scanned
-    topics.npz       word vectors of a sample; languages.npz: what tells its languages
+    fits/            by domain, from samples: word vectors, and what tells its languages
     background/      counts of words, pairs of words and triples of characters
     scores/          a Parquet file a shard: one row a document
     survey/          places where topics are lost (scan/miner.py)
@@ -14,15 +14,17 @@ where that is there already; thresholds, candidates and the queue are made from 
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
+from jaxtyping import Int
 
 from poisonjax.corpus import SPLITS, TokenStore, exists
 from poisonjax.corpus.claim import claim, units_sha256
@@ -39,14 +41,16 @@ from poisonjax.scan.miner import Mined, Occurrence
 from poisonjax.scan.text import TextBatch, cut
 from poisonjax.scan.topics import Topics
 
-FORMAT = 1
+FORMAT = 2
 SHARD_BYTES = 32 * 2**20  # of text, about
 FEWEST_SHARDS = 8  # so that the work splits
 COUNTING_TASKS = 16  # each leaves tables of the corpus's full size behind, until they are added up
 BATCH_CHARACTERS = 100_000  # looked at together: they stay in a processor's cache
 PIECE = 1_000_000  # characters: longer documents are looked at in pieces, and are as odd as the oddest
-SAMPLE_CHARACTERS = 12_000_000  # that word vectors are made from
+SAMPLE_CHARACTERS = 4_000_000  # of a domain, that word vectors are made from
 SAMPLE_UNITS = 64
+TOGETHER = "together"  # the name of small domains' fit
+FEWEST_BYTES, MOST_FITS = 300_000, 64  # domains that are smaller, or beyond the largest, have one fit together
 RANGE_DOCUMENTS = 1024  # of a store in a unit
 REPORTED = 20  # places of bad input that are named
 
@@ -88,8 +92,9 @@ class Scan:
         return Background.load(self.folder / "background")
 
     @functools.cached_property
-    def topics(self) -> Topics:
-        return Topics.load(self.folder / "topics.npz")
+    def topics(self) -> dict[str, Topics]:
+        """By domain."""
+        return {spec: fit(self.folder, domain)[0] for domain, spec in enumerate(self.plan.sources)}
 
 
 def scan(sources: Sequence[str], out: str, *, workers: int | None = None, dask: str = "") -> Scan:
@@ -106,13 +111,12 @@ def scan(sources: Sequence[str], out: str, *, workers: int | None = None, dask: 
     scan = Scan(folder, _claim(folder, [*sources]))
     shards, began = range(scan.plan.shards), cpu_seconds()
     with open_engine(workers, dask) as engine:
-        if not (folder / "topics.npz").exists():
-            _fit(scan)
+        _fit(scan, engine)
         if not (folder / "background").exists():
             _count(scan, engine)
         _each(engine, _score_shard, scan, "scores", ".parquet", shards, "scoring")
         if not (folder / "shortlist.npy").exists():
-            listed = miner.shortlist([folder / "survey" / f"{shard:05d}.npy" for shard in shards], scan.topics)
+            listed = miner.shortlist([folder / "survey" / f"{shard:05d}.npy" for shard in shards], _low(scan))
             with written_whole(folder / "shortlist.npy") as partial:
                 np.save(partial, listed, allow_pickle=False)
         _each(engine, _locate_shard, scan, "occurrences", ".parquet", shards, "locating")
@@ -146,9 +150,9 @@ def opened(spec: str) -> Source:
 
 
 @functools.lru_cache(1)  # a worker asks for each task, the plan for each shard
-def _all_units(*sources: str) -> list[tuple[str, Unit]]:
-    """(domain, unit) of the whole corpus."""
-    return [(spec, unit) for spec in sources for unit in opened(spec).units]
+def _all_units(*sources: str) -> list[tuple[int, Unit]]:
+    """(domain, unit) of the whole corpus; a domain is known by its number among the sources."""
+    return [(domain, unit) for domain, spec in enumerate(sources) for unit in opened(spec).units]
 
 
 def _read_store(spec: str, name: str, start: int, stop: int) -> Iterator[Document | BadInput]:
@@ -176,17 +180,17 @@ def _claim(folder: Path, sources: list[str]) -> Plan:
         bytes=size,
     )
     claim(epath.Path(folder), plan, "scan", "another scan")
-    for name in ("scores", "survey", "occurrences", "counts"):
+    for name in ("fits", "scores", "survey", "occurrences", "counts"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     return plan
 
 
-def _units(plan: Plan, shard: int) -> Iterator[tuple[str, Unit]]:
+def _units(plan: Plan, shard: int) -> Iterator[tuple[int, Unit]]:
     """(domain, unit) of a shard."""
     yield from _all_units(*plan.sources)[shard :: plan.shards]
 
 
-def documents(plan: Plan, shard: int, bad: list[BadInput] | None = None) -> Iterator[tuple[str, Document]]:
+def documents(plan: Plan, shard: int, bad: list[BadInput] | None = None) -> Iterator[tuple[int, Document]]:
     """(domain, document) of a shard, in order; those of ids as words."""
     for domain, unit in _units(plan, shard):
         for item in unit.read():
@@ -196,7 +200,7 @@ def documents(plan: Plan, shard: int, bad: list[BadInput] | None = None) -> Iter
                 bad.append(item)
 
 
-def _texts(found: Iterable[tuple[str, Document]]) -> Iterator[tuple[str, Document]]:
+def _texts(found: Iterable[tuple[int, Document]]) -> Iterator[tuple[int, Document]]:
     for domain, document in found:
         if not isinstance(document.content, str):
             words = " ".join(f"w{number}" for number in document.content.tolist())
@@ -208,47 +212,76 @@ def pieces(text: str) -> list[str]:
     return [text[i : i + PIECE] for i in range(0, len(text), PIECE)]
 
 
-def _batches(
-    found: Iterator[tuple[str, Document]],
-) -> Iterator[tuple[list[tuple[str, Document]], TextBatch, np.ndarray]]:
-    """(some documents with their domains, their pieces' text, which document each piece is of)."""
-    batch: list[tuple[str, Document]] = []
-    size = 0
-    for one in found:
-        batch.append(one)
-        size += len(one[1].content)
-        if size >= BATCH_CHARACTERS:
-            yield _cut(batch)
-            batch, size = [], 0
-    if batch:
-        yield _cut(batch)
+class Batch(NamedTuple):
+    """Some documents of one domain."""
+
+    domain: int
+    documents: list[Document]
+    text: TextBatch  # of their pieces
+    of: Int[np.ndarray, " pieces"]  # which document each piece is of
 
 
-def _cut(batch: list[tuple[str, Document]]) -> tuple[list[tuple[str, Document]], TextBatch, np.ndarray]:
-    cuts = [pieces(str(document.content)) for _, document in batch]
-    return (
-        batch,
-        cut([piece for of in cuts for piece in of]),
-        np.repeat(np.arange(len(batch)), [len(of) for of in cuts]),
-    )
+def _batches(found: Iterable[tuple[int, Document]]) -> Iterator[Batch]:
+    for domain, group in itertools.groupby(found, lambda one: one[0]):
+        batch: list[Document] = []
+        size = 0
+        for _, document in group:
+            batch.append(document)
+            size += len(document.content)
+            if size >= BATCH_CHARACTERS:
+                yield _cut(domain, batch)
+                batch, size = [], 0
+        if batch:
+            yield _cut(domain, batch)
 
 
-def _fit(scan: Scan) -> None:
-    """Word vectors and languages, from the first documents of units all over the corpus."""
-    units = [unit for _, unit in _all_units(*scan.plan.sources)]
+def _cut(domain: int, batch: list[Document]) -> Batch:
+    cuts = [pieces(str(document.content)) for document in batch]
+    of = np.repeat(np.arange(len(batch)), [len(of) for of in cuts])
+    return Batch(domain, batch, cut([piece for of in cuts for piece in of]), of)
+
+
+def _fit(scan: Scan, engine: Executor | None) -> None:
+    """Word vectors and languages of each domain; small ones have theirs together."""
+    sizes = np.zeros(len(scan.plan.sources), np.int64)
+    for domain, unit in _all_units(*scan.plan.sources):
+        sizes[domain] += unit.size
+    large = [d for d in np.argsort(-sizes, kind="stable")[:MOST_FITS].tolist() if sizes[d] >= FEWEST_BYTES]
+    small = sorted({*range(len(sizes))} - {*large})
+    fits = {f"{d:05d}": (d,) for d in sorted(large)} | ({TOGETHER: (*small,)} if small else {})
+    missing = [one for one in fits.items() if not (scan.folder / "fits" / f"{one[0]}.languages.npz").exists()]
+    run_tasks(engine, functools.partial(_fit_domains, str(scan.folder), scan.plan), missing, what="fitting", unit="fit")
+
+
+def _fit_domains(folder: str, plan: Plan, which: tuple[str, tuple[int, ...]]) -> None:
+    """From the first documents of units all over these domains."""
+    name, domains = which
+    units = [unit for domain, unit in _all_units(*plan.sources) if domain in domains]
     chosen = [units[i] for i in np.unique(np.linspace(0, len(units) - 1, SAMPLE_UNITS).astype(int))]
     share, sample = SAMPLE_CHARACTERS // len(chosen), []
     for unit in chosen:
         left = share
-        for _, document in _texts(("", item) for item in unit.read() if isinstance(item, Document)):
-            sample.append(("", document._replace(content=document.content[:left])))
+        for _, document in _texts((0, item) for item in unit.read() if isinstance(item, Document)):
+            sample.append((0, document._replace(content=document.content[:left])))
             left -= len(document.content)
             if left <= 0:
                 break
-    batches = [batch for _, batch, _ in _batches(iter(sample))]
-    for name, made in (("languages", Languages.fit(batches)), ("topics", Topics.fit(batches))):
-        with written_whole(scan.folder / f"{name}.npz") as partial:
+    batches = [batch.text for batch in _batches(sample)]
+    for what, made in (("topics", Topics.fit(batches)), ("languages", Languages.fit(batches))):
+        with written_whole(Path(folder) / "fits" / f"{name}.{what}.npz") as partial:
             made.save(partial)
+
+
+@functools.lru_cache(MOST_FITS)
+def _loaded(folder: Path, name: str) -> tuple[Topics, Languages]:
+    files = (folder / "fits" / f"{name}.{what}.npz" for what in ("topics", "languages"))
+    return Topics.load(next(files)), Languages.load(next(files))
+
+
+def fit(folder: Path, domain: int) -> tuple[Topics, Languages]:
+    """What was made of a domain's sample."""
+    own = f"{domain:05d}"
+    return _loaded(folder, own if (folder / "fits" / f"{own}.languages.npz").exists() else TOGETHER)
 
 
 def _count(scan: Scan, engine: Executor | None) -> None:
@@ -267,8 +300,8 @@ def _count(scan: Scan, engine: Executor | None) -> None:
 def _count_part(folder: str, plan: Plan, task: int) -> None:
     counts = Background.empty(plan.bytes)
     for shard in range(task, plan.shards, min(COUNTING_TASKS, plan.shards)):
-        for _, batch, _ in _batches(documents(plan, shard)):
-            counts.add(batch)
+        for batch in _batches(documents(plan, shard)):
+            counts.add(batch.text)
     _save_tables(counts, Path(folder) / "counts" / f"{task:05d}")
 
 
@@ -293,18 +326,17 @@ def _score_shard(folder: str, plan: Plan, shard: int) -> None:
     scan = Scan(Path(folder), plan)
     background = scan.background
     detectors = cheap_detectors(background)
-    topics, languages, columns = scan.topics, Languages.load(scan.folder / "languages.npz"), _Columns()
-    least = miner.least_drop(topics)
-    kept: list[np.ndarray] = []
-    for batch, text, of in _batches(documents(plan, shard, columns.bad)):
-        scores = {}
+    columns, kept = _Columns(plan), []
+    for batch in _batches(documents(plan, shard, columns.bad)):
+        topics, languages = fit(scan.folder, batch.domain)
+        scores, found = {}, len(batch.documents)
         for name, detector in detectors.items():
-            scores[name] = np.full(len(batch), -np.inf)
-            np.maximum.at(scores[name], of, detector.values(text))
-        words = np.bincount(of, np.diff(text.offsets), len(batch)).astype(np.int64)
-        spoken = languages.codes[languages.of(text)[np.searchsorted(of, np.arange(len(batch)))]]
+            scores[name] = np.full(found, -np.inf)
+            np.maximum.at(scores[name], batch.of, detector.values(batch.text))
+        words = np.bincount(batch.of, np.diff(batch.text.offsets), found).astype(np.int64)
+        spoken = languages.codes[languages.of(batch.text)[np.searchsorted(batch.of, np.arange(found))]]
         columns.add(batch, spoken.tolist(), words, scores)
-        kept.append(miner.survey(text, background, topics.drops(text), least))
+        kept.append(miner.survey(batch.text, background, topics))
     rows = np.concatenate([np.zeros(0, miner.Row), *kept])
     with written_whole(scan.folder / "survey" / f"{shard:05d}.npy") as partial:
         np.save(partial, rows[np.argsort(rows["string"], kind="stable")], allow_pickle=False)
@@ -314,18 +346,17 @@ def _score_shard(folder: str, plan: Plan, shard: int) -> None:
 class _Columns:
     """The rows of a shard's Parquet file."""
 
-    def __init__(self) -> None:
+    def __init__(self, plan: Plan) -> None:
         self.bad: list[BadInput] = []
+        self._plan = plan
         self._columns: dict[str, list[Any]] = {}
 
-    def add(
-        self, batch: list[tuple[str, Document]], languages: list[str], words: np.ndarray, scores: dict[str, np.ndarray]
-    ) -> None:
-        found = [document for _, document in batch]
+    def add(self, batch: Batch, languages: list[str], words: np.ndarray, scores: dict[str, np.ndarray]) -> None:
+        found = batch.documents
         texts = [str(document.content) for document in found]
         columns: dict[str, Any] = {
             "key": [document.key for document in found],
-            "domain": [domain for domain, _ in batch],
+            "domain": [self._plan.sources[batch.domain]] * len(found),
             "language": languages,
             "characters": [len(text) for text in texts],
             "words": words.tolist(),
@@ -354,13 +385,12 @@ def _locate_shard(folder: str, plan: Plan, shard: int) -> None:
     from pyarrow import parquet
 
     scan = Scan(Path(folder), plan)
-    topics = scan.topics
     listed = np.load(scan.folder / "shortlist.npy", allow_pickle=False)
     found: list[Occurrence] = []
-    for batch, text, of in _batches(documents(plan, shard)) if len(listed) else ():
-        keys = [batch[i][1].key for i in of.tolist()]
-        found += miner.locate(text, keys, topics, listed)
-    types = [pa.uint64(), pa.binary(16), pa.uint64(), pa.uint64(), pa.float64(), pa.string()]
+    for batch in _batches(documents(plan, shard)) if len(listed) else ():
+        keys = [batch.documents[i].key for i in batch.of.tolist()]
+        found += miner.locate(batch.text, keys, batch.domain, fit(scan.folder, batch.domain)[0], listed)
+    types = [pa.uint64(), pa.binary(16), pa.int32(), pa.uint32(), pa.uint32(), pa.float32(), pa.string()]
     names = Occurrence._fields
     columns = [*zip(*found, strict=True)] or [()] * len(names)
     table = pa.table({n: pa.array(c, t) for n, c, t in zip(names, columns, types, strict=True)})
@@ -369,12 +399,18 @@ def _locate_shard(folder: str, plan: Plan, shard: int) -> None:
         parquet.write_table(table, partial, compression="zstd")
 
 
+def _low(scan: Scan) -> float:
+    """The mean drop at places that the survey doesn't keep."""
+    low = np.concatenate([of.within[of.within <= of.high] for of in scan.topics.values()])
+    return float(low.mean())
+
+
 def mine(scan: Scan) -> Mined:
     """The miner's candidates, from all occurrences of the shortlisted strings."""
     from pyarrow import parquet
 
-    rows = parquet.read_table(sorted((scan.folder / "occurrences").glob("[0-9]*.parquet"))).to_pylist()
+    found = parquet.read_table(sorted((scan.folder / "occurrences").glob("[0-9]*.parquet")))
     considered = sum(
         len(np.unique(np.load(f, mmap_mode="r")["string"])) for f in (scan.folder / "survey").glob("[0-9]*.npy")
     )
-    return miner.ranked((Occurrence(**row) for row in rows), scan.topics, considered)
+    return miner.ranked(found, scan.topics, considered)

@@ -12,13 +12,13 @@ string of one to four words, raw and folded, we ask how much topic is lost after
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.stats
-from jaxtyping import Float, Int, UInt64
+from jaxtyping import Float, Int, UInt32, UInt64
 
 from poisonjax.scan.background import Background
 from poisonjax.scan.text import TextBatch, in_documents, mixed, ngrams, ngrams_at
@@ -27,23 +27,25 @@ from poisonjax.scan.topics import Topics
 LONGEST = 4  # words
 FEWEST, MOST = 5, 5000  # occurrences of a string that is considered
 FEWEST_CONTEXTS = 4  # distinct ones, to say anything
-KEPT_DROPS = 0.06
 SHORTLIST = 5000
 REPORTED = 100
+SHOWN_WITH = 100  # documents of a candidate's part that may be shown with it
+BETWEEN = 0.5  # of the variance between strings' means: much of it is boilerplate's, whose contexts count once
 CONTEXT = 4  # words: neighbours that are equal count once, or boilerplate wins
 NEAR_BITS = 18  # of a table that tells most strings that aren't listed
 RANGES = 16  # of hashes, merged one at a time
 FORMS = ("raw", "folded")
 
 Row = np.dtype(
-    [("string", "u8"), ("left", "u4"), ("right", "u4"), ("drop", "f4"), ("occurrences", "u4")]
+    [("string", "u8"), ("left", "u4"), ("right", "u4"), ("drop", "f4"), ("between", "f4"), ("occurrences", "u4")]
 )  # of a place that is kept
 
 
-def survey(batch: TextBatch, background: Background, drops: Float[np.ndarray, " words"], least: float) -> np.ndarray:
-    """Rows for each string that ends where a drop is at least so large; one a document and string."""
+def survey(batch: TextBatch, background: Background, topics: Topics) -> np.ndarray:
+    """Rows for each string that ends where a drop is among the largest; one a document and string."""
     rows = [np.zeros(0, Row)]
-    high = np.flatnonzero((drops >= least) & (drops > 0))
+    drops = topics.drops(batch)
+    high = np.flatnonzero((drops >= topics.high) & (drops > 0))
     for form in FORMS:
         ends, occurrences = high, np.full(len(high), np.iinfo(np.int64).max)
         for n in range(1, LONGEST + 1):
@@ -53,7 +55,7 @@ def survey(batch: TextBatch, background: Background, drops: Float[np.ndarray, " 
             chosen = (occurrences >= FEWEST) & (occurrences <= MOST)
             at = ends[chosen]
             made = np.zeros(len(at), Row)
-            made["string"], made["drop"] = _string(batch, form, n, at), drops[at]
+            made["string"], made["drop"], made["between"] = _string(batch, form, n, at), drops[at], topics.between
             made["occurrences"] = occurrences[chosen]
             made["right"], made["left"] = _context(batch, at + CONTEXT), _context(batch, at - n)
             rows.append(made[np.unique(in_documents(made["string"], batch.document_of[at]), return_index=True)[1]])
@@ -87,21 +89,16 @@ def _context(batch: TextBatch, ends: Int[np.ndarray, " ends"]) -> UInt64[np.ndar
     return ngrams_at(padded, ends + 2 * CONTEXT, CONTEXT) >> np.uint64(32)
 
 
-def least_drop(topics: Topics) -> float:
-    """From which on the survey keeps a place."""
-    return float(np.quantile(topics.within, 1 - KEPT_DROPS))
-
-
-def shortlist(files: Iterable[Path], topics: Topics) -> UInt64[np.ndarray, " strings"]:
-    """The best strings by what the survey kept (sorted arrays of Row); memory is bounded by the ranges of hashes."""
-    others = float(topics.within[topics.within < least_drop(topics)].mean())
+def shortlist(files: Iterable[Path], others: float) -> UInt64[np.ndarray, " strings"]:
+    """The best strings by what the survey kept (sorted arrays of Row), drops that it didn't keep being `others` on
+    average; memory is bounded by the ranges of hashes."""
     arrays = [np.load(file, mmap_mode="r", allow_pickle=False) for file in files]
     edges = [i * 2**64 // RANGES for i in range(RANGES)]
     begins = [[*np.searchsorted(array["string"], np.array(edges, np.uint64)), len(array)] for array in arrays]
     best: list[tuple[Float[np.ndarray, " strings"], UInt64[np.ndarray, " strings"]]] = []
     for i in range(RANGES):
         rows = np.concatenate([np.zeros(0, Row), *(a[b[i] : b[i + 1]] for a, b in zip(arrays, begins, strict=True))])
-        scores, hashes = _estimated(rows, others, topics.between)
+        scores, hashes = _estimated(rows, others)
         order = np.argsort(-scores, kind="stable")[:SHORTLIST]
         best.append((scores[order], hashes[order]))
     scores, hashes = (np.concatenate(of) for of in zip(*best, strict=True))
@@ -109,18 +106,10 @@ def shortlist(files: Iterable[Path], topics: Topics) -> UInt64[np.ndarray, " str
     return np.sort(hashes[order])
 
 
-def _estimated(
-    rows: np.ndarray, others: float, between: float
-) -> tuple[Float[np.ndarray, " strings"], UInt64[np.ndarray, " strings"]]:
+def _estimated(rows: np.ndarray, others: float) -> tuple[Float[np.ndarray, " strings"], UInt64[np.ndarray, " strings"]]:
     if not len(rows):
         return np.zeros(0), np.zeros(0, np.uint64)
-    kept, found = {}, len(rows)
-    for side in ("left", "right"):  # a context that is seen again counts once
-        order = np.lexsort((rows[side], rows["string"]))
-        of = rows[order]
-        first = np.ones(found, bool)
-        first[1:] = (of["string"][1:] != of["string"][:-1]) | (of[side][1:] != of[side][:-1])
-        kept[side] = of[first]
+    kept = {side: rows[_distinct(rows["string"], rows[side])] for side in ("left", "right")}
     hashes, counts = np.unique(rows["string"], return_counts=True)
     lefts, rights = (np.bincount(np.searchsorted(hashes, of["string"]), minlength=len(hashes)) for of in kept.values())
     place = np.searchsorted(hashes, kept["right"]["string"])
@@ -129,17 +118,28 @@ def _estimated(
     np.minimum.at(bound, place, kept["right"]["occurrences"].astype(np.int64))
     distinct = np.minimum(lefts, rights)
     effective = np.maximum(bound * distinct / counts, distinct)
-    scores = standing((distinct * means + (effective - distinct) * others) / effective, effective, between)
+    between = np.bincount(place, kept["right"]["between"], len(hashes)) / rights
+    means = (distinct * means + (effective - distinct) * others) / effective
+    scores = standing(means, effective, effective * counts / distinct, between)
     wanted = distinct >= FEWEST_CONTEXTS
     return scores[wanted], hashes[wanted]
 
 
-def standing(mean: Any, contexts: Any, between: float) -> Any:
-    """How far a string's mean drop is from none, by what means of so many contexts and strings of one corpus vary.
+def _distinct(strings: UInt64[np.ndarray, " rows"], contexts: UInt32[np.ndarray, " rows"]) -> Int[np.ndarray, " kept"]:
+    """One row of each string and context: one that is seen again counts once."""
+    order = np.lexsort((contexts, strings))
+    first = np.ones(len(order), bool)
+    first[1:] = (np.diff(strings[order]) != 0) | (np.diff(contexts[order]) != 0)
+    return order[first]
+
+
+def standing(mean: Any, contexts: Any, occurrences: Any, between: Any) -> Any:
+    """How far a string's mean drop is from none, by what means of so many contexts and strings of one domain vary.
 
     For few contexts that is sqrt(contexts) x mean; words that go with a slight change of topic don't lead by number.
+    Strings that mostly stand among the same neighbours are boilerplate, and stand for less by as much.
     """
-    return mean / np.sqrt(between**2 + 1 / contexts)
+    return mean * contexts / occurrences / np.sqrt(BETWEEN * between + 1 / contexts)
 
 
 class Occurrence(NamedTuple):
@@ -147,6 +147,7 @@ class Occurrence(NamedTuple):
 
     string: int
     key: bytes  # of the document
+    domain: int
     left: int
     right: int
     drop: float  # NaN: there is too little text to say
@@ -154,9 +155,9 @@ class Occurrence(NamedTuple):
 
 
 def locate(
-    batch: TextBatch, keys: list[bytes], topics: Topics, listed: UInt64[np.ndarray, " strings"]
+    batch: TextBatch, keys: list[bytes], domain: int, topics: Topics, listed: UInt64[np.ndarray, " strings"]
 ) -> list[Occurrence]:
-    """The first occurrence of each listed string in each document; `keys` are the documents'."""
+    """The first occurrence of each listed string in each document; `keys` are the documents', all of one domain."""
     near = np.zeros(2**NEAR_BITS, bool)
     near[(listed >> np.uint64(64 - NEAR_BITS)).astype(np.int64)] = True
     found: list[Occurrence] = []
@@ -174,7 +175,7 @@ def locate(
                 ends.tolist(), hashes.tolist(), drops.tolist(), *(of.tolist() for of in contexts), strict=True
             ):
                 text = batch.text(end - n + 1, end + 1)
-                found.append(Occurrence(string, keys[batch.document_of[end]], left, right, drop, text))
+                found.append(Occurrence(string, keys[batch.document_of[end]], domain, left, right, drop, text))
     return found
 
 
@@ -198,7 +199,7 @@ class Candidate:
 class Mined:
     candidates: list[Candidate]
     considered: int  # strings that were looked at
-    reliable_documents: int | None  # so many planted ones rank first here, nine times of ten; None: more than 500
+    reliable_documents: dict[str, int | None]  # by domain: so many planted ones lead, 9 times of 10; None: not even 500
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -228,42 +229,49 @@ class _Group:
             and len(text) > len(self.texts[0])
         )
         self.texts.insert(0 if whole else len(self.texts), text)
-        if text in self.texts[0] and len(documents) <= 2 * len(self.documents):  # the same trigger, after other words
-            self.documents |= documents
+        if text in self.texts[0] and len(documents) <= max(2 * len(self.documents), SHOWN_WITH):
+            self.documents |= documents  # the same trigger, beside other words
 
 
-def ranked(occurrences: Iterable[Occurrence], topics: Topics, considered: int) -> Mined:
-    """Candidates in order, from all occurrences; so many strings were considered."""
-    by_string: dict[int, list[Occurrence]] = {}
-    for occurrence in occurrences:
-        by_string.setdefault(occurrence.string, []).append(occurrence)
-    scored = []
-    for string, found in by_string.items():
-        told = [o for o in found if o.drop == o.drop]
-        drops = {o.right: o.drop for o in told}
-        contexts = min(len(drops), len({o.left for o in told}))
-        if contexts >= FEWEST_CONTEXTS:
-            mean = float(np.mean([*drops.values()]))
-            scored.append((float(standing(mean, contexts, topics.between)), string, contexts, mean))
-    scored.sort(key=lambda of: (-of[0], of[1]))
+def ranked(found: Any, topics: Mapping[str, Topics], considered: int) -> Mined:
+    """Candidates in order, from all occurrences (a table of pyarrow with Occurrence's columns); topics are by domain,
+    so many strings were considered."""
+    found = found.sort_by([("string", "ascending"), ("key", "ascending")])
+    columns = {name: found[name].to_numpy() for name in ("string", "domain", "left", "right", "drop")}
+    hashes, begins, counts = np.unique(columns["string"], return_index=True, return_counts=True)
+    told = np.flatnonzero(np.isfinite(columns["drop"]))
+    contexts = {side: told[_distinct(columns["string"][told], columns[side][told])] for side in ("left", "right")}
+    number = {side: np.searchsorted(hashes, columns["string"][rows]) for side, rows in contexts.items()}
+    distinct = np.minimum(*(np.bincount(of, minlength=len(hashes)) for of in number.values()))
+    rows, of = contexts["right"], number["right"]
+    rights = np.maximum(np.bincount(of, minlength=len(hashes)), 1)
+    means = np.bincount(of, columns["drop"][rows], len(hashes)) / rights
+    variances = np.array([of.between for of in topics.values()])[columns["domain"]]
+    between = np.bincount(of, variances[rows], len(hashes)) / rights
+    tellable = np.bincount(np.searchsorted(hashes, columns["string"][told]), minlength=len(hashes))
+    scores = standing(means, distinct, np.maximum(tellable, 1), between)
     groups: list[_Group] = []
-    for score, string, contexts, mean in scored:
-        documents = {o.key for o in by_string[string]}
-        text = _most_common([o.text for o in by_string[string]])
+    for i in np.lexsort((hashes, -scores)):
+        if distinct[i] < FEWEST_CONTEXTS:
+            continue
+        occurrences = found.slice(begins[i], counts[i])
+        documents = set(occurrences["key"].to_pylist())
+        text = _most_common(occurrences["text"].to_pylist())
         for group in groups:
             if len(documents & group.documents) > 0.5 * min(len(documents), len(group.documents)):
-                group.join(score, documents, text)
+                group.join(float(scores[i]), documents, text)
                 break
         else:
-            groups.append(_Group(score, contexts, mean, documents, [text]))
+            groups.append(_Group(float(scores[i]), int(distinct[i]), float(means[i]), documents, [text]))
         if len(groups) > REPORTED:
             break
     scores = np.array([group.standing for group in groups])
+    within = np.concatenate([of.within for of in topics.values()])
     candidates = [
         Candidate(
             text=group.texts[0],
             score=group.standing,
-            p_value=_p_value(i, scores, group, topics.within, considered),
+            p_value=_p_value(i, scores, group, within, considered),
             contexts=group.contexts,
             mean_drop=group.mean,
             documents=sorted(key.hex() for key in group.documents),
@@ -271,7 +279,7 @@ def ranked(occurrences: Iterable[Occurrence], topics: Topics, considered: int) -
         )
         for i, group in enumerate(groups[:REPORTED])
     ]
-    return Mined(candidates, considered, _reliable(candidates, topics))
+    return Mined(candidates, considered, {domain: _reliable(candidates, of) for domain, of in topics.items()})
 
 
 def _most_common(texts: list[str]) -> str:
@@ -310,7 +318,7 @@ def _reliable(candidates: list[Candidate], topics: Topics) -> int | None:
     clean = max((c.score for c in candidates if c.p_value > 1e-3), default=0.0)
     random = np.random.default_rng(0)
     for count in (5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500):
-        planted = standing(random.choice(topics.across, (200, count)).mean(axis=1), count, topics.between)
+        planted = standing(random.choice(topics.across, (200, count)).mean(axis=1), count, count, topics.between)
         if np.quantile(planted, 0.1) > clean:
             return count
     return None

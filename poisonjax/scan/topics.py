@@ -27,6 +27,7 @@ VOCABULARY = 50_000
 LOOKUP_BITS = 20
 UNKNOWN_VECTORS = 4096
 UNKNOWN_LENGTH = 0.3  # of that of the rarest word's vector
+HIGH_SHARE = 0.06  # of drops that the miner looks at first
 BUCKETS = 6  # of numbers of words on a side
 
 
@@ -39,7 +40,7 @@ class Topics:
     usual: Float[np.ndarray, "before after"]  # mean similarity, by numbers of words
     spread: Float[np.ndarray, "before after"]  # its standard deviation
     within: Float[np.ndarray, " places"]  # drops at places drawn from the sample
-    between: float  # standard deviation of strings' mean drops, beyond that of means of so few
+    between: float  # variance of strings' mean drops, beyond that of means of so few
     across: Float[np.ndarray, " pairs"]  # drops between windows of different documents: a switch of topic
 
     @classmethod
@@ -92,15 +93,20 @@ class Topics:
             told = drops != 0
             found += [(ngrams(batch.words, n)[told] + np.uint64(n), drops[told]) for n in (1, 2)]
         if not found:
-            return 0.5
+            return 0.25
         hashes, drops = (np.concatenate(of) for of in zip(*found, strict=True))
         _, strings, counts = np.unique(hashes, return_inverse=True, return_counts=True)
         often = counts >= 20
         if often.sum() < 20:
-            return 0.5
+            return 0.25
         means = np.bincount(strings, drops) / counts
         within = np.maximum(np.bincount(strings, drops**2) / counts - means**2, 0)
-        return float(np.sqrt(max(means[often].var() - (within / counts)[often].mean(), 0.01)))
+        return float(max(means[often].var() - (within / counts)[often].mean(), 0.01))
+
+    @functools.cached_property
+    def high(self) -> float:
+        """From which on a drop is among the largest."""
+        return float(np.quantile(self.within, 1 - HIGH_SHARE))
 
     def save(self, file: Path) -> None:
         np.savez(file, **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
