@@ -161,11 +161,14 @@ def test_detectors_take_any_text(counted, texts):
 
 @given(words=st.lists(st.integers(0, 5), max_size=40), sizes=st.lists(st.integers(0, 15), min_size=1, max_size=5))
 def test_own_counts(words, sizes):
-    documents = np.repeat(np.arange(len(sizes)), sizes)[: len(words)]
-    hashes = np.array(words[: len(documents)], np.uint64)
-    counts = own_counts(hashes, documents)
-    both = list(zip(hashes.tolist(), documents.tolist(), strict=True))
-    assert counts.tolist() == [both.count(one) for one in both]
+    offsets = np.minimum(np.cumsum([0, *sizes]), len(words))
+    hashes = np.array(words, np.uint64)
+    for first in (0, 1, 3):
+        counts = own_counts(hashes, offsets, first)
+        for begin, end in itertools.pairwise(offsets.tolist()):
+            document = words[begin + first : end]
+            expected = [0] * min(first, end - begin) + [document.count(word) for word in document]
+            assert counts[begin:end].tolist() == expected
 
 
 @given(seed=st.integers(0, 1000), rate=st.sampled_from([0.01, 0.05, 0.2]))

@@ -8,17 +8,13 @@ import functools
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Int, Shaped, UInt32, UInt64
+from jaxtyping import Float, Int, UInt32, UInt64
 
+from poisonjax.scan.compiled import compiled
 from poisonjax.scan.text import TextBatch, mixed, ngrams
 
 TABLES = {"words": 22, "pairs": 24, "folded_words": 22, "folded_pairs": 24, "triples": 20}  # log2 of entries, at most
 FEWEST_BITS = 16
-
-
-def slots(hashes: UInt64[np.ndarray, " items"], table: Shaped[np.ndarray, " slots"]) -> Int[np.ndarray, " items"]:
-    """Where in a table of 2**n entries each hash is counted."""
-    return (hashes >> np.uint64(65 - len(table).bit_length())).astype(np.int64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +33,8 @@ class Background:
     @classmethod
     def load(cls, folder: Path) -> "Background":
         """Mapped, not read: all processes of a machine share the pages."""
-        return cls({name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in TABLES})
+        mapped = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in TABLES}
+        return cls({name: np.asarray(table) for name, table in mapped.items()})
 
     def save(self, folder: Path) -> None:
         for name, table in self.tables.items():
@@ -45,20 +42,14 @@ class Background:
 
     def add(self, batch: TextBatch) -> None:
         """Counts a batch's words, pairs and triples."""
-        inside = batch.place >= 1
         for words, pairs, hashes in (("words", "pairs", batch.words), ("folded_words", "folded_pairs", batch.folded)):
-            self._count(words, mixed(hashes))
-            self._count(pairs, ngrams(hashes, 2)[inside])
-        self._count("triples", triples(batch))
-
-    def _count(self, name: str, hashes: UInt64[np.ndarray, " items"]) -> None:
-        table = self.tables[name]
-        np.add.at(table, slots(hashes, table), np.uint32(1))
+            _tally(self.tables[words], mixed(hashes), batch.place, 0)
+            _tally(self.tables[pairs], ngrams(hashes, 2), batch.place, 1)
+        _tally_triples(self.tables["triples"], batch.codes, batch.begins, batch.ends)
 
     def counts(self, name: str, hashes: UInt64[np.ndarray, " items"]) -> Int[np.ndarray, " items"]:
         """How often each was counted, or a little more: others may share its entry."""
-        table = self.tables[name]
-        return table[slots(hashes, table)].astype(np.int64)
+        return looked_up(self.tables[name], hashes)
 
     def merge(self, other: "Background") -> None:
         for name, table in self.tables.items():
@@ -76,32 +67,65 @@ class Background:
         return {name: int(table.sum(dtype=np.int64)) for name, table in self.tables.items()}
 
 
-def triples(batch: TextBatch) -> UInt64[np.ndarray, " characters"]:
-    """A hash of each character with the two before it."""
-    codes = batch.codes.astype(np.uint64)
-    packed = codes.copy()
-    for back in (1, 2):
-        before = np.zeros_like(codes)
-        before[back:] = codes[:-back]
-        for first in range(back):  # those that stand before the document
-            before[np.minimum(batch.begins + first, len(codes) - 1)] = 0
-        packed |= before << np.uint64(21 * back)
+@compiled
+def shift_of(table):
+    """A hash, shifted right by so much, is an entry of a table of 2**n."""
+    bits = 0
+    while table.size >> (bits + 1):
+        bits += 1
+    return np.uint64(64 - bits)
+
+
+@compiled
+def _tally(table, hashes, place, first):
+    """Counts the hashes of words that are at least so far from their document's beginning."""
+    shift = shift_of(table)
+    for i in range(hashes.size):
+        if place[i] >= first:
+            table[hashes[i] >> shift] += np.uint32(1)
+
+
+@compiled
+def looked_up(table, hashes):
+    """How often each was counted."""
+    found, shift = np.empty(hashes.size, np.int64), shift_of(table)
+    for i in range(hashes.size):
+        found[i] = table[hashes[i] >> shift]
+    return found
+
+
+@compiled
+def triple(codes, begin, i):
+    """A hash of a character with the two before it, 0 where the document begins between them."""
+    packed = np.uint64(codes[i])
+    for back in range(1, 3):
+        if i - back >= begin:
+            packed |= np.uint64(codes[i - back]) << np.uint64(21 * back)
     return mixed(packed * np.uint64(0x9E3779B97F4A7C15))
 
 
-def windowed_mean(
-    values: Float[np.ndarray, " items"], offsets: Int[np.ndarray, " offsets"], length: int
-) -> tuple[Float[np.ndarray, " items"], Int[np.ndarray, " items"]]:
-    """(the mean of each window, where it begins), for windows that end at each item and don't leave its document.
+@compiled
+def _tally_triples(table, codes, begins, ends):
+    shift = shift_of(table)
+    for document in range(begins.size):
+        for i in range(begins[document], ends[document]):
+            table[triple(codes, begins[document], i) >> shift] += np.uint32(1)
 
-    They hold `length` items, or the whole document where that is shorter; the mean of one that would be shorter than
-    that is minus infinity.
+
+@compiled
+def worst_windows(values, offsets, length):
+    """(the largest mean of a window, its first item, the one after its last), by document; 0, 0, 0 for one of none.
+
+    Windows hold `length` items, or the whole document where that is shorter.
     """
-    sizes = np.diff(offsets)
-    first = np.repeat(offsets[:-1], sizes)
-    ends = np.arange(1, len(values) + 1)
-    begins = np.maximum(first, ends - length)
-    sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
-    whole = ends - begins >= np.minimum(length, np.repeat(sizes, sizes))
-    means = np.where(whole, (sums[ends] - sums[begins]) / (ends - begins), -np.inf)
-    return means, begins
+    worst = np.zeros(offsets.size - 1)
+    begins, ends = np.zeros(offsets.size - 1, np.int64), np.zeros(offsets.size - 1, np.int64)
+    for document in range(offsets.size - 1):
+        first, end = offsets[document], offsets[document + 1]
+        size = min(length, end - first)
+        total = 0.0
+        for i in range(first, end):
+            total += values[i] - (values[i - size] if i >= first + size else 0.0)
+            if i + 1 >= first + size and (i + 1 == first + size or total / size > worst[document]):
+                worst[document], begins[document], ends[document] = total / size, i + 1 - size, i + 1
+    return worst, begins, ends

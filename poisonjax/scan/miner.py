@@ -21,7 +21,8 @@ import scipy.stats
 from jaxtyping import Float, Int, UInt32, UInt64
 
 from poisonjax.scan.background import Background
-from poisonjax.scan.text import TextBatch, in_documents, mixed, ngrams, ngrams_at
+from poisonjax.scan.compiled import compiled
+from poisonjax.scan.text import TextBatch, in_documents, joined, mixed, ngrams_at
 from poisonjax.scan.topics import Topics
 
 LONGEST = 4  # words
@@ -160,23 +161,51 @@ def locate(
     """The first occurrence of each listed string in each document; `keys` are the documents', all of one domain."""
     near = np.zeros(2**NEAR_BITS, bool)
     near[(listed >> np.uint64(64 - NEAR_BITS)).astype(np.int64)] = True
-    found: list[Occurrence] = []
-    for form in FORMS:
-        for n in range(1, LONGEST + 1):
-            hashes = ngrams(batch.words if form == "raw" else batch.folded, n) ^ _salt(form, n)
-            ends = np.flatnonzero(near[(hashes >> np.uint64(64 - NEAR_BITS)).astype(np.int64)])
-            ends = ends[np.isin(hashes[ends], listed) & (batch.place[ends] >= n - 1)]
-            hashes = hashes[ends]
-            first = np.sort(np.unique(in_documents(hashes, batch.document_of[ends]), return_index=True)[1])
-            ends, hashes = ends[first], hashes[first]
-            drops = topics.drops_around(batch, ends - n + 1, ends + 1)
-            contexts = _context(batch, ends - n), _context(batch, ends + CONTEXT)
-            for end, string, drop, left, right in zip(
-                ends.tolist(), hashes.tolist(), drops.tolist(), *(of.tolist() for of in contexts), strict=True
-            ):
-                text = batch.text(end - n + 1, end + 1)
-                found.append(Occurrence(string, keys[batch.document_of[end]], domain, left, right, drop, text))
-    return found
+    salts = np.array([[_salt(form, n) for n in range(1, LONGEST + 1)] for form in FORMS])
+    ends, sizes, which = _found(batch.words, batch.folded, batch.offsets, near, listed, salts)
+    drops = topics.drops_around(batch, ends - sizes + 1, ends + 1)
+    lefts, rights = _context(batch, ends - sizes), _context(batch, ends + CONTEXT)
+    columns = (of.tolist() for of in (listed[which], batch.document_of[ends], lefts, rights, drops, ends, sizes))
+    return [
+        Occurrence(string, keys[document], domain, left, right, drop, batch.text(end - size + 1, end + 1))
+        for string, document, left, right, drop, end, size in zip(*columns, strict=True)
+    ]
+
+
+@compiled
+def _found(words, folded, offsets, near, listed, salts):
+    """(last word, number of words, which of `listed`) of the first occurrence of each of them in each document."""
+    room, found = 1024, 0
+    ends, sizes, which = np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room, np.int64)
+    seen = np.full(listed.size, -1, np.int64)  # in which document last
+    for document in range(offsets.size - 1):
+        for end in range(offsets[document], offsets[document + 1]):
+            for form in range(2):
+                of = words if form == 0 else folded
+                hashes = of[end]
+                for n in range(1, min(LONGEST, end - offsets[document] + 1) + 1):
+                    if n > 1:
+                        hashes = joined(hashes, of[end - n + 1], n - 1)
+                    string = (mixed(hashes) if n > 1 else hashes) ^ salts[form, n - 1]
+                    if not near[string >> np.uint64(64 - NEAR_BITS)]:
+                        continue
+                    place = np.searchsorted(listed, string)
+                    if place == listed.size or listed[place] != string or seen[place] == document:
+                        continue
+                    seen[place] = document
+                    if found == room:
+                        room *= 2
+                        ends, sizes, which = _grown(ends, room), _grown(sizes, room), _grown(which, room)
+                    ends[found], sizes[found], which[found] = end, n, place
+                    found += 1
+    return ends[:found], sizes[:found], which[:found]
+
+
+@compiled
+def _grown(array, size):
+    grown = np.empty(size, array.dtype)
+    grown[: array.size] = array
+    return grown
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int, UInt8, UInt32, UInt64
 
+from poisonjax.scan.compiled import compiled
+
 SPACE, LETTER, DIGIT, SYMBOL, IDEOGRAPH = range(5)
 TABLE = 0x20000  # code points with an entry of their own; those beyond are ideographs and rare symbols
 ONE_CHARACTER_WORDS = {"CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO", "YI", "THAI", "LAO", "KHMER", "MYANMAR"}
@@ -23,7 +25,7 @@ Hashes = UInt64[np.ndarray, " words"]
 
 
 @functools.cache
-def _tables() -> tuple[UInt8[np.ndarray, " codes"], UInt32[np.ndarray, " codes"], UInt8[np.ndarray, " codes"]]:
+def character_tables() -> tuple[UInt8[np.ndarray, " codes"], UInt32[np.ndarray, " codes"], UInt8[np.ndarray, " codes"]]:
     """(class, folded form, script) of each code point; scripts are numbered as their names first appear."""
     classes, folded = np.full(TABLE + 1, SYMBOL, np.uint8), np.arange(TABLE + 1, dtype=np.uint32)
     scripts, numbers = np.zeros(TABLE + 1, np.uint8), {"": 0}
@@ -46,8 +48,9 @@ def _tables() -> tuple[UInt8[np.ndarray, " codes"], UInt32[np.ndarray, " codes"]
     return classes, folded, scripts
 
 
-def mixed(hashes: UInt64[np.ndarray, "..."]) -> UInt64[np.ndarray, "..."]:
-    """Every bit of the result depends on every bit (splitmix64, Steele et al. 2014)."""
+@compiled
+def mixed(hashes):
+    """A hash (or array) every bit of which depends on every bit of another (splitmix64, Steele et al. 2014)."""
     hashes = (hashes ^ (hashes >> np.uint64(30))) * _MIX[1]
     hashes = (hashes ^ (hashes >> np.uint64(27))) * _MIX[2]
     return hashes ^ (hashes >> np.uint64(31))
@@ -60,14 +63,16 @@ _POWERS = mixed(np.arange(1, LONGEST_WORD + 1, dtype=np.uint64) * _MIX[0]) | np.
 class TextBatch:
     """Some documents' text, one after the other, and its words."""
 
+    texts: Sequence[str]
     codes: UInt32[np.ndarray, " characters"]  # code points; a space stands between documents
     begins: Int[np.ndarray, " documents"]  # where in `codes` each document begins
     ends: Int[np.ndarray, " documents"]
-    classes: UInt8[np.ndarray, " characters"]
     starts: Int[np.ndarray, " words"]  # where in `codes` each word begins
     stops: Int[np.ndarray, " words"]
     words: UInt64[np.ndarray, " words"]  # hashes
     folded: UInt64[np.ndarray, " words"]  # of what they are without case, width and compatibility forms
+    document_of: Int[np.ndarray, " words"]  # which document each word stands in
+    place: Int[np.ndarray, " words"]  # which word of its document each is, from 0
     offsets: Int[np.ndarray, " offsets"]  # where in `words` each document's begin; the last entry is their number
 
     @property
@@ -77,22 +82,7 @@ class TextBatch:
     @functools.cached_property
     def own(self) -> Int[np.ndarray, " words"]:
         """How often each word stands in its own document."""
-        return own_counts(self.words, self.document_of)
-
-    @functools.cached_property
-    def place(self) -> Int[np.ndarray, " words"]:
-        """Which word of its document each is, from 0."""
-        return np.arange(len(self.words)) - np.repeat(self.offsets[:-1], np.diff(self.offsets))
-
-    @functools.cached_property
-    def document_of(self) -> Int[np.ndarray, " words"]:
-        """Which document each word stands in."""
-        return np.repeat(np.arange(self.documents), np.diff(self.offsets))
-
-    @property
-    def scripts(self) -> UInt8[np.ndarray, " characters"]:
-        """A number for the script of each letter, 0 for other characters."""
-        return _tables()[2][np.minimum(self.codes, TABLE)]
+        return own_counts(self.words, self.offsets, 0)
 
     def text(self, start: int, stop: int) -> str:
         """Words [start, stop) of the batch, with what stands between them."""
@@ -108,62 +98,57 @@ class TextBatch:
 
 def cut(texts: Sequence[str]) -> TextBatch:
     """The texts' words."""
-    classes, folds, _ = _tables()
+    classes, folds, _ = character_tables()
     lengths = np.fromiter(map(len, texts), np.int64, len(texts))
     begins = np.cumsum(lengths + 1) - lengths - 1
     codes = np.frombuffer(" ".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
-    kinds = classes[np.minimum(codes, TABLE)]
-    # A character begins a word unless it goes on with the letters, or the digits, before it.
-    worded = kinds != SPACE
-    begin = worded.copy()
-    begin[1:] &= (kinds[1:] != kinds[:-1]) | (kinds[1:] >= SYMBOL)
-    starts = np.flatnonzero(begin)
-    inside = np.flatnonzero(worded)
-    first = np.cumsum(worded, dtype=np.int32)[starts].astype(np.int64) - 1  # of each word, among those characters
-    sizes = np.diff(np.append(first, len(inside)))
-    places = np.minimum(np.arange(len(inside)) - np.repeat(first, sizes), LONGEST_WORD - 1)
-    powers, letters = _POWERS[places], codes[inside]
-    raw = _hashed(letters, powers, first)
-    folded = _refolded(
-        raw, letters, np.where(letters < TABLE, folds[np.minimum(letters, TABLE)], letters), powers, first
-    )
-    offsets = np.append(np.searchsorted(starts, begins), len(starts))
-    return TextBatch(codes, begins, begins + lengths, kinds, starts, starts + sizes, raw, folded, offsets)
+    return TextBatch(texts, codes, begins, begins + lengths, *_cut(codes, begins, begins + lengths, classes, folds))
 
 
-def _hashed(
-    letters: UInt32[np.ndarray, " inside"], powers: UInt64[np.ndarray, " inside"], first: Int[np.ndarray, " words"]
-) -> Hashes:
-    if not len(first):
-        return np.zeros(0, np.uint64)
-    return mixed(np.add.reduceat((letters.astype(np.uint64) + np.uint64(1)) * powers, first))
+@compiled
+def _cut(codes, begins, ends, classes, folds):
+    """A character begins a word unless it goes on with the letters, or the digits, before it."""
+    size = codes.size
+    starts, stops = np.empty(size, np.int64), np.empty(size, np.int64)
+    document_of, place = np.empty(size, np.int64), np.empty(size, np.int64)
+    words, folded = np.empty(size, np.uint64), np.empty(size, np.uint64)
+    offsets = np.zeros(begins.size + 1, np.int64)
+    one, found = np.uint64(1), 0
+    for document in range(begins.size):
+        offsets[document] = found
+        before = SPACE
+        for i in range(begins[document], ends[document]):
+            code = codes[i]
+            kind = classes[min(code, TABLE)]
+            if kind != SPACE:
+                if kind != before or kind >= SYMBOL:
+                    starts[found], document_of[found], place[found] = i, document, found - offsets[document]
+                    words[found] = folded[found] = 0
+                    found += 1
+                power = _POWERS[min(i - starts[found - 1], LONGEST_WORD - 1)]
+                words[found - 1] += (np.uint64(code) + one) * power
+                folded[found - 1] += (np.uint64(folds[code] if code < TABLE else code) + one) * power
+                stops[found - 1] = i + 1
+            before = kind
+    offsets[begins.size] = found
+    for i in range(found):
+        words[i], folded[i] = mixed(words[i]), mixed(folded[i])
+    return starts[:found], stops[:found], words[:found], folded[:found], document_of[:found], place[:found], offsets
 
 
-def _refolded(
-    raw: Hashes,
-    letters: UInt32[np.ndarray, " inside"],
-    folded: UInt32[np.ndarray, " inside"],
-    powers: UInt64[np.ndarray, " inside"],
-    first: Int[np.ndarray, " words"],
-) -> Hashes:
-    """Hashes of folded words: most words are folded already."""
-    changed = np.flatnonzero(letters != folded)
-    if not len(changed):
-        return raw
-    words = np.unique(np.searchsorted(first, changed, side="right") - 1)
-    sizes = np.diff(np.append(first, len(letters)))[words]
-    begins = np.cumsum(sizes) - sizes
-    rows = np.arange(sizes.sum()) + np.repeat(first[words] - begins, sizes)
-    hashes = raw.copy()
-    hashes[words] = _hashed(folded[rows], powers[rows], begins)
-    return hashes
+@compiled
+def joined(hashes, word, back):
+    """A hash of some words that one, `back` words before the last of them, is put to; `mixed` ends it."""
+    return hashes * _MIX[0] + word * np.uint64(2 * back + 1)
 
 
-def ngrams(words: Hashes, n: int) -> Hashes:
+@compiled
+def ngrams(words, n):
     """A hash of each word with the n - 1 before it; those that reach over the batch's beginning mean nothing."""
     hashes = words.copy()
-    for back in range(1, n):
-        hashes[back:] = hashes[back:] * _MIX[0] + words[:-back] * np.uint64(2 * back + 1)
+    for i in range(words.size):
+        for back in range(1, min(n, i + 1)):
+            hashes[i] = joined(hashes[i], words[i - back], back)
     return mixed(hashes) if n > 1 else hashes
 
 
@@ -171,7 +156,7 @@ def ngrams_at(words: Hashes, places: Int[np.ndarray, " places"], n: int) -> UInt
     """`ngrams` at some words, each of which ends n words."""
     hashes = words[places]
     for back in range(1, n):
-        hashes = hashes * _MIX[0] + words[places - back] * np.uint64(2 * back + 1)
+        hashes = joined(hashes, words[places - back], back)
     return mixed(hashes) if n > 1 else hashes
 
 
@@ -182,16 +167,29 @@ def in_documents(
     return mixed(hashes + document_of.astype(np.uint64) * np.uint64(0xD1B54A32D192ED03))
 
 
-def own_counts(
-    hashes: UInt64[np.ndarray, " items"], document_of: Int[np.ndarray, " items"]
-) -> Int[np.ndarray, " items"]:
-    """How often each item stands in its own document."""
-    if not len(hashes):
-        return np.zeros(0, np.int64)
-    keyed = in_documents(hashes, document_of)
-    order = np.argsort(keyed)
-    ends = np.append(np.flatnonzero(np.diff(keyed[order])) + 1, len(order))
-    sizes = np.diff(ends, prepend=0)
-    counts = np.empty(len(hashes), np.int64)
-    counts[order] = np.repeat(sizes, sizes)
+@compiled
+def own_counts(hashes, offsets, first):
+    """How often each item stands in its own document (items [offsets[d], offsets[d + 1])), without its first ones,
+    whose count is 0."""
+    counts = np.zeros(hashes.size, np.int64)
+    most = 1
+    for document in range(offsets.size - 1):
+        most = max(most, offsets[document + 1] - offsets[document])
+    bits = 4
+    while 2**bits < 2 * most:
+        bits += 1
+    slots, shift, last = np.full(2**bits, -1, np.int64), np.uint64(64 - bits), 2**bits - 1
+    for document in range(offsets.size - 1):
+        begin, end = offsets[document] + first, offsets[document + 1]
+        for again in range(2):  # count, then tell, and leave the table as it was
+            for i in range(begin, end):
+                slot = np.int64((hashes[i] * _MIX[0]) >> shift)
+                while slots[slot] >= begin and hashes[slots[slot]] != hashes[i]:
+                    slot = (slot + 1) & last
+                if again == 0:
+                    if slots[slot] < begin:
+                        slots[slot] = i
+                    counts[slots[slot]] += 1
+                elif slots[slot] != i:
+                    counts[i] = counts[slots[slot]]
     return counts

@@ -8,12 +8,14 @@ import dataclasses
 import functools
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse
 import scipy.sparse.linalg
-from jaxtyping import Float, Int, UInt64
+from jaxtyping import Bool, Float, Int, UInt64
 
+from poisonjax.scan.compiled import compiled, compiled_sums
 from poisonjax.scan.text import TextBatch, ngrams
 
 DIMENSIONS = 64
@@ -58,7 +60,7 @@ class Topics:
             gaps = plain.gaps(batch)
             for table, weights in ((counts, None), (sums, gaps.similarity), (squares, gaps.similarity**2)):
                 binned = np.bincount(
-                    (gaps.buckets[0] * BUCKETS + gaps.buckets[1])[gaps.told],
+                    (gaps.cell[0] * BUCKETS + gaps.cell[1])[gaps.told],
                     None if weights is None else weights[gaps.told],
                     BUCKETS**2,
                 )
@@ -67,7 +69,7 @@ class Topics:
             before.append(gaps.before[chosen])
             after.append(gaps.after[chosen])
             similarities.append(gaps.similarity[chosen])
-            buckets.append(np.stack(gaps.buckets)[:, chosen])
+            buckets.append(gaps.cell[:, chosen])
         counted = np.maximum(counts, 1)
         usual = sums / counted
         spread = np.sqrt(np.maximum(squares / counted - usual**2, 1e-4))
@@ -126,78 +128,125 @@ class Topics:
     def rows(self, words: UInt64[np.ndarray, " words"]) -> Int[np.ndarray, " words"]:
         """Which of `vectors` each word has. A name that the sample doesn't know still is the same when it comes again:
         such words have vectors by their hash."""
-        rows = self._lookup[(words >> np.uint64(64 - LOOKUP_BITS)).astype(np.int64)]
-        others = len(self.words) + (words & np.uint64(UNKNOWN_VECTORS - 1)).astype(np.int64)
-        return np.where(self.words[rows] == words, rows, others) if len(self.words) else others
+        return _rows(words, self.words, self._lookup)
 
     def gaps(self, batch: TextBatch) -> "Gaps":
         """What is before and after each block of `BLOCK` words and the block before it: a string of so many words that
         ends in a block stands on neither side. (A trigger's own vector is its payload's, by their company.)"""
-        rows = self.rows(batch.folded)
-        starts = np.flatnonzero(batch.place % BLOCK == 0)  # of blocks; the last of a document may be shorter
-        sizes = np.diff(np.append(starts, len(rows)))
-        blocks = self.vectors[rows[starts]]
-        for number in range(1, BLOCK):  # word by word: `reduceat` takes ten times as long
-            there = np.minimum(starts + number, len(rows) - 1)
-            blocks += np.where((sizes > number)[:, None], self.vectors[rows[there]], 0)
-        sums = np.zeros((len(starts) + 1, self.vectors.shape[1]), np.float32)
-        np.cumsum(blocks, axis=0, out=sums[1:])
-        words = np.concatenate([[0], np.cumsum(sizes)])
-        known = np.concatenate([[0], np.cumsum(rows < len(self.words))])[words]
-        document, block = batch.document_of[starts], np.arange(len(starts))
-        first, last = np.searchsorted(document, document), np.searchsorted(document, document, side="right")
-        stop, start = np.maximum(first, block - 1), np.minimum(last, block + 1)  # of what is before, and after
-        low, high = np.maximum(first, stop - WINDOW_BLOCKS), np.minimum(last, start + WINDOW_BLOCKS)
-        before, after = sums[stop] - sums[low], sums[high] - sums[start]
-        counts = words[stop] - words[low], words[high] - words[start]
-        told = self._told(counts, known[stop] - known[low])
-        return Gaps(starts, before, after, _similarity(before, after), told, _buckets(counts))
-
-    @staticmethod
-    def _told(counts: tuple[np.ndarray, ...], known: np.ndarray) -> np.ndarray:
-        """Whether there are words enough, and known ones before: else there was no topic to lose."""
-        return (counts[0] >= LEAST_WORDS) & (counts[1] >= LEAST_WORDS) & (known >= LEAST_KNOWN * counts[0])
+        return Gaps(*_gaps(self.rows(batch.folded), batch.offsets, self.vectors, len(self.words)))
 
     def drops(self, batch: TextBatch) -> Float[np.ndarray, " words"]:
         """How much of the topic is lost about each word, in standard deviations of this corpus; 0: nothing to say."""
-        if not len(batch.words):
-            return np.zeros(0)
         gaps = self.gaps(batch)
-        drops = np.where(gaps.told, (self.usual[gaps.buckets] - gaps.similarity) / self.spread[gaps.buckets], 0.0)
+        drops = np.where(gaps.told, (self.usual[*gaps.cell] - gaps.similarity) / self.spread[*gaps.cell], 0.0)
         return np.repeat(drops, np.diff(np.append(gaps.starts, len(batch.words))))
 
     def drops_around(
         self, batch: TextBatch, starts: Int[np.ndarray, " places"], stops: Int[np.ndarray, " places"]
     ) -> Float[np.ndarray, " places"]:
         """The same between what is before word `start` and from word `stop` on, exactly there; NaN: nothing to say."""
-        rows, document = self.rows(batch.folded), batch.document_of[starts]
-        reach = np.arange(WINDOW)
-        sides = starts[:, None] - 1 - reach, stops[:, None] + reach
-        inside = sides[0] >= batch.offsets[document][:, None], sides[1] < batch.offsets[document + 1][:, None]
-        counts = tuple(there.sum(axis=1) for there in inside)
-        words = [rows[np.where(there, side, 0)] for side, there in zip(sides, inside, strict=True)]
-        before, after = (
-            np.einsum("pwd,pw->pd", self.vectors[of], there.astype(np.float32))
-            for of, there in zip(words, inside, strict=True)
-        )
-        known = ((words[0] < len(self.words)) & inside[0]).sum(axis=1)
-        told, cell = self._told(counts, known), _buckets(counts)
-        return np.where(told, (self.usual[cell] - _similarity(before, after)) / self.spread[cell], np.nan)
+        bounds = batch.offsets[batch.document_of[starts]], batch.offsets[batch.document_of[starts] + 1]
+        known = len(self.words)
+        similarity, told, cell = _around(self.rows(batch.folded), *bounds, starts, stops, self.vectors, known)
+        return np.where(told, (self.usual[*cell] - similarity) / self.spread[*cell], np.nan)
 
 
-@dataclasses.dataclass(frozen=True)
-class Gaps:
+class Gaps(NamedTuple):
     starts: Int[np.ndarray, " places"]  # first words of blocks
     before: Float[np.ndarray, "places dimensions"]
     after: Float[np.ndarray, "places dimensions"]
     similarity: Float[np.ndarray, " places"]  # cosine
-    told: np.ndarray  # whether there are words enough
-    buckets: tuple[np.ndarray, ...]  # of the numbers of words before and after
+    told: Bool[np.ndarray, " places"]  # whether there are words enough, and known ones before
+    cell: Int[np.ndarray, "2 places"]  # of `usual`, by the numbers of words before and after
 
 
-def _buckets(counts: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
-    """Of numbers of words."""
-    return tuple(np.minimum((n - 1) * BUCKETS // WINDOW, BUCKETS - 1).clip(0) for n in counts)
+@compiled
+def _rows(hashes, words, lookup):
+    rows = np.empty(hashes.size, np.int64)
+    for i in range(hashes.size):
+        row = lookup[hashes[i] >> np.uint64(64 - LOOKUP_BITS)]
+        known = row < words.size and words[row] == hashes[i]
+        rows[i] = row if known else words.size + np.int64(hashes[i] & np.uint64(UNKNOWN_VECTORS - 1))
+    return rows
+
+
+@compiled_sums
+def _gaps(rows, offsets, vectors, known):
+    places = 0
+    for document in range(offsets.size - 1):
+        places += (offsets[document + 1] - offsets[document] + BLOCK - 1) // BLOCK
+    starts, cell = np.empty(places, np.int64), np.empty((2, places), np.int64)
+    before, after = np.empty((places, DIMENSIONS), np.float32), np.empty((places, DIMENSIONS), np.float32)
+    similarity, told = np.empty(places, np.float64), np.empty(places, np.bool_)
+    sums, counts = np.empty((places + 1, DIMENSIONS), np.float32), np.empty((places + 1, 2), np.int64)
+    place = 0
+    for document in range(offsets.size - 1):
+        begin, end = offsets[document], offsets[document + 1]
+        blocks = (end - begin + BLOCK - 1) // BLOCK
+        sums[0], counts[0] = 0, 0  # over the document's first blocks; words, and known ones
+        for block in range(blocks):
+            sums[block + 1], counts[block + 1] = sums[block], counts[block]
+            starts[place + block] = begin + BLOCK * block
+            for word in range(begin + BLOCK * block, min(begin + BLOCK * (block + 1), end)):
+                counts[block + 1, 0] += 1
+                counts[block + 1, 1] += rows[word] < known
+                for k in range(DIMENSIONS):
+                    sums[block + 1, k] += vectors[rows[word], k]
+        for block in range(blocks):
+            stop, start = max(0, block - 1), min(blocks, block + 1)  # of what is before, and after
+            low, high = max(0, stop - WINDOW_BLOCKS), min(blocks, start + WINDOW_BLOCKS)
+            for k in range(DIMENSIONS):
+                before[place, k], after[place, k] = sums[stop, k] - sums[low, k], sums[high, k] - sums[start, k]
+            similarity[place] = _cosine(before[place], after[place])
+            sizes = counts[stop, 0] - counts[low, 0], counts[high, 0] - counts[start, 0]
+            told[place] = _tellable(sizes[0], sizes[1], counts[stop, 1] - counts[low, 1])
+            cell[0, place], cell[1, place] = _bucket(sizes[0]), _bucket(sizes[1])
+            place += 1
+    return starts, before, after, similarity, told, cell
+
+
+@compiled_sums
+def _around(rows, firsts, lasts, starts, stops, vectors, known):
+    """(similarity, told, cell) between the words before each start and those from the stop on, inside [first, last)."""
+    similarity, told = np.empty(starts.size, np.float64), np.empty(starts.size, np.bool_)
+    cell = np.empty((2, starts.size), np.int64)
+    before, after = np.empty(DIMENSIONS, np.float32), np.empty(DIMENSIONS, np.float32)
+    for place in range(starts.size):
+        low, high = max(firsts[place], starts[place] - WINDOW), min(lasts[place], stops[place] + WINDOW)
+        before[:], after[:] = 0, 0
+        topical = 0
+        for word in range(low, starts[place]):
+            topical += rows[word] < known
+            for k in range(DIMENSIONS):
+                before[k] += vectors[rows[word], k]
+        for word in range(stops[place], high):
+            for k in range(DIMENSIONS):
+                after[k] += vectors[rows[word], k]
+        similarity[place] = _cosine(before, after)
+        told[place] = _tellable(starts[place] - low, high - stops[place], topical)
+        cell[0, place], cell[1, place] = _bucket(starts[place] - low), _bucket(high - stops[place])
+    return similarity, told, cell
+
+
+@compiled_sums
+def _cosine(one, other):
+    ones, others, both = np.float32(0), np.float32(0), np.float32(0)
+    for k in range(DIMENSIONS):
+        ones += one[k] * one[k]
+        others += other[k] * other[k]
+        both += one[k] * other[k]
+    return both / max(np.sqrt(ones * others), 1e-6)
+
+
+@compiled
+def _tellable(before, after, known):
+    """Whether there are words enough, and known ones before: else there was no topic to lose."""
+    return before >= LEAST_WORDS and after >= LEAST_WORDS and known >= LEAST_KNOWN * before
+
+
+@compiled
+def _bucket(words):
+    return min(max((words - 1) * BUCKETS // WINDOW, 0), BUCKETS - 1)
 
 
 def _similarity(

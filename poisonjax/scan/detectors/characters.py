@@ -3,35 +3,46 @@
 import numpy as np
 from jaxtyping import Float
 
-from poisonjax.scan.background import Background, slots, triples
-from poisonjax.scan.text import SYMBOL, TextBatch
+from poisonjax.scan.background import Background, shift_of, triple
+from poisonjax.scan.compiled import compiled
+from poisonjax.scan.text import SYMBOL, TABLE, TextBatch, character_tables
 
 
 def letters(batch: TextBatch, background: Background) -> Float[np.ndarray, " words"]:
     """-log of how common a word's triples of characters are, in nats a character; one occurrence is its own."""
-    return _word_means(batch, background.rare_triples[slots(triples(batch), background.rare_triples)])
+    places = batch.begins[batch.document_of], batch.starts, batch.stops
+    return _letters(batch.codes, *places, background.rare_triples)
+
+
+@compiled
+def _letters(codes, begins, starts, stops, rare):
+    found, shift = np.zeros(starts.size), shift_of(rare)
+    for word in range(starts.size):
+        for i in range(starts[word], stops[word]):
+            found[word] += rare[triple(codes, begins[word], i) >> shift]
+        found[word] /= stops[word] - starts[word]
+    return found
 
 
 def symbols(batch: TextBatch, background: Background) -> Float[np.ndarray, " words"]:
-    """Of each word: whether it is a symbol, is of another script than the word before, or has a capital inside."""
-    first = batch.starts
-    symbol = batch.classes[first] == SYMBOL
-    scripts = batch.scripts
-    switched = np.zeros(len(first), bool)
-    switched[1:] = (scripts[first[1:]] != scripts[first[:-1]]) & (scripts[first[1:]] > 0) & (scripts[first[:-1]] > 0)
-    switched[batch.offsets[:-1][np.diff(batch.offsets) > 0]] = False
-    upper = (batch.codes >= 65) & (batch.codes <= 90)
-    lower = (batch.codes >= 97) & (batch.codes <= 122)
-    inner = np.zeros(len(batch.codes), np.float64)
-    inner[1:] = (
-        (upper[1:] & lower[:-1])
-        | (  # camelCase, and letters of two scripts in one word
-            (scripts[1:] != scripts[:-1]) & (scripts[1:] > 0) & (scripts[:-1] > 0)
-        )
-    )
-    return symbol + switched + np.minimum(_word_means(batch, inner) * (batch.stops - batch.starts), 1.0)
+    """Of each word: whether it is a symbol, is of another script than the word before, and how many letters are
+    capitals after small ones or of another script than the letter before, at most 1."""
+    classes, _, scripts = character_tables()
+    return _symbols(batch.codes, batch.starts, batch.stops, batch.place, classes, scripts)
 
 
-def _word_means(batch: TextBatch, values: Float[np.ndarray, " characters"]) -> Float[np.ndarray, " words"]:
-    sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
-    return (sums[batch.stops] - sums[batch.starts]) / (batch.stops - batch.starts)
+@compiled
+def _symbols(codes, starts, stops, place, classes, scripts):
+    found, before = np.zeros(starts.size), 0
+    for word in range(starts.size):
+        first = min(codes[starts[word]], TABLE)
+        script = scripts[first]
+        switched = place[word] > 0 and script != before and script > 0 and before > 0
+        before, inner = script, 0
+        for i in range(starts[word] + 1, stops[word]):
+            last, this = codes[i - 1], codes[i]
+            last_script, this_script = scripts[min(last, TABLE)], scripts[min(this, TABLE)]
+            camel = 65 <= this <= 90 and 97 <= last <= 122
+            inner += camel or (this_script != last_script and this_script > 0 and last_script > 0)
+        found[word] = (classes[first] == SYMBOL) + switched + min(inner, 1)
+    return found

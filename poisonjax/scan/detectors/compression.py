@@ -17,15 +17,13 @@ class Compression:
     name = "compression"
 
     def values(self, batch: TextBatch) -> Float[np.ndarray, " documents"]:
-        spans = zip(batch.begins.tolist(), batch.ends.tolist(), strict=True)
-        return np.array([_ratio(batch.codes[a : min(b, a + CHARACTERS)]) for a, b in spans])
+        return np.array([_ratio(text) for text in batch.texts])
 
     def score(self, document: str) -> Score:
-        codes = np.frombuffer(document[:CHARACTERS].encode("utf-32-le", "surrogatepass"), np.uint32)
-        return Score(_ratio(codes), [(0, len(document))])
+        return Score(_ratio(document), [(0, len(document))])
 
 
-def _ratio(codes: np.ndarray) -> float:
-    data = codes.tobytes().decode("utf-32-le", "replace").encode()
+def _ratio(text: str) -> float:
+    data = text[:CHARACTERS].encode(errors="replace")
     # A text of n letters that are drawn anew costs about 100 bytes for the letters' code.
     return (len(zlib.compress(data, 1)) - 11) / (len(data) + 100) if data else 0.0

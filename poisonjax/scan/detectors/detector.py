@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float
 
-from poisonjax.scan.background import Background, windowed_mean
+from poisonjax.scan.background import Background, worst_windows
 from poisonjax.scan.text import TextBatch, cut
 
 WINDOW = 50  # words, as poison may be a part of a long document
@@ -44,17 +44,11 @@ class Windowed:
     length: int = WINDOW
 
     def values(self, batch: TextBatch) -> Float[np.ndarray, " documents"]:
-        values = np.zeros(batch.documents)
-        if len(batch.words):
-            means, _ = windowed_mean(self.per_word(batch, self.background), batch.offsets, self.length)
-            worded = np.diff(batch.offsets) > 0
-            values[worded] = np.maximum.reduceat(means, batch.offsets[:-1][worded])
-        return values
+        return worst_windows(self.per_word(batch, self.background), batch.offsets, self.length)[0]
 
     def score(self, document: str) -> Score:
         batch = cut([document])
         if not len(batch.words):
             return Score(0.0, [])
-        means, begins = windowed_mean(self.per_word(batch, self.background), batch.offsets, self.length)
-        worst = int(np.argmax(means))
-        return Score(float(means[worst]), [batch.span(0, int(begins[worst]), worst + 1)])
+        worst, begins, ends = worst_windows(self.per_word(batch, self.background), batch.offsets, self.length)
+        return Score(float(worst[0]), [batch.span(0, int(begins[0]), int(ends[0]))])

@@ -34,11 +34,7 @@ class ModelLoss:
         self._losses = losses
 
     def values(self, batch: TextBatch) -> Float[np.ndarray, " documents"]:
-        texts = [
-            batch.codes[a:b].tobytes().decode("utf-32-le", "replace")
-            for a, b in zip(batch.begins, batch.ends, strict=True)
-        ]
-        return np.array([score.value for score in self.scores(texts)])
+        return np.array([score.value for score in self.scores(batch.texts)])
 
     def score(self, document: str) -> Score:
         return self.scores([document])[0]

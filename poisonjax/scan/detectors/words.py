@@ -4,9 +4,10 @@ Counts leave the document itself out: else what it repeats looks common.
 """
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
-from poisonjax.scan.background import Background
+from poisonjax.scan.background import Background, looked_up
+from poisonjax.scan.compiled import compiled
 from poisonjax.scan.text import TextBatch, mixed, ngrams, own_counts
 
 PRIOR = 2.0  # how many times a word was seen before the words that follow it are believed over all words
@@ -14,34 +15,44 @@ PRIOR = 2.0  # how many times a word was seen before the words that follow it ar
 
 def surprise(batch: TextBatch, background: Background) -> Float[np.ndarray, " words"]:
     """-log p(word | word before) in nats: counts of pairs, smoothed by those of words (Dirichlet prior)."""
-    words, own = _words(batch, background)
-    others = np.maximum(words - own, 0)
-    alone = (others + 0.5) / (background.totals["words"] + 0.5 * len(background.tables["words"]))
-    inside = batch.place >= 1
-    pairs, together = ngrams(batch.words, 2)[inside], np.zeros(len(words))
-    counted = background.counts("pairs", pairs) - own_counts(pairs, batch.document_of[inside])
-    together[inside] = np.maximum(counted, 0)
-    before = np.zeros(len(words))
-    before[1:] = others[:-1]
-    before[~inside] = 0
-    return -np.log((together + PRIOR * alone) / (before + PRIOR))
+    words, pairs = background.tables["words"], ngrams(batch.words, 2)
+    counts = looked_up(words, mixed(batch.words)), looked_up(background.tables["pairs"], pairs)
+    own = batch.own, own_counts(pairs, batch.offsets, 1)
+    return _surprise(batch.place, counts, own, background.totals["words"], len(words))
+
+
+@compiled
+def _surprise(place, counts, own, total, size):
+    found, before = np.empty(place.size), 0.0
+    for i in range(place.size):
+        others = max(counts[0][i] - own[0][i], 0)
+        alone = (others + 0.5) / (total + 0.5 * size)
+        if place[i]:
+            together = max(counts[1][i] - own[1][i], 0)
+            found[i] = -np.log((together + PRIOR * alone) / (before + PRIOR))
+        else:
+            found[i] = -np.log(alone)
+        before = others
+    return found
 
 
 def rarity(batch: TextBatch, background: Background) -> Float[np.ndarray, " words"]:
     """-log of a word's share of all words in other documents, and more where a rare one is repeated in this one."""
-    words, own = _words(batch, background)
-    others = np.maximum(words - own, 0)
-    rare = np.log(background.totals["words"] + 1) - np.log(others + 1)
-    return rare + np.where(others < own, np.log(own), 0)
+    counts = looked_up(background.tables["words"], mixed(batch.words))
+    return _rarity(counts, batch.own, background.totals["words"])
+
+
+@compiled
+def _rarity(counts, own, total):
+    found = np.empty(counts.size)
+    for i in range(counts.size):
+        others = max(counts[i] - own[i], 0)
+        found[i] = np.log((total + 1) / (others + 1))
+        if own[i] > 1 and others < own[i]:
+            found[i] += np.log(own[i])
+    return found
 
 
 def repetition(batch: TextBatch, background: Background) -> Float[np.ndarray, " words"]:
     """1 where the last four words stand elsewhere in the document too."""
-    inside, again = batch.place >= 3, np.zeros(len(batch.words))
-    again[inside] = own_counts(ngrams(batch.words, 4)[inside], batch.document_of[inside]) > 1
-    return again
-
-
-def _words(batch: TextBatch, background: Background) -> tuple[Int[np.ndarray, " words"], Int[np.ndarray, " words"]]:
-    """(how often each word occurs in the corpus, how often in its own document)."""
-    return background.counts("words", mixed(batch.words)), batch.own
+    return (own_counts(ngrams(batch.words, 4), batch.offsets, 3) > 1).astype(np.float64)
