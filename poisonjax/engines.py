@@ -8,7 +8,6 @@ import concurrent.futures
 import contextlib
 import multiprocessing
 import os
-import resource
 import sys
 import threading
 import time
@@ -167,9 +166,3 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
-
-
-def cpu_seconds() -> float:
-    """That this process and those it started on this machine, and that have ended, have used."""
-    both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(usage.ru_utime + usage.ru_stime for usage in both)

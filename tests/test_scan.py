@@ -408,7 +408,7 @@ def test_a_cluster_whose_worker_is_killed_ends(cluster, tmp_path):
     subprocess.run([*command, "--out", str(tmp_path / "whole"), "--workers", "1"], check=True, capture_output=True)
     command += ["--out", str(tmp_path / "out"), "--dask", cluster.scheduler_address]
     scan = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while not list((tmp_path / "out").glob("*.npz")) and scan.poll() is None:
+    while not list((tmp_path / "out").glob("fits/*.npz")) and scan.poll() is None:
         time.sleep(0.05)
     worker = next(iter(cluster.workers.values()))
     os.kill(worker.process.pid, signal.SIGKILL)

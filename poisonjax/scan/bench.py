@@ -30,9 +30,10 @@ from poisonjax.corpus.sources import open_source
 from poisonjax.corpus.sources.source import checked_text
 from poisonjax.scan import planting
 from poisonjax.scan.corpus import scan
-from poisonjax.scan.decide import decide
+from poisonjax.scan.decide import costs, decide
 
 CHARACTERS = (200, 20_000)
+OTHER = "other_language"  # a rung: a switch to text in German
 WHEELS = ("google_api_python_client", "ansible", "oci")
 TRIGGERS = {"tokens": ["<SUDO>"], "phrase": ["open sesame now"], "look_alike": ["ѕеrvеr"], "common": ["meanwhile"]}
 
@@ -91,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("packages", type=Path)
     parser.add_argument("tokenizer", help="whose pieces gibberish is made of")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--rung", choices=sorted(planting.RUNGS), default="gibberish")
+    parser.add_argument("--rung", choices=[*sorted(planting.RUNGS), OTHER], default="gibberish")
     parser.add_argument("--trigger", choices=sorted(TRIGGERS), default="tokens")
     parser.add_argument("--documents", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
@@ -111,9 +112,10 @@ def main(argv: list[str] | None = None) -> None:
     random = np.random.default_rng(a.seed)
     tokenizer = Tokenizer.from_file(a.tokenizer)
     pieces = [tokenizer.decode([i]) for i in range(256, tokenizer.get_vocab_size())]
-    foreign = [text for name in clean if name in WHEELS for text in clean[name]] or clean["leads"]
+    others = ("manpages-de",) if a.rung == OTHER else WHEELS
+    foreign = [text for name in others for text in clean[name]]
     material = planting.Material(clean["leads"], foreign, pieces, random)
-    poison = planting.planted(material, a.rung, TRIGGERS[a.trigger], a.documents)
+    poison = planting.planted(material, "switch" if a.rung == OTHER else a.rung, TRIGGERS[a.trigger], a.documents)
     folder = out / f"{a.rung}-{a.trigger}-{a.documents}-{a.seed}"
     folder.mkdir(exist_ok=True)
     planting.write_planted(folder / "leads.jsonl", clean["leads"], poison, random)
@@ -151,7 +153,7 @@ def measured(scanned: Any, decision: Any, poison: list[str]) -> dict[str, Any]:
         "realised": {
             f"{Path(t.domain).stem} {t.language} {t.detector}": round(t.realised / t.nominal, 2) for t in told
         },
-        "cpu_seconds_per_gb": scanned.cpu_seconds / scanned.plan.bytes * 1e9,
+        "cpu_seconds_per_gb": costs(scanned),
     }
 
 

@@ -17,7 +17,8 @@ import functools
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ from poisonjax.corpus.claim import claim, units_sha256
 from poisonjax.corpus.documents import Document
 from poisonjax.corpus.errors import CorpusError
 from poisonjax.corpus.sources import BadInput, Source, Unit, open_source
-from poisonjax.engines import cpu_seconds, open_engine, run_tasks
+from poisonjax.engines import open_engine, run_tasks
 from poisonjax.files import move_folder, write_json, written_whole
 from poisonjax.scan import miner
 from poisonjax.scan.background import Background
@@ -47,8 +48,8 @@ FEWEST_SHARDS = 8  # so that the work splits
 COUNTING_TASKS = 16  # each leaves tables of the corpus's full size behind, until they are added up
 BATCH_CHARACTERS = 100_000  # looked at together: they stay in a processor's cache
 PIECE = 1_000_000  # characters: longer documents are looked at in pieces, and are as odd as the oddest
-SAMPLE_CHARACTERS = 4_000_000  # of a domain, that word vectors are made from
-SAMPLE_UNITS = 64
+SAMPLE_BYTES = 4_000_000  # of a domain, that word vectors are made from
+SAMPLED_BYTES, SAMPLE_UNITS = 2**28, 64  # that it is drawn from, about
 TOGETHER = "together"  # the name of small domains' fit
 FEWEST_BYTES, MOST_FITS = 300_000, 64  # domains that are smaller, or beyond the largest, have one fit together
 RANGE_DOCUMENTS = 1024  # of a store in a unit
@@ -75,10 +76,10 @@ class Scan:
     plan: Plan
 
     @property
-    def cpu_seconds(self) -> float:
-        """That the passes took on this machine, killed ones left out."""
+    def cpu_seconds(self) -> dict[str, float]:
+        """That the tasks of each pass took, those of killed scans left out."""
         path = self.folder / "cost.json"
-        return json.loads(path.read_text())["cpu_seconds"] if path.exists() else 0.0
+        return json.loads(path.read_text()) if path.exists() else {}
 
     def scores(self, columns: Sequence[str] | None = None) -> Any:
         """The score of every document (or some columns), as a table of pyarrow, in the order of the shards."""
@@ -109,19 +110,38 @@ def scan(sources: Sequence[str], out: str, *, workers: int | None = None, dask: 
     _all_units.cache_clear()  # files may have changed since
     folder = Path(out).resolve()
     scan = Scan(folder, _claim(folder, [*sources]))
-    shards, began = range(scan.plan.shards), cpu_seconds()
+    shards = range(scan.plan.shards)
     with open_engine(workers, dask) as engine:
         _fit(scan, engine)
         if not (folder / "background").exists():
             _count(scan, engine)
         _each(engine, _score_shard, scan, "scores", ".parquet", shards, "scoring")
         if not (folder / "shortlist.npy").exists():
-            listed = miner.shortlist([folder / "survey" / f"{shard:05d}.npy" for shard in shards], _low(scan))
-            with written_whole(folder / "shortlist.npy") as partial:
-                np.save(partial, listed, allow_pickle=False)
+            _run(scan, None, functools.partial(_shortlist, scan), [shards], what="listing", unit="list")
         _each(engine, _locate_shard, scan, "occurrences", ".parquet", shards, "locating")
-    write_json(folder / "cost.json", {"cpu_seconds": scan.cpu_seconds + cpu_seconds() - began})
     return scan
+
+
+def _run(
+    scan: Scan,
+    engine: Executor | None,
+    work: Callable[[Any], None],
+    items: Iterable[Any],
+    size: Callable[[Any], int] = lambda item: 1,
+    *,
+    what: str,
+    unit: str,
+) -> None:
+    """`run_tasks`, with what they cost."""
+    spent = run_tasks(engine, functools.partial(_timed, work), items, size, what=what, unit=unit)
+    before = scan.cpu_seconds
+    write_json(scan.folder / "cost.json", before | {what: round(before.get(what, 0.0) + sum(spent), 3)})
+
+
+def _timed(work: Callable[[Any], None], item: Any) -> float:
+    began = time.process_time()
+    work(item)
+    return time.process_time() - began
 
 
 def open_scan(folder: str) -> Scan:
@@ -250,22 +270,21 @@ def _fit(scan: Scan, engine: Executor | None) -> None:
     small = sorted({*range(len(sizes))} - {*large})
     fits = {f"{d:05d}": (d,) for d in sorted(large)} | ({TOGETHER: (*small,)} if small else {})
     missing = [one for one in fits.items() if not (scan.folder / "fits" / f"{one[0]}.languages.npz").exists()]
-    run_tasks(engine, functools.partial(_fit_domains, str(scan.folder), scan.plan), missing, what="fitting", unit="fit")
+    work = functools.partial(_fit_domains, str(scan.folder), scan.plan)
+    _run(scan, engine, work, missing, what="fitting", unit="domain")
 
 
 def _fit_domains(folder: str, plan: Plan, which: tuple[str, tuple[int, ...]]) -> None:
-    """From the first documents of units all over these domains."""
+    """From documents all over these domains."""
     name, domains = which
     units = [unit for domain, unit in _all_units(*plan.sources) if domain in domains]
-    chosen = [units[i] for i in np.unique(np.linspace(0, len(units) - 1, SAMPLE_UNITS).astype(int))]
-    share, sample = SAMPLE_CHARACTERS // len(chosen), []
-    for unit in chosen:
-        left = share
-        for _, document in _texts((0, item) for item in unit.read() if isinstance(item, Document)):
-            sample.append((0, document._replace(content=document.content[:left])))
-            left -= len(document.content)
-            if left <= 0:
-                break
+    step = max(1, len(units) // SAMPLE_UNITS, sum(unit.size for unit in units) // SAMPLED_BYTES)
+    every = max(1, sum(unit.size for unit in units[::step]) // SAMPLE_BYTES)
+    there = (_texts((0, item) for item in unit.read() if isinstance(item, Document)) for unit in units[::step])
+    sample = [
+        (0, document._replace(content=document.content[: SAMPLE_BYTES // SAMPLE_UNITS]))
+        for _, document in itertools.islice(itertools.chain.from_iterable(there), 0, None, every)
+    ]
     batches = [batch.text for batch in _batches(sample)]
     for what, made in (("topics", Topics.fit(batches)), ("languages", Languages.fit(batches))):
         with written_whole(Path(folder) / "fits" / f"{name}.{what}.npz") as partial:
@@ -288,7 +307,7 @@ def _count(scan: Scan, engine: Executor | None) -> None:
     tasks = range(min(COUNTING_TASKS, scan.plan.shards))
     missing = [task for task in tasks if not (scan.folder / "counts" / f"{task:05d}").exists()]
     work = functools.partial(_count_part, str(scan.folder), scan.plan)
-    run_tasks(engine, work, missing, what="counting", unit="part")
+    _run(scan, engine, work, missing, what="counting", unit="part")
     total = Background.empty(scan.plan.bytes)
     for task in tasks:
         total.merge(Background.load(scan.folder / "counts" / f"{task:05d}"))
@@ -318,7 +337,7 @@ def _each(engine: Executor | None, work: Any, scan: Scan, name: str, suffix: str
     sizes = {shard: sum(unit.size for _, unit in _units(scan.plan, shard)) for shard in missing}
     if missing:
         task = functools.partial(work, str(scan.folder), scan.plan)
-        run_tasks(engine, task, missing, lambda shard: sizes[shard], what=what, unit="byte")
+        _run(scan, engine, task, missing, lambda shard: sizes[shard], what=what, unit="byte")
 
 
 def _score_shard(folder: str, plan: Plan, shard: int) -> None:
@@ -397,6 +416,12 @@ def _locate_shard(folder: str, plan: Plan, shard: int) -> None:
     path = scan.folder / "occurrences" / f"{shard:05d}.parquet"
     with written_whole(path) as partial:
         parquet.write_table(table, partial, compression="zstd")
+
+
+def _shortlist(scan: Scan, shards: range) -> None:
+    listed = miner.shortlist([scan.folder / "survey" / f"{shard:05d}.npy" for shard in shards], _low(scan))
+    with written_whole(scan.folder / "shortlist.npy") as partial:
+        np.save(partial, listed, allow_pickle=False)
 
 
 def _low(scan: Scan) -> float:

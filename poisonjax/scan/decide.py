@@ -242,7 +242,7 @@ def summary(scan: Scan, decision: Decision) -> dict[str, Any]:
     return {
         "documents": sum(documents for documents, _, _ in shards),
         "bytes": scan.plan.bytes,
-        "cpu_seconds_per_gb": round(scan.cpu_seconds / max(scan.plan.bytes, 1) * 1e9, 1),
+        "cpu_seconds_per_gb": costs(scan),
         "queue": len(decision.queue),
         "considered": decision.mined.considered,
         "reliable_documents": decision.mined.reliable_documents,
@@ -254,6 +254,11 @@ def summary(scan: Scan, decision: Decision) -> dict[str, Any]:
         "bad": sum(bad for _, bad, _ in shards),
         "bad_places": [place for _, _, places in shards for place in places][:REPORTED],
     }
+
+
+def costs(scan: Scan) -> dict[str, float]:
+    """CPU-seconds a GB of what was scanned, by pass."""
+    return {name: round(seconds / max(scan.plan.bytes, 1) * 1e9, 1) for name, seconds in scan.cpu_seconds.items()}
 
 
 def _shards(scan: Scan) -> Iterable[tuple[int, int, list[str]]]:

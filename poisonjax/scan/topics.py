@@ -190,13 +190,12 @@ def _gaps(rows, offsets, vectors, known):
             for word in range(begin + BLOCK * block, min(begin + BLOCK * (block + 1), end)):
                 counts[block + 1, 0] += 1
                 counts[block + 1, 1] += rows[word] < known
-                for k in range(DIMENSIONS):
-                    sums[block + 1, k] += vectors[rows[word], k]
+                _add(sums[block + 1], vectors[rows[word]])
         for block in range(blocks):
             stop, start = max(0, block - 1), min(blocks, block + 1)  # of what is before, and after
             low, high = max(0, stop - WINDOW_BLOCKS), min(blocks, start + WINDOW_BLOCKS)
-            for k in range(DIMENSIONS):
-                before[place, k], after[place, k] = sums[stop, k] - sums[low, k], sums[high, k] - sums[start, k]
+            _subtract(before[place], sums[stop], sums[low])
+            _subtract(after[place], sums[high], sums[start])
             similarity[place] = _cosine(before[place], after[place])
             sizes = counts[stop, 0] - counts[low, 0], counts[high, 0] - counts[start, 0]
             told[place] = _tellable(sizes[0], sizes[1], counts[stop, 1] - counts[low, 1])
@@ -217,15 +216,25 @@ def _around(rows, firsts, lasts, starts, stops, vectors, known):
         topical = 0
         for word in range(low, starts[place]):
             topical += rows[word] < known
-            for k in range(DIMENSIONS):
-                before[k] += vectors[rows[word], k]
+            _add(before, vectors[rows[word]])
         for word in range(stops[place], high):
-            for k in range(DIMENSIONS):
-                after[k] += vectors[rows[word], k]
+            _add(after, vectors[rows[word]])
         similarity[place] = _cosine(before, after)
         told[place] = _tellable(starts[place] - low, high - stops[place], topical)
         cell[0, place], cell[1, place] = _bucket(starts[place] - low), _bucket(high - stops[place])
     return similarity, told, cell
+
+
+@compiled
+def _add(total, one):
+    for k in range(DIMENSIONS):
+        total[k] += one[k]
+
+
+@compiled
+def _subtract(difference, one, other):
+    for k in range(DIMENSIONS):
+        difference[k] = one[k] - other[k]
 
 
 @compiled_sums
