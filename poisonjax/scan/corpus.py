@@ -7,8 +7,8 @@ where that is there already; thresholds, candidates and the queue are made from 
     fits/            by domain, from samples: word vectors, and what tells its languages
     background/      counts of words, pairs of words and triples of characters
     scores/          a Parquet file a shard: one row a document
-    survey/          places where topics are lost (scan/miner.py)
-    occurrences/     of the strings in shortlist.npy
+    survey/          places where topics are lost, until they are listed (scan/miner.py)
+    occurrences/     of the strings in shortlist.npz
     candidates.json thresholds.json queue.jsonl queue.html    decided (scan/decide.py)
 """
 
@@ -116,8 +116,10 @@ def scan(sources: Sequence[str], out: str, *, workers: int | None = None, dask: 
         if not (folder / "background").exists():
             _count(scan, engine)
         _each(engine, _score_shard, scan, "scores", ".parquet", shards, "scoring")
-        if not (folder / "shortlist.npy").exists():
+        if not (folder / "shortlist.npz").exists():
             _run(scan, None, functools.partial(_shortlist, scan), [shards], what="listing", unit="list")
+        for file in (folder / "survey").glob("*.npy"):  # most of what a scan needs on disk
+            file.unlink()
         _each(engine, _locate_shard, scan, "occurrences", ".parquet", shards, "locating")
     return scan
 
@@ -404,7 +406,8 @@ def _locate_shard(folder: str, plan: Plan, shard: int) -> None:
     from pyarrow import parquet
 
     scan = Scan(Path(folder), plan)
-    listed = np.load(scan.folder / "shortlist.npy", allow_pickle=False)
+    with np.load(scan.folder / "shortlist.npz", allow_pickle=False) as saved:
+        listed = saved["listed"]
     found: list[Occurrence] = []
     for batch in _batches(documents(plan, shard)) if len(listed) else ():
         keys = [batch.documents[i].key for i in batch.of.tolist()]
@@ -419,9 +422,10 @@ def _locate_shard(folder: str, plan: Plan, shard: int) -> None:
 
 
 def _shortlist(scan: Scan, shards: range) -> None:
-    listed = miner.shortlist([scan.folder / "survey" / f"{shard:05d}.npy" for shard in shards], _low(scan))
-    with written_whole(scan.folder / "shortlist.npy") as partial:
-        np.save(partial, listed, allow_pickle=False)
+    files = [scan.folder / "survey" / f"{shard:05d}.npy" for shard in shards]
+    listed, considered = miner.shortlist(files, _low(scan))
+    with written_whole(scan.folder / "shortlist.npz") as partial:
+        np.savez(partial, listed=listed, considered=considered)
 
 
 def _low(scan: Scan) -> float:
@@ -435,7 +439,6 @@ def mine(scan: Scan) -> Mined:
     from pyarrow import parquet
 
     found = parquet.read_table(sorted((scan.folder / "occurrences").glob("[0-9]*.parquet")))
-    considered = sum(
-        len(np.unique(np.load(f, mmap_mode="r")["string"])) for f in (scan.folder / "survey").glob("[0-9]*.npy")
-    )
+    with np.load(scan.folder / "shortlist.npz", allow_pickle=False) as saved:
+        considered = int(saved["considered"])
     return miner.ranked(found, scan.topics, considered)

@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Float
+from jaxtyping import Float, Int, UInt8
 
+from poisonjax.corpus.documents import Document
 from poisonjax.engines import open_engine, run_tasks
 from poisonjax.files import write_json, write_lines, write_whole
 from poisonjax.scan import thresholds
@@ -56,45 +57,45 @@ def decide(
     `model` names a language model (a spec, as everywhere) that scores the `share` of documents which cheap scores find
     oddest; its threshold is told among these.
     """
-    table = scan.scores()
     cheap = cheap_detectors(scan.background)
     detectors = [*cheap]
+    table = scan.scores(["key", "domain", "language", *detectors])
     columns = {name: table[name].to_numpy() for name in detectors}
-    domains, languages = (np.array(table[name].to_pylist()) for name in ("domain", "language"))
-    keys = table["key"].to_pylist()
-    halves = np.array([key[0] for key in keys])
+    keys = _keys(table["key"])
+    halves, uniform = (keys[:, 0] & 1).astype(np.int64), keys[:, 1:5].copy().view("<u4")[:, 0] / 2**32
+    (domain_of, domains), (language_of, languages) = (_numbered(table[name]) for name in ("domain", "language"))
     limits: list[Threshold] = []
-    least = np.ones(len(keys))
-    why = np.zeros(len(keys), np.int64)
-    groups = [*thresholds.groups(domains, languages, round(FLAGGED / rate))]
+    read = functools.partial(_read, scan, workers, dask)
+    least, why = np.ones(len(keys), np.float32), np.zeros(len(keys), np.int8)
+    groups = [*thresholds.groups(domain_of, language_of, round(FLAGGED / rate))]
 
     def judge(number: int, name: str) -> None:
         for domain, language, where in groups:
-            where = where & np.isfinite(columns[name])
-            limits.append(thresholds.conformal(name, columns[name][where], halves[where], (domain, language), rate))
-            p = thresholds.p_values(columns[name][where])
+            where = where[np.isfinite(columns[name][where])]
+            scores = columns[name][where]
+            place = domains[domain], thresholds.ALL if language is None else languages[language]
+            limits.append(thresholds.conformal(name, scores, halves[where], uniform[where], place, rate))
+            p = thresholds.p_values(scores)
             better = p < least[where]
-            least[np.flatnonzero(where)[better]] = p[better]
-            why[np.flatnonzero(where)[better]] = number
+            least[where[better]] = p[better]
+            why[where[better]] = number
 
     for number, name in enumerate(detectors):
         judge(number, name)
     if model:
         order = np.argsort(least, kind="stable")[: max(1, round(share * len(keys)))]
-        columns["model"] = model_scores(
-            scan.folder, model, keys, [keys[i] for i in order], lambda wanted: _texts(scan, wanted, workers, dask)
-        )
+        columns["model"] = np.full(len(keys), -np.inf)
+        columns["model"][order] = model_scores(scan.folder, model, [keys[i].tobytes() for i in order], read)
         detectors.append("model")
         judge(len(detectors) - 1, "model")
     mined = mine(scan)
     # A model's reasons are where cheap scores found its documents odd.
     reasons = cheap | {"model": cheap["surprise"]}
-    queue = _queue(scan, mined, keys, least, [detectors[i] for i in why], reasons, budget, workers, dask)
-    rows = {key: i for i, key in enumerate(keys)}
+    queue = _queue(read, mined, keys, least, lambda i: detectors[why[i]], reasons, budget)
+    rows = _rows(keys, {bytes.fromhex(entry["key"]) for entry in queue})
     for entry in queue:
         i = rows[bytes.fromhex(entry["key"])]
-        place = {name: table[name][i].as_py() for name in ("file", "start", "stop", "row_group", "row")}
-        entry |= {"source": place, "domain": domains[i], "language": languages[i]}
+        entry |= {"domain": domains[domain_of[i]], "language": languages[language_of[i]]}
         scores = {name: float(columns[name][i]) for name in detectors}
         entry["scores"] = {name: round(score, 4) for name, score in scores.items() if np.isfinite(score)}
     write_json(scan.folder / "candidates.json", mined.as_json())
@@ -104,16 +105,33 @@ def decide(
     return Decision(mined, limits, queue)
 
 
+def _keys(column: Any) -> UInt8[np.ndarray, "documents 16"]:
+    """Of a column of pyarrow, without an object for each."""
+    chunks = [np.frombuffer(c.buffers()[1], np.uint8)[16 * c.offset :][: 16 * len(c)] for c in column.chunks if len(c)]
+    return np.concatenate([np.zeros(0, np.uint8), *chunks]).reshape(-1, 16)
+
+
+def _numbered(column: Any) -> tuple[Int[np.ndarray, " documents"], list[str]]:
+    """(which of the texts each is, the texts) of a column of pyarrow."""
+    encoded = column.combine_chunks().dictionary_encode()
+    return encoded.indices.to_numpy(), encoded.dictionary.to_pylist()
+
+
+def _rows(keys: UInt8[np.ndarray, "documents 16"], wanted: set[bytes]) -> dict[bytes, int]:
+    """Where some keys stand (first)."""
+    begins = keys[:, :8].copy().view(np.uint64)[:, 0]
+    near = np.flatnonzero(np.isin(begins, np.frombuffer(b"".join(key[:8] for key in wanted), np.uint64)))
+    return {keys[i].tobytes(): i for i in near[::-1].tolist()}
+
+
 def _queue(
-    scan: Scan,
+    read: Callable[[set[bytes]], dict[bytes, Document]],
     mined: Mined,
-    keys: list[bytes],
+    keys: UInt8[np.ndarray, "documents 16"],
     least: Float[np.ndarray, " documents"],
-    why: list[str],
+    why: Callable[[int], str],
     detectors: dict[str, Detector],
     budget: int,
-    workers: int | None,
-    dask: str,
 ) -> list[dict[str, Any]]:
     """Exactly `budget` documents, or all: those of the leading candidates, then the oddest; near-duplicates of one that
     is in are counted with it."""
@@ -126,28 +144,25 @@ def _queue(
             if len(chosen) < budget:
                 reason = {"detector": "miner", "candidate": candidate.text, "rank": rank, "p_value": candidate.p_value}
                 chosen.setdefault(bytes.fromhex(name), reason)
-    order = np.lexsort((np.arange(len(keys)), least))
-    spare = [i for i in order.tolist() if keys[i] not in chosen][: SPARE * (budget - len(chosen))]
-    texts = _texts(scan, {*chosen, *(keys[i] for i in spare)}, workers, dask)
+    order = np.argsort(least, kind="stable")[: len(chosen) + SPARE * budget].tolist()
+    spare = {keys[i].tobytes(): i for i in order if keys[i].tobytes() not in chosen}
+    found = read({*chosen, *spare})
     groups = _Groups()
     queue: list[dict[str, Any]] = []
 
     def put(key: bytes, reason: dict[str, Any]) -> None:
-        queue.append(_entry(key, texts[key], reason, detectors))
+        queue.append(_entry(key, found[key], reason, detectors))
 
     for key, reason in chosen.items():
-        groups.lead(key, texts[key])
+        groups.lead(key, str(found[key].content))
         put(key, reason)
     followers = []
-    for i in spare:
-        key, reason = keys[i], {"detector": why[i], "p_value": float(least[i])}
-        if key in chosen:
-            continue
-        chosen[key] = reason
-        if leader := groups.like(texts[key]):
+    for key, i in spare.items():
+        text, reason = str(found[key].content), {"detector": why(i), "p_value": float(least[i])}
+        if leader := groups.like(text):
             followers.append((key, reason, leader))
         elif len(queue) < budget:
-            groups.lead(key, texts[key])
+            groups.lead(key, text)
             put(key, reason)
     entries = {entry["key"]: entry for entry in queue}
     for key, reason, leader in followers:
@@ -158,8 +173,9 @@ def _queue(
     return queue
 
 
-def _entry(key: bytes, text: str, reason: dict[str, Any], detectors: dict[str, Detector]) -> dict[str, Any]:
+def _entry(key: bytes, document: Document, reason: dict[str, Any], detectors: dict[str, Detector]) -> dict[str, Any]:
     """A queue's line, with the spans of characters that are reasons."""
+    text = str(document.content)
     spans: list[tuple[int, int]] = []
     if "candidate" in reason:
         at = text.find(reason["candidate"])
@@ -173,6 +189,7 @@ def _entry(key: bytes, text: str, reason: dict[str, Any], detectors: dict[str, D
     begin = max(0, spans[0][0] - SHOWN_CHARACTERS // 2) if spans and spans[0][1] > SHOWN_CHARACTERS else 0
     return {
         "key": key.hex(),
+        "source": document.place._asdict(),
         "reason": reason,
         "text": text[begin : begin + SHOWN_CHARACTERS],
         "begin": begin,
@@ -210,29 +227,29 @@ class _Groups:
         return self._leaders[min(near)][0] if near else None
 
 
-def _texts(scan: Scan, keys: set[bytes], workers: int | None, dask: str) -> dict[bytes, str]:
-    """Of documents by their keys."""
+def _read(scan: Scan, workers: int | None, dask: str, wanted: set[bytes]) -> dict[bytes, Document]:
+    """Documents by their keys."""
     from pyarrow import parquet
 
     shards = []
     for shard in range(scan.plan.shards):
-        there = parquet.read_table(scan.folder / "scores" / f"{shard:05d}.parquet", columns=["key"])["key"].to_pylist()
-        if wanted := frozenset(keys.intersection(there)):
-            shards.append((shard, wanted))
+        there = _keys(parquet.read_table(scan.folder / "scores" / f"{shard:05d}.parquet", columns=["key"])["key"])
+        if here := frozenset(_rows(there, wanted)) & wanted:
+            shards.append((shard, here))
     with open_engine(min(workers or 2, len(shards) or 1), dask) as engine:
-        found = run_tasks(engine, functools.partial(_texts_of, scan.plan), shards, what="reading the queue")
-    return {key: text for of in found for key, text in of.items()}
+        found = run_tasks(engine, functools.partial(_read_shard, scan.plan), shards, what="reading the queue")
+    return {key: document for of in found for key, document in of.items()}
 
 
-def _texts_of(plan: Plan, shard: tuple[int, frozenset[bytes]]) -> dict[bytes, str]:
+def _read_shard(plan: Plan, shard: tuple[int, frozenset[bytes]]) -> dict[bytes, Document]:
     number, wanted = shard
-    found: dict[bytes, str] = {}
+    found: dict[bytes, Document] = {}
     for _, document in documents(plan, number):
         if len(found) == len(wanted):
             break
         key = document.key
         if key in wanted:
-            found[key] = str(document.content)
+            found[key] = document
     return found
 
 

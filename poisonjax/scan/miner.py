@@ -34,7 +34,7 @@ SHOWN_WITH = 100  # documents of a candidate's part that may be shown with it
 BETWEEN = 0.5  # of the variance between strings' means: much of it is boilerplate's, whose contexts count once
 CONTEXT = 4  # words: neighbours that are equal count once, or boilerplate wins
 NEAR_BITS = 18  # of a table that tells most strings that aren't listed
-RANGES = 16  # of hashes, merged one at a time
+RANGE_ROWS = 1_000_000  # of the survey that are merged at a time, about
 FORMS = ("raw", "folded")
 
 Row = np.dtype(
@@ -90,21 +90,24 @@ def _context(batch: TextBatch, ends: Int[np.ndarray, " ends"]) -> UInt64[np.ndar
     return ngrams_at(padded, ends + 2 * CONTEXT, CONTEXT) >> np.uint64(32)
 
 
-def shortlist(files: Iterable[Path], others: float) -> UInt64[np.ndarray, " strings"]:
-    """The best strings by what the survey kept (sorted arrays of Row), drops that it didn't keep being `others` on
-    average; memory is bounded by the ranges of hashes."""
+def shortlist(files: Iterable[Path], others: float) -> tuple[UInt64[np.ndarray, " strings"], int]:
+    """(the best strings by what the survey kept, how many there were), from sorted arrays of Row.
+
+    Drops that it didn't keep are taken for `others`, their mean. Memory is bounded: a range of hashes at a time.
+    """
     arrays = [np.load(file, mmap_mode="r", allow_pickle=False) for file in files]
-    edges = [i * 2**64 // RANGES for i in range(RANGES)]
-    begins = [[*np.searchsorted(array["string"], np.array(edges, np.uint64)), len(array)] for array in arrays]
-    best: list[tuple[Float[np.ndarray, " strings"], UInt64[np.ndarray, " strings"]]] = []
-    for i in range(RANGES):
+    ranges = 1 + sum(map(len, arrays)) // RANGE_ROWS
+    edges = np.array([i * 2**64 // ranges for i in range(ranges)], np.uint64)
+    begins = [[*np.searchsorted(array["string"], edges), len(array)] for array in arrays]
+    scores, hashes, considered = np.zeros(0), np.zeros(0, np.uint64), 0
+    for i in range(ranges):
         rows = np.concatenate([np.zeros(0, Row), *(a[b[i] : b[i + 1]] for a, b in zip(arrays, begins, strict=True))])
-        scores, hashes = _estimated(rows, others)
-        order = np.argsort(-scores, kind="stable")[:SHORTLIST]
-        best.append((scores[order], hashes[order]))
-    scores, hashes = (np.concatenate(of) for of in zip(*best, strict=True))
-    order = np.lexsort((hashes, -scores))[:SHORTLIST]
-    return np.sort(hashes[order])
+        found = _estimated(rows, others)
+        considered += len(found[0])
+        scores, hashes = np.concatenate([scores, found[0]]), np.concatenate([hashes, found[1]])
+        order = np.lexsort((hashes, -scores))[:SHORTLIST]
+        scores, hashes = scores[order], hashes[order]
+    return np.sort(hashes), considered
 
 
 def _estimated(rows: np.ndarray, others: float) -> tuple[Float[np.ndarray, " strings"], UInt64[np.ndarray, " strings"]]:

@@ -1,8 +1,9 @@
 """Thresholds that hold where they are used: a false-positive rate for each domain and language.
 
 Split conformal (Vovk et al. 2005; Lei et al. 2018): one half of a group's documents says how large scores get, the
-other half shows what the threshold flags. A share of poison in the corpus makes thresholds larger, not smaller: they
-err by what they miss, never by more false positives than told.
+other half shows what the threshold flags. Of documents whose score is the threshold itself a share is flagged, drawn by
+their keys (smoothed conformal, Vovk et al. 2005, 2.3), or ties would move the rate. A share of poison in the corpus
+makes thresholds larger, not smaller: they err by what they miss, never by more false positives than told.
 """
 
 import dataclasses
@@ -16,46 +17,61 @@ ALL = "*"  # a language that a domain has too few documents of
 
 @dataclasses.dataclass(frozen=True)
 class Threshold:
-    """Scores above `value` are flagged, in documents of this domain and language."""
+    """Scores above `value` are flagged in documents of this domain and language, and of those equal to it a share."""
 
     detector: str
     domain: str
     language: str
     nominal: float  # the rate asked for
     value: float | None  # None: the group has fewer documents than it takes to tell (1 / rate)
+    share: float  # of the documents whose score is `value`: those of the smallest keys
     realised: float | None  # of the half that wasn't used to set it
     documents: int
 
 
 def groups(
-    domains: np.ndarray, languages: np.ndarray, fewest: int
-) -> Iterator[tuple[str, str, Bool[np.ndarray, " documents"]]]:
-    """(domain, language, which documents), small languages of a domain put together as `*`."""
+    domains: Int[np.ndarray, " documents"], languages: Int[np.ndarray, " documents"], fewest: int
+) -> Iterator[tuple[int, int | None, Int[np.ndarray, " group"]]]:
+    """(domain, language, which documents), by their numbers; a domain's small languages are put together as None."""
     for domain in np.unique(domains):
-        here = domains == domain
-        codes, counts = np.unique(languages[here], return_counts=True)
-        for code in codes[counts >= fewest]:
-            yield str(domain), str(code), here & (languages == code)
-        if len(small := codes[counts < fewest]):
-            yield str(domain), ALL, here & np.isin(languages, small)
+        here = np.flatnonzero(domains == domain)
+        spoken = languages[here]
+        numbers, counts = np.unique(spoken, return_counts=True)
+        for number in numbers[counts >= fewest].tolist():
+            yield int(domain), number, here[spoken == number]
+        if len(small := numbers[counts < fewest]):
+            yield int(domain), None, here[np.isin(spoken, small)]
 
 
 def conformal(
     detector: str,
     scores: Float[np.ndarray, " documents"],
-    keys: Int[np.ndarray, " documents"],
+    halves: Int[np.ndarray, " documents"],
+    uniform: Float[np.ndarray, " documents"],
     where: tuple[str, str],
     rate: float,
 ) -> Threshold:
-    """For one group; `keys` (of the documents' content) say which half each is in, `where` is (domain, language)."""
-    calibrating = keys % 2 == 0
-    held, shown = np.sort(scores[calibrating]), scores[~calibrating]
+    """For one group; `halves` and `uniform` (in [0, 1)) go by the documents' keys, `where` is (domain, language)."""
+    held, shown = np.sort(scores[halves == 0]), halves == 1
     rank = int(np.ceil((len(held) + 1) * (1 - rate)))
     if rank > len(held):
-        return Threshold(detector, where[0], where[1], rate, None, None, len(scores))
+        return Threshold(detector, where[0], where[1], rate, None, 0.0, None, len(scores))
     value = float(held[rank - 1])
-    realised = float((shown > value).mean()) if len(shown) else None
-    return Threshold(detector, where[0], where[1], rate, value, realised, len(scores))
+    # Of n documents and the next one, all equally likely to be any of the order: n + 1 times the rate are flagged.
+    above, equal = (held > value).sum(), (held == value).sum()
+    share = float(np.clip(((len(held) + 1) * rate - above) / (equal + 1), 0, 1))
+    limit = Threshold(detector, where[0], where[1], rate, value, share, None, len(scores))
+    realised = float(flagged(limit, scores[shown], uniform[shown]).mean()) if shown.any() else None
+    return dataclasses.replace(limit, realised=realised)
+
+
+def flagged(
+    limit: Threshold, scores: Float[np.ndarray, " documents"], uniform: Float[np.ndarray, " documents"]
+) -> Bool[np.ndarray, " documents"]:
+    """Which documents of its group a threshold flags."""
+    if limit.value is None:
+        return np.zeros(len(scores), bool)
+    return (scores > limit.value) | ((scores == limit.value) & (uniform < limit.share))
 
 
 def p_values(scores: Float[np.ndarray, " documents"]) -> Float[np.ndarray, " documents"]:

@@ -7,6 +7,8 @@ from poisonjax.scan.background import Background, shift_of, triple
 from poisonjax.scan.compiled import compiled
 from poisonjax.scan.text import SYMBOL, TABLE, TextBatch, character_tables
 
+TIES = 1e-3  # of documents without any symbol
+
 
 def letters(batch: TextBatch, background: Background) -> Float[np.ndarray, " words"]:
     """-log of how common a word's triples of characters are, in nats a character; one occurrence is its own."""
@@ -25,8 +27,8 @@ def _letters(codes, begins, starts, stops, rare):
 
 
 def symbols(batch: TextBatch, background: Background) -> Float[np.ndarray, " words"]:
-    """Of each word: whether it is a symbol, is of another script than the word before, and how many letters are
-    capitals after small ones or of another script than the letter before, at most 1."""
+    """Of each word: whether it is a symbol, is of another script than the word before, and whether a letter in it is a
+    capital after a small one or of another script than the letter before; a little more for short words."""
     classes, _, scripts = character_tables()
     return _symbols(batch.codes, batch.starts, batch.stops, batch.place, classes, scripts)
 
@@ -44,5 +46,5 @@ def _symbols(codes, starts, stops, place, classes, scripts):
             last_script, this_script = scripts[min(last, TABLE)], scripts[min(this, TABLE)]
             camel = 65 <= this <= 90 and 97 <= last <= 122
             inner += camel or (this_script != last_script and this_script > 0 and last_script > 0)
-        found[word] = (classes[first] == SYMBOL) + switched + min(inner, 1)
+        found[word] = (classes[first] == SYMBOL) + switched + min(inner, 1) + TIES / (stops[word] - starts[word])
     return found

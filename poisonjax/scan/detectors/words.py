@@ -10,6 +10,7 @@ from poisonjax.scan.background import Background, looked_up
 from poisonjax.scan.compiled import compiled
 from poisonjax.scan.text import TextBatch, mixed, ngrams, own_counts
 
+TIES = 1e-3  # of documents that repeat nothing
 PRIOR = 2.0  # how many times a word was seen before the words that follow it are believed over all words
 
 
@@ -54,5 +55,6 @@ def _rarity(counts, own, total):
 
 
 def repetition(batch: TextBatch, background: Background) -> Float[np.ndarray, " words"]:
-    """1 where the last four words stand elsewhere in the document too."""
-    return (own_counts(ngrams(batch.words, 4), batch.offsets, 3) > 1).astype(np.float64)
+    """1 where the last four words stand elsewhere in the document too, and a little more where the word does."""
+    again = own_counts(ngrams(batch.words, 4), batch.offsets, 3) > 1
+    return again + TIES * (1 - 1 / batch.own)
