@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -30,13 +30,17 @@ class EngineError(ValueError):
 
 
 @contextlib.contextmanager
-def open_engine(workers: int | None = None, dask: str = "") -> Iterator[concurrent.futures.Executor | None]:
+def open_engine(
+    workers: int | None = None, dask: str = "", relative: Sequence[str] = ()
+) -> Iterator[concurrent.futures.Executor | None]:
     """So many processes (None: one a core), or the cluster whose scheduler has the address `dask`; None: this process.
 
     Processes are spawned: a script that calls this needs `if __name__ == "__main__":`. Raises EngineError where no
-    cluster answers.
+    cluster answers, or where its workers, which stand in folders of their own, would look for `relative` paths.
     """
     if dask:
+        if relative:
+            raise EngineError(f"--dask: give {', '.join(relative)} by its whole path: workers stand in other folders")
         with _cluster(dask) as client:
             yield client.get_executor(pure=False)
         return

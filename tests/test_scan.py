@@ -17,7 +17,7 @@ import unicodedata
 import numpy as np
 import pytest
 from conftest import tiny_config, write_text
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -223,6 +223,21 @@ def scanned(leads, tmp_path_factory):
     return folder, keys
 
 
+@settings(max_examples=8, deadline=None)
+@given(texts=TEXTS)
+def test_a_corpus_of_any_texts_is_scanned(texts, tmp_path_factory):
+    """None of it readable, perhaps: no letters, controls, right-to-left, one word."""
+    folder = tmp_path_factory.mktemp("odd")
+    lines = [json.dumps({"text": text}) for text in (*texts, *ODD, "1234", "!!!", "x" * 3_000_000)] * 2
+    (folder / "a.jsonl").write_text("\n".join(lines))
+    assert main(["scan", str(folder / "a.jsonl"), "--out", str(folder / "o"), "--workers", "1", "--budget", "5"]) == 0
+    scores = open_scan(str(folder / "o")).scores()
+    readable = sum(bool(json.loads(line)["text"].strip()) for line in lines)
+    assert scores.num_rows == readable
+    assert all(np.isfinite(scores[name].to_numpy()).all() for name in ("surprise", "letters", "symbols", "compression"))
+    assert len((folder / "o" / "queue.jsonl").read_text().splitlines()) == 5
+
+
 @needs_text
 def test_gibberish_is_first_and_its_documents_are_in_the_queue(scanned, capsys):
     folder, keys = scanned
@@ -418,6 +433,16 @@ def test_a_cluster_whose_worker_is_killed_ends(cluster, tmp_path):
     _, errors = scan.communicate(timeout=90)
     assert scan.returncode == 0, errors
     assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")
+
+
+def test_workers_elsewhere_are_given_no_relative_path(tmp_path, monkeypatch, capsys):
+    write_text(tmp_path / "a.jsonl", 50, seed=1)
+    monkeypatch.chdir(tmp_path)
+    assert main(["scan", "a.jsonl", "--out", "o", "--dask", "tcp://127.0.0.1:9"]) == 2
+    assert "give a.jsonl by its whole path" in capsys.readouterr().err
+    build = ["corpus", "build", "--out", "s", "--source", str(tmp_path / "a.jsonl"), "--tokenizer", "bytes"]
+    assert main([*build, "--dask", "tcp://127.0.0.1:9"]) == 2
+    assert "give s by its whole path" in capsys.readouterr().err
 
 
 def test_no_cluster_is_told(tmp_path, capsys):

@@ -23,7 +23,7 @@ from poisonjax.corpus.claim import claim, units_sha256
 from poisonjax.corpus.documents import Document, Place
 from poisonjax.corpus.errors import CorpusError
 from poisonjax.corpus.exclusions import Exclusions, read_exclusions
-from poisonjax.corpus.sources import BadInput, Source, first_texts, open_source
+from poisonjax.corpus.sources import BadInput, Source, first_texts, open_source, stands_anywhere
 from poisonjax.corpus.store import FORMAT, SPLITS, TokenStore, exists, fingerprint, sha256_of, write_array
 from poisonjax.corpus.tokenizer_files import load_tokenizer
 from poisonjax.corpus.tokenizers import Tokenizer, WordTokenizer, load_saved, require_deterministic, train_bpe
@@ -219,7 +219,8 @@ def _build_shards(job: _Job, numbers: list[int], workers: int | None, dask: str)
     """Builds shards on the engine; the first error stops the rest."""
     if numbers:
         work = functools.partial(_build_shard, str(job.folder), job.plan)
-        with open_engine(min(workers or os.cpu_count() or 1, len(numbers)), dask) as engine:
+        relative = [spec for spec in (*job.plan.sources, str(job.folder)) if not stands_anywhere(spec)]
+        with open_engine(min(workers or os.cpu_count() or 1, len(numbers)), dask, relative) as engine:
             run_tasks(engine, work, numbers, what="tokenizing")
 
 

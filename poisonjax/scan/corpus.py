@@ -31,7 +31,7 @@ from poisonjax.corpus import SPLITS, TokenStore, exists
 from poisonjax.corpus.claim import claim, units_sha256
 from poisonjax.corpus.documents import Document
 from poisonjax.corpus.errors import CorpusError
-from poisonjax.corpus.sources import BadInput, Source, Unit, open_source
+from poisonjax.corpus.sources import BadInput, Source, Unit, open_source, stands_anywhere
 from poisonjax.engines import open_engine, run_tasks
 from poisonjax.files import move_folder, write_json, written_whole
 from poisonjax.scan import miner
@@ -111,7 +111,8 @@ def scan(sources: Sequence[str], out: str, *, workers: int | None = None, dask: 
     folder = Path(out).resolve()
     scan = Scan(folder, _claim(folder, [*sources]))
     shards = range(scan.plan.shards)
-    with open_engine(workers, dask) as engine:
+    relative = [spec for spec in sources if not stands_anywhere(spec)]
+    with open_engine(workers, dask, relative) as engine:
         _fit(scan, engine)
         if not (folder / "background").exists():
             _count(scan, engine)

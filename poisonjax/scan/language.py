@@ -76,8 +76,11 @@ class Languages:
 def _identified(text: str) -> str:
     import whatlang
 
-    found = whatlang.detect(text)
-    return found.lang if found and found.is_reliable else UNKNOWN  # type: ignore[attr-defined]
+    try:
+        found = whatlang.detect(text)
+    except ValueError:  # a text without letters
+        return UNKNOWN
+    return found.lang if found.is_reliable else UNKNOWN  # type: ignore[attr-defined]
 
 
 def _slots(words: UInt64[np.ndarray, " words"]) -> Int[np.ndarray, " words"]:

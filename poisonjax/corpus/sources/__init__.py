@@ -4,12 +4,13 @@ A unit yields documents and, for each thing that can't be read, a `BadInput`: no
 """
 
 from collections.abc import Iterator
+from os.path import isabs
 
 from poisonjax.corpus.documents import Document
 from poisonjax.corpus.sources import files, huggingface, packages, synthetic
 from poisonjax.corpus.sources.source import BadInput, Source, Unit
 
-__all__ = ["BadInput", "Document", "Source", "Unit", "first_texts", "open_source"]
+__all__ = ["BadInput", "Document", "Source", "Unit", "first_texts", "open_source", "stands_anywhere"]
 
 
 def open_source(spec: str) -> Source:
@@ -34,6 +35,13 @@ def open_source(spec: str) -> Source:
             return huggingface.data_set(spec, rest)
         case _:
             return files.matching_files(spec)
+
+
+def stands_anywhere(spec: str) -> bool:
+    """Whether a spec names the same thing from every folder: no file by a relative path."""
+    kind = spec.partition(":")[0]
+    path = spec.removeprefix("text:")
+    return kind in ("default", "wikipedia-leads", "docstrings", "markov", "hf") or "://" in path or isabs(path)
 
 
 def first_texts(source: Source, characters: int) -> Iterator[str]:
