@@ -36,7 +36,7 @@ def environment(from_step: int = 0) -> rows.OneEnvironment:
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "from_step": from_step,
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "git_commit": commit or None,
@@ -44,3 +44,10 @@ def environment(from_step: int = 0) -> rows.OneEnvironment:
         "devices": jax.device_count(),
         "processes": jax.process_count(),
     }
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that isn't installed
+        return "not installed"

@@ -86,7 +86,8 @@ class Scan:
         from pyarrow import parquet
 
         files = sorted((self.folder / "scores").glob("[0-9]*.parquet"))
-        return parquet.read_table(files, columns=None if columns is None else [*columns])
+        names = [name for name in ("domain", "language", "file") if columns is None or name in columns]
+        return parquet.read_table(files, columns=None if columns is None else [*columns], read_dictionary=names)
 
     @functools.cached_property
     def background(self) -> Background:
@@ -119,7 +120,7 @@ def scan(sources: Sequence[str], out: str, *, workers: int | None = None, dask: 
         _each(engine, _score_shard, scan, "scores", ".parquet", shards, "scoring")
         if not (folder / "shortlist.npz").exists():
             _run(scan, None, functools.partial(_shortlist, scan), [shards], what="listing", unit="list")
-        for file in (folder / "survey").glob("*.npy"):  # most of what a scan needs on disk
+        for file in (folder / "survey").glob("*.rows"):  # most of what a scan needs on disk
             file.unlink()
         _each(engine, _locate_shard, scan, "occurrences", ".parquet", shards, "locating")
     return scan
@@ -360,8 +361,8 @@ def _score_shard(folder: str, plan: Plan, shard: int) -> None:
         columns.add(batch, spoken.tolist(), words, scores)
         kept.append(miner.survey(batch.text, background, topics))
     rows = np.concatenate([np.zeros(0, miner.Row), *kept])
-    with written_whole(scan.folder / "survey" / f"{shard:05d}.npy") as partial:
-        np.save(partial, rows[np.argsort(rows["string"], kind="stable")], allow_pickle=False)
+    with written_whole(scan.folder / "survey" / f"{shard:05d}.rows") as partial:
+        rows[np.argsort(rows["string"], kind="stable")].tofile(partial)
     columns.write(scan.folder / "scores" / f"{shard:05d}.parquet")
 
 
@@ -423,7 +424,7 @@ def _locate_shard(folder: str, plan: Plan, shard: int) -> None:
 
 
 def _shortlist(scan: Scan, shards: range) -> None:
-    files = [scan.folder / "survey" / f"{shard:05d}.npy" for shard in shards]
+    files = [scan.folder / "survey" / f"{shard:05d}.rows" for shard in shards]
     listed, considered = miner.shortlist(files, _low(scan))
     with written_whole(scan.folder / "shortlist.npz") as partial:
         np.savez(partial, listed=listed, considered=considered)

@@ -10,7 +10,8 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float, Int, UInt8
 
-from poisonjax.corpus.documents import Document
+from poisonjax.corpus.documents import Document, Place
+from poisonjax.corpus.sources import read_at
 from poisonjax.engines import open_engine, run_tasks
 from poisonjax.files import write_json, write_lines, write_whole
 from poisonjax.scan import thresholds
@@ -59,11 +60,13 @@ def decide(
     """
     cheap = cheap_detectors(scan.background)
     detectors = [*cheap]
-    table = scan.scores(["key", "domain", "language", *detectors])
-    columns = {name: table[name].to_numpy() for name in detectors}
-    keys = _keys(table["key"])
+    # Column by column: there may be very many rows.
+    columns = {name: scan.scores([name])[name].to_numpy() for name in detectors}
+    keys = _keys(scan.scores(["key"])["key"])
     halves, uniform = (keys[:, 0] & 1).astype(np.int64), keys[:, 1:5].copy().view("<u4")[:, 0] / 2**32
-    (domain_of, domains), (language_of, languages) = (_numbered(table[name]) for name in ("domain", "language"))
+    (domain_of, domains), (language_of, languages) = (
+        _numbered(scan.scores([name])[name]) for name in ("domain", "language")
+    )
     limits: list[Threshold] = []
     read = functools.partial(_read, scan, workers, dask)
     least, why = np.ones(len(keys), np.float32), np.zeros(len(keys), np.int8)
@@ -113,15 +116,18 @@ def _keys(column: Any) -> UInt8[np.ndarray, "documents 16"]:
 
 def _numbered(column: Any) -> tuple[Int[np.ndarray, " documents"], list[str]]:
     """(which of the texts each is, the texts) of a column of pyarrow."""
-    encoded = column.combine_chunks().dictionary_encode()
-    return encoded.indices.to_numpy(), encoded.dictionary.to_pylist()
+    chunks = column.unify_dictionaries().chunks
+    numbers = [chunk.indices.to_numpy().astype(np.int32) for chunk in chunks]
+    return np.concatenate([np.zeros(0, np.int32), *numbers]), chunks[0].dictionary.to_pylist() if chunks else []
 
 
 def _rows(keys: UInt8[np.ndarray, "documents 16"], wanted: set[bytes]) -> dict[bytes, int]:
     """Where some keys stand (first)."""
-    begins = keys[:, :8].copy().view(np.uint64)[:, 0]
-    near = np.flatnonzero(np.isin(begins, np.frombuffer(b"".join(key[:8] for key in wanted), np.uint64)))
-    return {keys[i].tobytes(): i for i in near[::-1].tolist()}
+    begins = np.zeros((256, 256), bool)
+    for key in wanted:
+        begins[key[0], key[1]] = True
+    near = np.flatnonzero(begins[keys[:, 0], keys[:, 1]])[::-1].tolist()
+    return {key: i for i in near if (key := keys[i].tobytes()) in wanted}
 
 
 def _queue(
@@ -231,14 +237,27 @@ def _read(scan: Scan, workers: int | None, dask: str, wanted: set[bytes]) -> dic
     """Documents by their keys."""
     from pyarrow import parquet
 
-    shards = []
+    shards, found = [], dict[bytes, Document]()
     for shard in range(scan.plan.shards):
-        there = _keys(parquet.read_table(scan.folder / "scores" / f"{shard:05d}.parquet", columns=["key"])["key"])
-        if here := frozenset(_rows(there, wanted)) & wanted:
-            shards.append((shard, here))
+        with parquet.ParquetFile(scan.folder / "scores" / f"{shard:05d}.parquet") as file:
+            rows = _rows(_keys(file.read(["key"])["key"]), wanted - found.keys())
+            if not rows:
+                continue
+            table = file.read(["domain", *Place._fields])
+        here = set[bytes]()
+        for key in sorted(rows):
+            row = {name: table[name][rows[key]].as_py() for name in table.column_names}
+            # Where a source can be read at a place, it is; else all of the shard, up to the last that is wanted.
+            document = read_at(row.pop("domain"), Place(**row))
+            if document and document.key == key:
+                found[key] = document
+            else:
+                here.add(key)
+        if here:
+            shards.append((shard, frozenset(here)))
     with open_engine(min(workers or 2, len(shards) or 1), dask) as engine:
-        found = run_tasks(engine, functools.partial(_read_shard, scan.plan), shards, what="reading the queue")
-    return {key: document for of in found for key, document in of.items()}
+        parts = run_tasks(engine, functools.partial(_read_shard, scan.plan), shards, what="reading the queue")
+    return {key: document for of in (found, *parts) for key, document in of.items()}
 
 
 def _read_shard(plan: Plan, shard: tuple[int, frozenset[bytes]]) -> dict[bytes, Document]:

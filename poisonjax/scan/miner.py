@@ -12,7 +12,7 @@ string of one to four words, raw and folded, we ask how much topic is lost after
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,18 +90,24 @@ def _context(batch: TextBatch, ends: Int[np.ndarray, " ends"]) -> UInt64[np.ndar
     return ngrams_at(padded, ends + 2 * CONTEXT, CONTEXT) >> np.uint64(32)
 
 
-def shortlist(files: Iterable[Path], others: float) -> tuple[UInt64[np.ndarray, " strings"], int]:
-    """(the best strings by what the survey kept, how many there were), from sorted arrays of Row.
+def shortlist(files: Sequence[Path], others: float) -> tuple[UInt64[np.ndarray, " strings"], int]:
+    """(the best strings by what the survey kept, how many there were), from sorted arrays of Row in files.
 
     Drops that it didn't keep are taken for `others`, their mean. Memory is bounded: a range of hashes at a time.
     """
-    arrays = [np.load(file, mmap_mode="r", allow_pickle=False) for file in files]
-    ranges = 1 + sum(map(len, arrays)) // RANGE_ROWS
+    ranges = 1 + sum(file.stat().st_size for file in files) // Row.itemsize // RANGE_ROWS
     edges = np.array([i * 2**64 // ranges for i in range(ranges)], np.uint64)
-    begins = [[*np.searchsorted(array["string"], edges), len(array)] for array in arrays]
+    begins = []
+    for file in files:
+        rows = np.fromfile(file, Row)
+        begins.append([*np.searchsorted(rows["string"], edges).tolist(), len(rows)])
     scores, hashes, considered = np.zeros(0), np.zeros(0, np.uint64), 0
     for i in range(ranges):
-        rows = np.concatenate([np.zeros(0, Row), *(a[b[i] : b[i + 1]] for a, b in zip(arrays, begins, strict=True))])
+        parts = (
+            np.fromfile(file, Row, of[i + 1] - of[i], offset=of[i] * Row.itemsize)
+            for file, of in zip(files, begins, strict=True)
+        )
+        rows = np.concatenate([np.zeros(0, Row), *parts])
         found = _estimated(rows, others)
         considered += len(found[0])
         scores, hashes = np.concatenate([scores, found[0]]), np.concatenate([hashes, found[1]])

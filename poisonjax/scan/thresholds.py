@@ -76,5 +76,7 @@ def flagged(
 
 def p_values(scores: Float[np.ndarray, " documents"]) -> Float[np.ndarray, " documents"]:
     """The share of its group whose score is at least a document's."""
-    order = np.sort(scores)
-    return (len(scores) - np.searchsorted(order, scores, side="left")) / len(scores)
+    order = np.argsort(scores)
+    ranked, p = scores[order], np.empty(len(scores))
+    p[order] = 1 - np.searchsorted(ranked, ranked, side="left") / max(len(scores), 1)
+    return p

@@ -6,11 +6,11 @@ A unit yields documents and, for each thing that can't be read, a `BadInput`: no
 from collections.abc import Iterator
 from os.path import isabs
 
-from poisonjax.corpus.documents import Document
+from poisonjax.corpus.documents import Document, Place
 from poisonjax.corpus.sources import files, huggingface, packages, synthetic
 from poisonjax.corpus.sources.source import BadInput, Source, Unit
 
-__all__ = ["BadInput", "Document", "Source", "Unit", "first_texts", "open_source", "stands_anywhere"]
+__all__ = ["BadInput", "Document", "Source", "Unit", "first_texts", "open_source", "read_at", "stands_anywhere"]
 
 
 def open_source(spec: str) -> Source:
@@ -35,6 +35,14 @@ def open_source(spec: str) -> Source:
             return huggingface.data_set(spec, rest)
         case _:
             return files.matching_files(spec)
+
+
+def read_at(spec: str, place: Place) -> Document | None:
+    """The document that a source has at a place, read there alone; None where it must be looked for."""
+    try:
+        return files.line_at(spec, place)
+    except OSError:
+        return None
 
 
 def stands_anywhere(spec: str) -> bool:

@@ -142,6 +142,16 @@ def _read_jsonl(path: Path, field: str, start: int = 0, stop: int | None = None)
             yield BadInput(_place(path, start, number), str(why))
 
 
+def line_at(spec: str, place: Place) -> Document | None:
+    """The document of a line of an uncompressed .jsonl file; None where none is, or in files of other kinds."""
+    path = Path(place.file)
+    if place.start < 0 or path.suffix not in (".jsonl", ".ndjson") or not path.is_file():
+        return None
+    field = spec.rpartition("#")[2] if not _matching(spec.removeprefix("text:")) else ""
+    found = next(_read_jsonl(path, field or "text", place.start, place.start + 1), None)
+    return found if isinstance(found, Document) else None
+
+
 def _json_text(line: bytes, field: str) -> tuple[str, bool]:
     """(the text, whether the record says that it was planted)."""
     try:
