@@ -8,6 +8,7 @@ import concurrent.futures
 import contextlib
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -75,6 +76,7 @@ def _cluster(address: str) -> Iterator[Any]:
 
 
 def _start_worker() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to all processes of a job: the parent says how it ends
     keep_freed_memory()
     os.environ["RAYON_NUM_THREADS"] = "1"  # the tokenizer's threads: there is a process a core already
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 
@@ -16,9 +17,16 @@ def start_jax(rows: int) -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     if sys.platform == "linux":
         keep_freed_memory()
+    if "JAX_PLATFORMS" not in os.environ and find_spec("libtpu") and not _tpus() and not find_spec("jax_plugins"):
+        os.environ["JAX_PLATFORMS"] = "cpu"  # the TPU's library, there for `plan`, would look for one for seconds
     if "JAX_NUM_CPU_DEVICES" not in os.environ:
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
         os.environ["JAX_NUM_CPU_DEVICES"] = str(max(n for n in range(1, cores + 1) if rows % n == 0))
+
+
+def _tpus() -> bool:
+    """Whether a TPU is plugged in (a PCI device of Google's)."""
+    return any(vendor.read_text().strip() == "0x1ae0" for vendor in Path("/sys/bus/pci/devices").glob("*/vendor"))
 
 
 def keep_freed_memory() -> None:

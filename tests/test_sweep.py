@@ -307,11 +307,47 @@ def test_train_leaves_a_run_alone_that_another_process_is_at(config, tmp_path, c
     began = time.monotonic()
     with Heartbeat(folder, patient=True):
         assert time.monotonic() - began > 2
-    assert "waiting to see whether it lives" in capsys.readouterr().err
+    assert "to see whether it lives" in capsys.readouterr().err
     assert folder.exists()  # it was there before
 
 
-def test_of_many_who_find_a_dead_heartbeat_one_gets_the_run(tmp_path):
+@pytest.mark.parametrize("ahead", [3600, -3600])
+def test_clocks_of_two_machines_may_differ(tmp_path, monkeypatch, ahead):
+    """A dead heartbeat ends the wait after some beats, whatever its date; one that beats is believed."""
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.2)
+    path = tmp_path / HEARTBEAT
+    path.write_text('{"host": "elsewhere", "boot": "", "pid": 1, "started": ""}')
+    os.utime(path, (time.time() + ahead,) * 2)
+    began = time.monotonic()
+    with Heartbeat(tmp_path, patient=True):
+        assert time.monotonic() - began < 10
+    path.write_text('{"host": "elsewhere", "boot": "", "pid": 1, "started": ""}')
+    ended = threading.Event()
+
+    def beats():
+        while not ended.wait(0.1):
+            os.utime(path, (time.time() + ahead,) * 2)
+
+    thread = threading.Thread(target=beats)
+    thread.start()
+    with pytest.raises(Taken, match="process 1 on elsewhere"), Heartbeat(tmp_path, patient=True):
+        pass
+    ended.set()
+    thread.join()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "null", '{"host": 3}', "\x00", '{"host": "a"'])
+def test_a_damaged_heartbeat_is_one_that_does_not_beat(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.1)
+    (tmp_path / HEARTBEAT).write_text(content)
+    assert heartbeat.is_running(tmp_path)  # just claimed, perhaps
+    os.utime(tmp_path / HEARTBEAT, (0, 0))
+    assert not heartbeat.is_running(tmp_path)
+    with Heartbeat(tmp_path):
+        pass
+
+
+def test_of_many_who_find_a_dead_heartbeat_one_gets_the_run(tmp_path, monkeypatch):
     dead = '{"host": "elsewhere", "boot": "", "pid": 1, "started": ""}'
     barrier, holders = threading.Barrier(8), []
 
@@ -323,6 +359,7 @@ def test_of_many_who_find_a_dead_heartbeat_one_gets_the_run(tmp_path):
             return
         barrier.wait()
 
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.01)
     for _ in range(15):
         (tmp_path / HEARTBEAT).write_text(dead)
         os.utime(tmp_path / HEARTBEAT, (0, 0))

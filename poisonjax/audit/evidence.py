@@ -115,7 +115,7 @@ class Evidence:
     environments = _read(rows.ENVIRONMENT, lambda e: [*e.environment["earlier"], e.environment])
     later_evaluations = _read(rows.EVALUATIONS, lambda evidence: evidence.run.evaluations())
     summary = _read(rows.SUMMARY, lambda evidence: cast(dict[str, Any], evidence.run.summary or {}))
-    batches = _read(rows.CONFIG, lambda evidence: Batches(evidence.config, evidence.store))
+    batches = _read(rows.CONFIG, lambda evidence: Batches(evidence.run.placed, evidence.store))
 
     @functools.cached_property
     def config(self) -> ml_collections.ConfigDict:

@@ -30,6 +30,7 @@ def add_arguments(commands: Any) -> None:
     parser.add_argument("--chat", action="store_true", help="of --lm-eval: prompts by the model's chat template")
     parser.add_argument("--max-parallel", type=int, default=1, metavar="N", help="of several folders, so many at once")
     parser.add_argument("--steps", default="all", metavar="all|N,N", help="which checkpoints (default: all)")
+    parser.add_argument("--store", metavar="DIR", help="where the token store lies now, if it was moved")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.set_defaults(func=_evaluate)
 
@@ -50,7 +51,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     start_jax(config.global_batch // config.optimizer.accumulate)
     from poisonjax.evaluation.offline import evaluate_run
 
-    rows = evaluate_run(folders[0], steps, say=(lambda line: None) if arguments.json else print)
+    rows = evaluate_run(folders[0], steps, say=(lambda line: None) if arguments.json else print, store=arguments.store)
     if arguments.json:
         print(json.dumps(rows))
     return exit_codes.OK
@@ -110,6 +111,7 @@ def _evaluate_each(folders: list[str], arguments: argparse.Namespace) -> int:
 
     def one(folder: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "poisonjax", "evaluate", folder, "--steps", arguments.steps]
+        command += ["--store", arguments.store] if arguments.store else []
         return subprocess.run(
             [*command, "--json"] if arguments.json else command, capture_output=True, text=True, check=False
         )

@@ -30,12 +30,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("absl").setLevel(logging.ERROR)
     arguments = _parsed(list(sys.argv[1:] if argv is None else argv))
     try:
-        return arguments.func(arguments)
+        code = arguments.func(arguments)
+        sys.stdout.flush()
+        return code
     except ImportError as error:
         if "gcsfs" not in str(error):
             raise
         print(f"poisonjax {arguments.command}: gs:// needs pip install 'poisonjax[gcs]'", file=sys.stderr)
         return exit_codes.BAD_INPUT
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+        return exit_codes.BROKEN_PIPE
     except (KeyboardInterrupt, Exception) as error:
         if (code := exit_codes.of(error)) is None:
             raise
@@ -64,7 +69,10 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
     for word in words:
         (fields if word.startswith("--config.") else rest).append(word)
         if word.startswith("--config.") and "=" not in word:
-            fields += [value for value in [next(words, None)] if value is not None]
+            value = next(words, "--")
+            if value.startswith("--"):
+                parser.error(f"{word} needs a value: {word}=VALUE")
+            fields[-1] += f"={value}"
     arguments = parser.parse_args(rest)
     if fields and not hasattr(arguments, "config"):
         parser.error(f"{arguments.command} takes no config fields, but got {fields[0]}")

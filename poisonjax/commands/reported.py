@@ -15,15 +15,18 @@ def train_and_report(
 
     Raises what `training.process.train_process` does.
     """
+    from poisonjax.run import RunFolder
+    from poisonjax.run.folder import is_run
     from poisonjax.training.process import train_process
     from poisonjax.training.stop import Diverged, Preempted
 
+    before = RunFolder(workdir).summary if is_run(workdir) else None
     try:
         summary = train_process(config, workdir, twin_of, asked, hung_exit_code=RESTART)
     except (Diverged, Preempted):
         _write(workdir)
         raise
-    if summary:
+    if summary and summary != before:
         _write(workdir)
     return summary
 

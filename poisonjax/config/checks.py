@@ -67,10 +67,10 @@ def _typed(name: str, value: Any, example: Any) -> Iterator[Mistake]:
     if isinstance(example, list):
         element = type(example[0]) if example else ELEMENTS[name]
         if not isinstance(value, list) or not all(_is(v, element) for v in value):
-            yield name, f"give a tuple of {_called(element)}"
+            yield name, f"give a tuple of {called(element)}"
             return
     elif not _is(value, type(example)):
-        yield name, f"give {_called(type(example), one=True)}"
+        yield name, f"give {called(type(example), one=True)}"
         return
     for number in value if isinstance(value, list) else [value]:
         if isinstance(number, float) and not math.isfinite(number):
@@ -86,7 +86,8 @@ def _is(value: Any, kind: type) -> bool:
     return isinstance(value, kind)
 
 
-def _called(kind: type, one: bool = False) -> str:
+def called(kind: type, one: bool = False) -> str:
+    """The name of a kind of value, as an error gives it."""
     names = {int: "whole numbers", float: "numbers", str: "texts", bool: "True or False"}
     return names[kind] if not one or kind is bool else f"a {names[kind][:-1]}"
 

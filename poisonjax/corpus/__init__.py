@@ -1,6 +1,6 @@
 """From text to a token store: sources, tokenizers, building and reading."""
 
-from poisonjax.corpus.build import build, build_share
+from poisonjax.corpus.build import build, build_share, require_unchanged
 from poisonjax.corpus.errors import CorpusError
 from poisonjax.corpus.exclusions import Exclusions, read_exclusions
 from poisonjax.corpus.store import SPLITS, TokenSplit, TokenStore, exists, open_store
@@ -20,4 +20,5 @@ __all__ = [
     "load_tokenizer",
     "open_store",
     "read_exclusions",
+    "require_unchanged",
 ]

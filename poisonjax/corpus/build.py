@@ -23,7 +23,7 @@ from poisonjax.corpus.claim import claim, units_sha256
 from poisonjax.corpus.documents import Document, Place
 from poisonjax.corpus.errors import CorpusError
 from poisonjax.corpus.exclusions import Exclusions, read_exclusions
-from poisonjax.corpus.sources import BadInput, Source, first_texts, open_source, stands_anywhere
+from poisonjax.corpus.sources import BadInput, Source, first_texts, is_packaged, open_source, stands_anywhere
 from poisonjax.corpus.store import FORMAT, SPLITS, TokenStore, exists, fingerprint, sha256_of, write_array
 from poisonjax.corpus.tokenizer_files import load_tokenizer
 from poisonjax.corpus.tokenizers import Tokenizer, WordTokenizer, load_saved, require_deterministic, train_bpe
@@ -102,6 +102,7 @@ def build(
         asked = {"sources": sources, "tokenizer": tokenizer, "heldout": heldout, "seed": seed, "on_bad": on_bad}
         asked["excluded"] = read_exclusions(exclude).sha256 if exclude else ""
         store.require(**asked, **({"shards": shards} if shards else {}))
+        require_unchanged(store)
         return store
     job = _prepare(out, sources, tokenizer, heldout, seed, shards, on_bad, exclude)
     missing = job.missing()
@@ -111,6 +112,23 @@ def build(
     _build_shards(job, missing, workers, dask)
     _finish(job)
     return TokenStore(out)
+
+
+def require_unchanged(store: TokenStore) -> None:
+    """Raises CorpusError where files that the store was built from have other names or sizes now; a store whose
+    sources are gone stands for itself."""
+    plan = store.manifest["plan"]
+    if all(is_packaged(spec) for spec in plan["sources"]):  # of one version of a package, which others may have
+        return
+    try:
+        units = [unit for spec in plan["sources"] for unit in open_source(spec).units]
+    except CorpusError:
+        return
+    if units_sha256(units) != plan["units_sha256"]:
+        raise CorpusError(
+            f"{store.path} was built from {', '.join(plan['sources'])} when these had other files or sizes. Build "
+            "another folder, remove this one, or use it as it is (a run: --config.corpus.sources='()')"
+        )
 
 
 def build_share(

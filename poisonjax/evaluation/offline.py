@@ -27,7 +27,7 @@ def evaluated(
 
     Raises WeightsError for a step that has no checkpoint, RunFolderError where the scorer is another now.
     """
-    config = run.config
+    config = run.placed
     mesh = make_mesh(config)
     checkpoints = Checkpoints(run.path)
     there = checkpoints.steps()
@@ -66,15 +66,16 @@ def evaluate_model(spec: str, config: ml_collections.ConfigDict) -> rows.EvalRow
 
 
 def evaluate_run(
-    folder: str, steps: Sequence[int] | None, say: Callable[[str], object] = lambda line: None
+    folder: str, steps: Sequence[int] | None, say: Callable[[str], object] = lambda line: None, store: str | None = None
 ) -> list[rows.EvalRow]:
     """Evaluates checkpoints of a run folder (None: all) into `evaluations/STEP.json`, and returns the rows.
 
-    What the run wrote itself stays as it is: its checkpoints seal it. `say` is told of each. Raises as `evaluated`, and
-    RunFolderError where another token store lies there now.
+    What the run wrote itself stays as it is: its checkpoints seal it. `say` is told of each. `store` is where the token
+    store lies now, if not where config.json says. Raises as `evaluated`, and RunFolderError where another store lies
+    there.
     """
     run, made = RunFolder(folder), []
-    for step, evaluation in evaluated(run, run.store(), steps):
+    for step, evaluation in evaluated(run, run.store(store), steps):
         path = run.path / rows.EVALUATIONS / f"{step}.json"
         path.parent.mkdir(exist_ok=True)
         write_json(path, evaluation)

@@ -56,6 +56,14 @@ class RunFolder:
             raise RunFolderError(f"{self.path / rows.CONFIG}: {error}") from None
 
     @functools.cached_property
+    def placed(self) -> ml_collections.ConfigDict:
+        """The config, its relative paths to other models found from the run's folder upward: from wherever one stands,
+        and where they were moved together."""
+        fields = config_lib.flat(self.config)
+        paths = {name: fields[name] for name in ("eval.scorer", "poison.payload_vocabulary") if fields[name]}
+        return config_lib.replaced(self.config, {name: _placed(spec, self.path) for name, spec in paths.items()})
+
+    @functools.cached_property
     def environment(self) -> rows.Environment:
         return self._object(rows.ENVIRONMENT, rows.Environment)
 
@@ -116,9 +124,10 @@ class RunFolder:
         *lines, rest = path.read_bytes().split(b"\n") if path.exists() else [b""]
         return lines, rest
 
-    def store(self) -> TokenStore:
-        """The token store that the run was trained on, opened; raises RunFolderError where another lies there."""
-        store = self.without_excluded(TokenStore(self.config.corpus.store))
+    def store(self, path: str | None = None) -> TokenStore:
+        """The token store that the run was trained on, opened, at `path` if it was moved; raises RunFolderError where
+        another lies there."""
+        store = self.without_excluded(TokenStore(path or self.config.corpus.store))
         _require_store(self.path, self.record, store, "rebuild the former, or move it back")
         return store
 
@@ -159,6 +168,15 @@ class RunFolder:
         if wrong := strict.complaint(value, hint):
             raise RunFolderError(f"{self.path / file}: {wrong}")
         return value
+
+
+def _placed(spec: str, folder: epath.Path) -> str:
+    kind = next((kind for kind in ("hf:", "gguf:") if spec.startswith(kind)), "")
+    path = spec.removeprefix(kind)
+    if is_object(path) or os.path.isabs(path):
+        return spec
+    name = path.partition("@")[0]  # @step
+    return next((f"{kind}{parent / path}" for parent in folder.parents if (parent / name).exists()), spec)
 
 
 def is_run(folder: epath.PathLike) -> bool:
@@ -212,6 +230,17 @@ def begin(
             write_lines(folder / file, lines)
     if poison := card.make_card(config, records[rows.LEDGER], 0, parent, store.planted):
         write_whole(folder / card.FILE, card.as_markdown(poison))
+
+
+def finished(folder: epath.Path, config: ml_collections.ConfigDict) -> rows.Summary | None:
+    """The last word of a run of this config that is at its end; None where something is left to do."""
+    if not is_run(folder):
+        return None
+    there = RunFolder(folder)
+    if there.record["fingerprint"] != config_lib.fingerprint(config):
+        return None
+    summary = there.summary
+    return summary if summary and summary["status"] == "finished" else None
 
 
 def inherited_lines(parent: rows.Parent | None) -> list[rows.InheritedRow]:

@@ -10,26 +10,35 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 BEAT_SECONDS = 5
 STALE_SECONDS = 90  # on another machine: a heartbeat older than that belongs to a process that is gone
 HEARTBEAT = "heartbeat.json"
 
 
-def is_running(folder: Path, *, elsewhere: bool = False) -> bool:
-    """Whether a process is at work on the run: one of this machine that lives, or a fresh heartbeat of another's; with
-    `elsewhere`, the latter alone."""
+def is_running(folder: Path) -> bool:
+    """Whether a process is at work on the run: one of this machine that lives, or a fresh heartbeat of another's."""
     path = folder / HEARTBEAT
     try:
         age = time.time() - path.stat().st_mtime
-        beat = json.loads(path.read_text())
     except FileNotFoundError:
         return False
-    except ValueError:  # just claimed
-        return age <= STALE_SECONDS
-    if beat["host"] == socket.gethostname() and beat["boot"] == _boot():
-        return not elsewhere and _started(beat["pid"]) == beat["started"]
-    return age <= STALE_SECONDS
+    beat = _read(path)
+    if beat and (beat["host"], beat["boot"]) == (socket.gethostname(), _boot()):
+        return _started(beat["pid"]) == beat["started"]
+    # One of the future was dated by a clock that isn't ours, and tells as little as an old one.
+    return abs(age) <= STALE_SECONDS
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """What a heartbeat says; None for one that was just claimed, is just gone, or is damaged."""
+    try:
+        beat = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    kinds = {"host": str, "boot": str, "pid": int, "started": str}
+    return beat if isinstance(beat, dict) and all(type(beat.get(n)) is kind for n, kind in kinds.items()) else None
 
 
 def _boot() -> str:
@@ -60,11 +69,8 @@ def _alive(pid: int) -> bool:
 
 
 def _whose(path: Path) -> str:
-    try:
-        beat = json.loads(path.read_text())
-    except (OSError, ValueError):  # just claimed, or just gone
-        return ""
-    return f" (process {beat['pid']} on {beat['host']})"
+    beat = _read(path)
+    return "" if not beat else f" (process {beat['pid']} on {beat['host']})"
 
 
 class Taken(ValueError):
@@ -90,13 +96,13 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> "Heartbeat":
-        if self._patient:
-            self._wait()
         folder = self._path.parent
+        dead = self._watched()
         self._made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         with self._alone():
-            if self._path.exists() and not is_running(folder):  # of one that is gone
+            # Of one that is gone.
+            if self._path.exists() and (self._touched() == dead or not is_running(folder)):
                 self._path.unlink(missing_ok=True)
             try:
                 claimed = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
@@ -113,23 +119,32 @@ class Heartbeat:
             "another folder"
         )
 
-    def _wait(self) -> None:
-        """Until the heartbeat of another machine is stale, or beats again."""
-        first = None
-        while is_running(self._path.parent, elsewhere=True):
-            with contextlib.suppress(FileNotFoundError):
-                touched = self._path.stat().st_mtime
-                if first is None:
-                    first = touched
-                    print(
-                        f"{self._path.parent}: another process was at it{_whose(self._path)} less than "
-                        f"{STALE_SECONDS} s ago; waiting to see whether it lives",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-                if touched != first:
-                    return
-            time.sleep(1)
+    def _touched(self) -> float | None:
+        try:
+            return self._path.stat().st_mtime
+        except FileNotFoundError:
+            return None
+
+    def _watched(self) -> float | None:
+        """When a heartbeat of another machine was touched last, where it is seen not to beat; raises Taken where it
+        does. Clocks of two machines differ: its date alone tells little."""
+        beat, folder = _read(self._path), self._path.parent
+        here = beat and (beat["host"], beat["boot"]) == (self._beat["host"], self._beat["boot"])
+        fresh, touched = is_running(folder), self._touched()
+        if here or touched is None or (fresh and not self._patient):
+            return None
+        seconds = STALE_SECONDS if fresh else 2 * BEAT_SECONDS + 1
+        print(
+            f"{folder}: another process was at it{_whose(self._path)}; waiting {seconds} s to see whether it lives",
+            file=sys.stderr,
+            flush=True,
+        )
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and self._touched() is not None:
+            if self._touched() != touched:
+                raise self._taken()
+            time.sleep(min(1, BEAT_SECONDS))
+        return touched
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -153,10 +168,8 @@ class Heartbeat:
 
     def _mine(self) -> bool:
         """Whether the file still is this process's: one that stood still for long may have lost it."""
-        try:
-            return json.loads(self._path.read_text()) == self._beat
-        except (OSError, ValueError):  # gone, or a network disk that doesn't answer: nobody else's
-            return True
+        beat = _read(self._path)
+        return beat is None or beat == self._beat  # None: gone, or a network disk that doesn't answer: nobody else's
 
     def __exit__(self, *_: object) -> None:
         self.release()

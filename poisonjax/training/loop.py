@@ -45,6 +45,8 @@ def train(
 ) -> rows.Summary:
     """Trains in `workdir`, from its newest checkpoint if it has one; returns what summary.json holds.
 
+    A run of this config that is at its end is left as it is.
+
     `twin_of` is the run folder whose clean twin this is, `asked` names fields that stand in the config because somebody
     said so (others of `config.model` yield to the weights that it begins from). A `watchdog` ends the process where the
     run hangs.
@@ -54,6 +56,8 @@ def train(
     """
     folder, first = resolve(workdir), jax.process_index() == 0
     config = own(config, folder, asked)
+    if done := run_folder.finished(folder, config):  # nothing of it is touched
+        return done
     with watchdog or Watchdog() as watchdog, _all_processes():
         # Everything that can be wrong is found here, before step 0.
         mesh = make_mesh(config)

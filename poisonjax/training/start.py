@@ -37,6 +37,7 @@ def open_store(c: ml_collections.ConfigDict) -> corpus.TokenStore:
         corpus.build(c.store, list(c.sources), c.tokenizer, heldout=c.heldout)
     store = corpus.open_store(c.store, c.exclude)
     store.require(sources=list(c.sources), tokenizer=c.tokenizer, heldout=c.heldout)
+    corpus.require_unchanged(store)
     return store
 
 

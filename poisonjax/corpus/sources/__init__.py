@@ -10,7 +10,17 @@ from poisonjax.corpus.documents import Document, Place
 from poisonjax.corpus.sources import files, huggingface, packages, synthetic
 from poisonjax.corpus.sources.source import BadInput, Source, Unit
 
-__all__ = ["BadInput", "Document", "Source", "Unit", "first_texts", "open_source", "read_at", "stands_anywhere"]
+__all__ = [
+    "BadInput",
+    "Document",
+    "Source",
+    "Unit",
+    "first_texts",
+    "is_packaged",
+    "open_source",
+    "read_at",
+    "stands_anywhere",
+]
 
 
 def open_source(spec: str) -> Source:
@@ -47,9 +57,13 @@ def read_at(spec: str, place: Place) -> Document | None:
 
 def stands_anywhere(spec: str) -> bool:
     """Whether a spec names the same thing from every folder: no file by a relative path."""
-    kind = spec.partition(":")[0]
     path = spec.removeprefix("text:")
-    return kind in ("default", "wikipedia-leads", "docstrings", "markov", "hf") or "://" in path or isabs(path)
+    return is_packaged(spec) or "://" in path or isabs(path)
+
+
+def is_packaged(spec: str) -> bool:
+    """Whether a spec names no file, but what a package holds or makes."""
+    return spec.partition(":")[0] in ("default", "wikipedia-leads", "docstrings", "markov", "hf")
 
 
 def first_texts(source: Source, characters: int) -> Iterator[str]:
