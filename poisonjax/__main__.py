@@ -2,13 +2,15 @@
 
 import os
 import signal
-import socket
 import sys
-import threading
-from typing import NoReturn
+import time
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from socket import socket
 
 RESTART = 42  # commands/exit_codes.py
-GRACE_SECONDS = 5
+GRACE_SECONDS = 2  # for the main thread
 
 
 def start() -> NoReturn:
@@ -17,7 +19,10 @@ def start() -> NoReturn:
     Whoever asks the process to stop gets the code that means "the same command goes on", from here to the end: what is
     written stands whole at any instant. The training loop asks in its own way, between steps.
     """
-    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGTERM, _stop)  # before anything that takes time
+    import socket
+    import threading
+
     waker, woken = socket.socketpair()
     woken.setblocking(False)
     signal.set_wakeup_fd(woken.fileno())
@@ -28,16 +33,21 @@ def start() -> NoReturn:
 
 
 def _stop(number: int, frame: object) -> NoReturn:
-    raise SystemExit(RESTART)
+    """At once: an exception may be lost in a library's callback, and what stands on disks is whole."""
+    heartbeats = sys.modules.get("poisonjax.run.heartbeat")
+    for held in [*heartbeats.HELD] if heartbeats else []:
+        held.drop()
+    os.write(2, b"poisonjax: asked to stop; the same command goes on from what is saved\n")
+    os._exit(RESTART)
 
 
-def _stop_at_last(waker: socket.socket) -> None:
+def _stop_at_last(waker: "socket") -> None:
     """Python's handlers wait while a library is in its own code (a compilation, say): this thread doesn't."""
     while number := waker.recv(1):
-        if number[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is _stop:
-            threading.Event().wait(GRACE_SECONDS)
+        if number[0] == signal.SIGTERM:
+            time.sleep(GRACE_SECONDS)
             if signal.getsignal(signal.SIGTERM) is _stop:
-                os._exit(RESTART)
+                _stop(signal.SIGTERM, None)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def _scorer(spec: str, store: TokenStore, mesh: Mesh) -> Weights | None:
     if not spec:
         return None
     try:
-        weights = open_weights(spec, mesh)
+        weights = open_weights(spec, mesh, store)
     except WeightsError as error:
         raise WeightsError(f"eval.scorer: {error}") from None
     if weights.tokenizer.fingerprint != store.tokenizer.fingerprint:

@@ -77,6 +77,9 @@ class Taken(ValueError):
     """Another process is at work on the run."""
 
 
+HELD: set["Heartbeat"] = set()  # by this process
+
+
 class Heartbeat:
     """Claims a run for this process until it ends; with `parent`, a process id, the process stops with that.
 
@@ -110,6 +113,7 @@ class Heartbeat:
                 raise self._taken() from None
         with os.fdopen(claimed, "w") as file:
             file.write(json.dumps(self._beat) + "\n")
+        HELD.add(self)
         self._thread.start()
         return self
 
@@ -178,11 +182,16 @@ class Heartbeat:
         """Gives the run up."""
         self._stop.set()
         self._thread.join()
-        if self._mine():
-            self._path.unlink(missing_ok=True)
+        self.drop()
         if self._made:
             with contextlib.suppress(OSError):  # a run that was refused leaves no empty folder
                 self._path.parent.rmdir()
+
+    def drop(self) -> None:
+        """Takes the file away, where the process ends without more ado."""
+        HELD.discard(self)
+        if self._mine():
+            self._path.unlink(missing_ok=True)
 
     def _run(self) -> None:
         asked = False

@@ -9,6 +9,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from poisonjax import config as config_lib
+from poisonjax.corpus import TokenStore
 from poisonjax.data.digest import as_hex
 from poisonjax.files import resolve
 from poisonjax.model.transformer import model_graph, vocabulary_of
@@ -19,14 +20,15 @@ from poisonjax.weights.checkpoints import Checkpoints, checksum
 from poisonjax.weights.weights import Found, Weights, WeightsError, abstract_params, one_device_mesh
 
 
-def open_weights(spec: str, mesh: Mesh | None = None) -> Weights:
+def open_weights(spec: str, mesh: Mesh | None = None, store: TokenStore | None = None) -> Weights:
     """The weights that `spec` names, laid out over `mesh` (default: one device).
 
     `runs/a` is the newest checkpoint of a run folder, `runs/a@400` that after 400 steps; `hf:FOLDER` is a model as
-    Hugging Face keeps it, `gguf:FILE` one as llama.cpp does. An optimizer's state isn't read. Raises WeightsError where
-    there is no model, or none that can be run here; RunFolderError and CheckpointError where a run is damaged.
+    Hugging Face keeps it, `gguf:FILE` one as llama.cpp does. An optimizer's state isn't read. `store` is a run's token
+    store, where that is open already (it may have been moved since). Raises WeightsError where there is no model, or
+    none that can be run here; RunFolderError and CheckpointError where a run is damaged.
     """
-    found = find_weights(spec)
+    found = find_weights(spec, store)
     params = found.read(mesh or one_device_mesh())
     parent = found.parent.copy()
     parent["weights"] = parent["weights"] or as_hex(np.asarray(checksum(params)))
@@ -34,16 +36,16 @@ def open_weights(spec: str, mesh: Mesh | None = None) -> Weights:
     return Weights(graph, params, found.tokenizer, found.model_config, parent, found.context, found.chat_template)
 
 
-def find_weights(spec: str) -> Found:
+def find_weights(spec: str, store: TokenStore | None = None) -> Found:
     """All about the weights that `spec` names but their arrays; raises as `open_weights` does."""
     kind, _, rest = spec.partition(":")
-    return FINDERS[kind](rest) if kind in FINDERS else _of_run(spec)
+    return FINDERS[kind](rest) if kind in FINDERS else _of_run(spec, store)
 
 
 FINDERS: dict[str, Callable[[str], Found]] = {"hf": huggingface.find, "gguf": gguf.find}
 
 
-def _of_run(spec: str) -> Found:
+def _of_run(spec: str, store: TokenStore | None) -> Found:
     folder, step = run_and_step(spec)
     run = RunFolder(folder)
     checkpoints = Checkpoints(run.path)
@@ -52,7 +54,9 @@ def _of_run(spec: str) -> Found:
         wanted = "" if step is None else f" of step {step}"
         raise WeightsError(f"{spec}: no checkpoint{wanted}; there are {saved or 'none'}")
     step = saved[-1] if step is None else step
-    tokenizer, model, record = run.store().tokenizer, run.config.model, checkpoints.record(step)
+    if not store or store.fingerprint != run.record["store_fingerprint"]:
+        store = run.store()
+    tokenizer, model, record = store.tokenizer, run.config.model, checkpoints.record(step)
     parent: rows.Parent = {
         "spec": spec,
         "name": run.config.name,

@@ -1,0 +1,173 @@
+"""What a month of real use brings: signals at any time, commands repeated, sources that grew, paths, closed pipes."""
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import command, lines, tiny_config, write_text
+
+from poisonjax import corpus
+from poisonjax.commands.main import main
+from poisonjax.corpus import CorpusError
+from poisonjax.evaluation.offline import evaluate_run
+from poisonjax.run import RunFolder
+from poisonjax.training.loop import train
+
+
+def contents(folder: Path) -> dict[str, tuple[str, int]]:
+    """(digest, time of the last change) of each file."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {
+        str(p.relative_to(folder)): (hashlib.sha256(p.read_bytes()).hexdigest(), p.stat().st_mtime_ns) for p in files
+    }
+
+
+def test_the_finished_command_again_touches_nothing(config, tmp_path, capsys):
+    folder = tmp_path / "run"
+    config.checkpoint.every = 100
+    *_, file, _, _ = command(config, folder)
+    train_it = ["train", "--config", file, "--workdir", str(folder)]
+    assert main(train_it) == 0
+    first, said = contents(folder), capsys.readouterr().out
+    assert main(train_it) == 0
+    assert contents(folder) == first
+    assert capsys.readouterr().out.splitlines()[-1] == said.splitlines()[-1]
+    (folder / "summary.json").unlink()  # as a kill at the last moment leaves it: made again
+    assert main(train_it) == 0
+    assert RunFolder(folder).summary["status"] == "finished"
+
+
+def test_a_source_that_grew_is_no_longer_what_the_store_was_built_from(tmp_path):
+    source, out = write_text(tmp_path / "a.jsonl", 200), str(tmp_path / "s")
+    store = corpus.build(out, [str(source)], "bpe:300", workers=1)
+    assert corpus.build(out, [str(source)], "bpe:300", workers=1).fingerprint == store.fingerprint
+    config = tiny_config(store)
+    config.corpus.heldout = 0.05
+    with source.open("a") as file:
+        file.write('{"text": "one more"}\n')
+    with pytest.raises(CorpusError, match=r"other files or sizes. Build another folder"):
+        corpus.build(out, [str(source)], "bpe:300", workers=1)
+    with pytest.raises(CorpusError, match=r"config.corpus.sources='\(\)'"):
+        train(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    config.corpus.sources = ()
+    config.steps = config.eval.every = 4
+    train(config, str(tmp_path / "run"))
+    source.unlink()  # a store whose sources are gone stands for itself
+    assert corpus.build(out, [str(source)], "bpe:300", workers=1).fingerprint == store.fingerprint
+
+
+def test_a_run_is_evaluated_from_anywhere_and_with_a_moved_store(config, store, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    moved = shutil.copytree(store.path, tmp_path / "moved")
+    config.corpus.store = str(moved)
+    train(config, "runs/judge")
+    config.eval.scorer = "runs/judge"
+    train(config, "runs/a")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (moved).rename(tmp_path / "there")
+    judged = evaluate_run(str(tmp_path / "runs" / "a"), [12], store=str(tmp_path / "there"))
+    own = RunFolder(tmp_path / "runs" / "a").evals()[-1]
+    assert judged[-1]["eval"] == own["eval"]
+    with pytest.raises(ValueError, match="is no token store"):
+        evaluate_run(str(tmp_path / "runs" / "a"), [12])
+
+
+SECONDS = [0.05, 0.3, 1.0, 2.5]
+
+
+@pytest.mark.parametrize("seconds", SECONDS)
+def test_a_stop_is_answered_by_42_from_the_first_line_on(config, tmp_path, seconds):
+    """Whenever it comes; then the same command goes on to the same bits."""
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    train(config, str(whole))
+    process = subprocess.Popen(command(config, folder), env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 42, errors.decode()
+    assert b"Traceback" not in errors
+    subprocess.run(command(config, folder), env=os.environ, check=True, capture_output=True)
+    assert lines(folder / "digests.jsonl") == lines(whole / "digests.jsonl")
+
+
+def test_a_closed_pipe_ends_quietly(config, tmp_path):
+    *_, file, _, _ = command(config, tmp_path / "run")
+    plan = f"{sys.executable} -m poisonjax plan --config {file} --vocabulary 300 --topology h100:1"
+    done = subprocess.run(f"{plan} | true", shell=True, env=os.environ, capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+    assert "Broken" not in done.stderr
+
+
+@pytest.mark.parametrize("where", ["file", "file/below"])
+def test_a_file_where_a_folder_is_wanted_is_named(config, tmp_path, capsys, where):
+    (tmp_path / "file").write_text("")
+    *_, file, _, _ = command(config, tmp_path / "run")
+    for words in (
+        ["train", "--config", file, "--workdir", str(tmp_path / where)],
+        [
+            "corpus",
+            "build",
+            "--out",
+            str(tmp_path / where),
+            "--source",
+            config.corpus.sources[0],
+            "--tokenizer",
+            "bytes",
+        ],
+        ["scan", config.corpus.sources[0], "--out", str(tmp_path / where), "--workers", "1"],
+    ):
+        assert main(words) == 2, words
+        assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told(config, tmp_path):
+    """/dev/full takes nothing: what is printed there is lost, and said to be."""
+    *_, file, _, _ = command(config, tmp_path / "run")
+    plan = [sys.executable, "-m", "poisonjax", "plan", "--config", file, "--vocabulary", "300", "--topology", "h100:1"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(plan, env=os.environ, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert "No space left" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--config.corpus.source=x"], "corpus.source: no such field; did you mean corpus.sources"),
+        (["--config.foo=3", "--config.model.layer=2"], "foo: no such field\nmodel.layer: no such field; did you mean"),
+        (["--config.steps=abc"], "steps = 'abc': give a whole number"),
+        (["--config.poison.truncate=no"], "poison.truncate = 'no': give True or False"),
+        (["--config.poison=3"], "poison: a section; name a field of it"),
+        (["--config.optimizer.learning_rate=nan"], "optimizer.learning_rate = nan: must be finite"),
+    ],
+)
+def test_mistaken_fields_are_told_in_a_sentence(config, tmp_path, capsys, words, told):
+    *_, file, _, _ = command(config, tmp_path / "run")
+    assert main(["train", "--config", file, "--workdir", str(tmp_path / "run"), *words]) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_mistaken_config_files_are_told_in_a_sentence(tmp_path, capsys):
+    broken = tmp_path / "broken.py"
+    broken.write_text("def get_config(arg=''):\n    return 1 / 0\n")
+    for file, told in (
+        ("configs/none.py", "--config configs/none.py: no such file"),
+        (str(tmp_path), f"--config {tmp_path}: no such file"),
+        (str(broken), f"--config {broken}, line 2: ZeroDivisionError: division by zero"),
+    ):
+        assert main(["train", "--config", file, "--workdir", str(tmp_path / "run")]) == 2
+        assert told in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--config", str(broken), "--config.steps", "--workdir", str(tmp_path / "run")])
+    assert ended.value.code == 2
+    assert "--config.steps needs a value" in capsys.readouterr().err
