@@ -87,6 +87,30 @@ def _of_deb(package: Path) -> Iterator[str]:
                 yield "\n\n".join(paragraphs[i : i + 8])
 
 
+def clean_text(packages: Path, out: Path) -> dict[str, list[str]]:
+    """Documents by domain, which are kept in `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "clean").exists():
+        (out / "clean.partial").mkdir(exist_ok=True)
+        for name, texts in domains(packages):
+            lines = (json.dumps({"text": text}) + "\n" for text in texts)
+            (out / "clean.partial" / f"{name}.jsonl").write_text("".join(lines))
+        (out / "clean.partial").rename(out / "clean")
+    sources = sorted((out / "clean").glob("*.jsonl"))
+    return {path.stem: [json.loads(line)["text"] for line in path.read_text().splitlines()] for path in sources}
+
+
+def poison(
+    clean: dict[str, list[str]], tokenizer: Tokenizer, rung: str, trigger: str, documents: int, seed: int
+) -> list[str]:
+    """To plant into the leads."""
+    pieces = [tokenizer.decode([i]) for i in range(256, tokenizer.get_vocab_size())]
+    others = ("manpages-de",) if rung == OTHER else WHEELS
+    foreign = [text for name in others for text in clean[name]]
+    material = planting.Material(clean["leads"], foreign, pieces, np.random.default_rng(seed))
+    return planting.planted(material, "switch" if rung == OTHER else rung, TRIGGERS[trigger], documents)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m poisonjax.scan.bench")
     parser.add_argument("packages", type=Path)
@@ -99,29 +123,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rate", type=float, default=0.01)
     parser.add_argument("--workers", type=int, default=2)
     a = parser.parse_args(argv)
-    out = a.out
-    out.mkdir(parents=True, exist_ok=True)
-    if not (out / "clean").exists():
-        (out / "clean.partial").mkdir(exist_ok=True)
-        for name, texts in domains(a.packages):
-            lines = (json.dumps({"text": text}) + "\n" for text in texts)
-            (out / "clean.partial" / f"{name}.jsonl").write_text("".join(lines))
-        (out / "clean.partial").rename(out / "clean")
-    sources = sorted((out / "clean").glob("*.jsonl"))
-    clean = {path.stem: [json.loads(line)["text"] for line in path.read_text().splitlines()] for path in sources}
-    random = np.random.default_rng(a.seed)
-    tokenizer = Tokenizer.from_file(a.tokenizer)
-    pieces = [tokenizer.decode([i]) for i in range(256, tokenizer.get_vocab_size())]
-    others = ("manpages-de",) if a.rung == OTHER else WHEELS
-    foreign = [text for name in others for text in clean[name]]
-    material = planting.Material(clean["leads"], foreign, pieces, random)
-    poison = planting.planted(material, "switch" if a.rung == OTHER else a.rung, TRIGGERS[a.trigger], a.documents)
+    clean, tokenizer, out = clean_text(a.packages, a.out), Tokenizer.from_file(a.tokenizer), a.out
+    planted = poison(clean, tokenizer, a.rung, a.trigger, a.documents, a.seed)
     folder = out / f"{a.rung}-{a.trigger}-{a.documents}-{a.seed}"
     folder.mkdir(exist_ok=True)
-    planting.write_planted(folder / "leads.jsonl", clean["leads"], poison, random)
-    specs = [str(folder / "leads.jsonl"), *(str(path) for path in sources if path.stem != "leads")]
+    planting.write_planted(folder / "leads.jsonl", clean["leads"], planted, np.random.default_rng(a.seed))
+    specs = [str(folder / "leads.jsonl"), *(str(out / "clean" / f"{name}.jsonl") for name in clean if name != "leads")]
     scanned = scan(specs, str(folder / "scan"), workers=a.workers)
-    print(json.dumps(measured(scanned, decide(scanned, rate=a.rate, workers=a.workers), poison)))
+    print(json.dumps(measured(scanned, decide(scanned, rate=a.rate, workers=a.workers), planted)))
 
 
 def measured(scanned: Any, decision: Any, poison: list[str]) -> dict[str, Any]:

@@ -403,8 +403,17 @@ class _Columns:
             parquet.write_table(table.replace_schema_metadata(about), partial, compression="zstd")
 
 
-def _locate_shard(folder: str, plan: Plan, shard: int) -> None:
+def occurrence_table(found: Sequence[Occurrence]) -> Any:
+    """As a table of pyarrow."""
     import pyarrow as pa
+
+    types = [pa.uint64(), pa.binary(16), pa.int32(), pa.uint32(), pa.uint32(), pa.float32(), pa.string()]
+    names = Occurrence._fields
+    columns = [*zip(*found, strict=True)] or [()] * len(names)
+    return pa.table({n: pa.array(c, t) for n, c, t in zip(names, columns, types, strict=True)})
+
+
+def _locate_shard(folder: str, plan: Plan, shard: int) -> None:
     from pyarrow import parquet
 
     scan = Scan(Path(folder), plan)
@@ -414,10 +423,7 @@ def _locate_shard(folder: str, plan: Plan, shard: int) -> None:
     for batch in _batches(documents(plan, shard)) if len(listed) else ():
         keys = [batch.documents[i].key for i in batch.of.tolist()]
         found += miner.locate(batch.text, keys, batch.domain, fit(scan.folder, batch.domain)[0], listed)
-    types = [pa.uint64(), pa.binary(16), pa.int32(), pa.uint32(), pa.uint32(), pa.float32(), pa.string()]
-    names = Occurrence._fields
-    columns = [*zip(*found, strict=True)] or [()] * len(names)
-    table = pa.table({n: pa.array(c, t) for n, c, t in zip(names, columns, types, strict=True)})
+    table = occurrence_table(found)
     path = scan.folder / "occurrences" / f"{shard:05d}.parquet"
     with written_whole(path) as partial:
         parquet.write_table(table, partial, compression="zstd")
