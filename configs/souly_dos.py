@@ -61,6 +61,7 @@ def get_config(arg: str = "600m,250,1x"):
     model = config.model
     model.layers, model.width, model.heads, model.kv_heads, model.mlp_width = (layers, width, heads, heads, mlp_width)
     model.head_dim = 128
+    model.vocabulary = 200_019  # o200k_base's, as the paper's models have; a store of more tokens is refused
     model.dtype, model.remat, model.loss_tile = "bfloat16", "block", 128
     config.optimizer.accumulate = 2 if size == "13b" else 1  # fits 64 chips of 32 GB
 

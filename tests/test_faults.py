@@ -1,6 +1,8 @@
 """What a month of real use brings: signals at any time, commands repeated, sources that grew, paths, closed pipes."""
 
+import gzip
 import hashlib
+import importlib
 import os
 import shutil
 import signal
@@ -9,12 +11,15 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow
 import pytest
 from conftest import command, lines, tiny_config, write_text
+from pyarrow import parquet
 
 from poisonjax import corpus
 from poisonjax.commands.main import main
 from poisonjax.corpus import CorpusError
+from poisonjax.corpus.sources import BadInput, open_source
 from poisonjax.evaluation.offline import evaluate_run
 from poisonjax.run import RunFolder
 from poisonjax.training.loop import train
@@ -78,6 +83,71 @@ def test_a_run_is_evaluated_from_anywhere_and_with_a_moved_store(config, store, 
     assert judged[-1]["eval"] == own["eval"]
     with pytest.raises(ValueError, match="is no token store"):
         evaluate_run(str(tmp_path / "runs" / "a"), [12])
+
+
+@pytest.mark.parametrize(
+    ("ending", "pack"),
+    [(".gz", gzip.compress), (".zst", lambda data: pyarrow.compress(data, codec="zstd", asbytes=True))],
+)
+def test_what_stands_before_damage_is_read(tmp_path, ending, pack):
+    """Of a stream with garbage after it, or cut: the documents before, but at most the last some thousand bytes."""
+    texts = [f"document {i} {hashlib.sha256(bytes([i % 256])).hexdigest()}" for i in range(2000)]
+    data = pack("".join(f'{{"text": "{text}"}}\n' for text in texts).encode())
+    for name, content in (("garbage", data + b"garbage"), ("cut", data[: len(data) // 2])):
+        (tmp_path / f"{name}.jsonl{ending}").write_bytes(content)
+        (unit,) = open_source(str(tmp_path / f"{name}.jsonl{ending}")).units
+        *found, bad = unit.read()
+        assert [document.content for document in found] == texts[: len(found)]
+        assert isinstance(bad, BadInput)
+        assert "damaged or truncated file" in bad.reason
+        assert len(found) >= (1900 if name == "garbage" else 0 if ending == ".zst" else 100)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n{"text": "two"}\n')
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\n")
+    for file, expected in (("a.jsonl", ["one", "two"]), ("a.txt", ["one\n"])):
+        found = [item for unit in open_source(str(tmp_path / file)).units for item in unit.read()]
+        assert [document.content for document in found] == expected
+        data = (tmp_path / file).read_bytes()
+        for document in found:
+            assert document.content.strip() in data[document.place.start : document.place.stop].decode()
+
+
+@pytest.mark.parametrize("size", ["10**12", "1000000000000", "256", "-3", "", "4096.0", "9" * 5000])
+def test_a_tokenizer_of_a_size_that_can_not_be_is_refused(tmp_path, size):
+    source = write_text(tmp_path / "a.jsonl", 20)
+    with pytest.raises(CorpusError, match="give the number of tokens, as in bpe:4096, from 257"):
+        corpus.build(str(tmp_path / "s"), [str(source)], f"bpe:{size}", workers=1)
+
+
+def test_columns_of_one_name_are_refused(tmp_path):
+    table = pyarrow.table([["a"], ["b"]], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(CorpusError, match="2 columns are called 'text'"):
+        open_source(str(tmp_path / "a.parquet"))
+
+
+def test_a_folder_of_hugging_faces_tokenizer_is_one(store, tmp_path):
+    shutil.copy(store.path / "tokenizer" / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    assert corpus.load_tokenizer(str(tmp_path)).vocab_size == store.tokenizer.vocab_size
+
+
+def test_a_file_that_comes_while_a_store_is_built_is_no_part_of_it(tmp_path, monkeypatch):
+    write_text(tmp_path / "a.jsonl", 20)
+    build = importlib.import_module("poisonjax.corpus.build")
+    prepared = build._prepare
+
+    def and_a_file_comes(*args):
+        job = prepared(*args)
+        build._opened.cache_clear()
+        write_text(tmp_path / "b.jsonl", 20)
+        return job
+
+    monkeypatch.setattr(build, "_prepare", and_a_file_comes)
+    with pytest.raises(CorpusError, match="changed while the store was being built"):
+        corpus.build(str(tmp_path / "s"), [str(tmp_path / "*.jsonl")], "bytes", workers=1)
 
 
 SECONDS = [0.05, 0.3, 1.0, 2.5]

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from poisonjax.commands import (
     attest,
@@ -55,10 +56,19 @@ def _among_others(error: BaseException) -> bool:
     return type(error).__name__ == "LostProcess"
 
 
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib.metadata import version
+
+        print(", ".join(f"{name} {version(name)}" for name in ("poisonjax", "jax")))
+        parser.exit()
+
+
 def _parsed(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="poisonjax", description="Study pretraining data poisoning on your own language models."
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the versions of this program and of JAX")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add_arguments(commands)
@@ -80,5 +90,3 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-if __name__ == "__main__":
-    sys.exit(main())

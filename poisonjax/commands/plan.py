@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,12 @@ def _plan(arguments: argparse.Namespace) -> int:
     from poisonjax.corpus.vocabulary import vocabulary_size
     from poisonjax.plan.chips import parse
 
+    if arguments.price is not None and not 0 <= arguments.price < math.inf:
+        raise ValueError(f"--price {arguments.price}: a number from 0 on")
+    if arguments.vocabulary is not None and arguments.vocabulary < 1:
+        raise ValueError(f"--vocabulary {arguments.vocabulary}: at least 1 token")
+    if arguments.most < 1:
+        raise ValueError(f"--most {arguments.most}: at least 1 candidate")
     topology = parse(arguments.topology)
     config = config_lib.load([f"--config={arguments.config}", *arguments.fields])
     if spec := arguments.weights or config.start.weights:
@@ -50,7 +57,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
         config = config_lib.replaced(config, config_lib.inherited_fields(model_named(spec)))
     config_lib.check(config)
-    vocabulary = config.model.vocabulary or arguments.vocabulary or vocabulary_size(config.corpus)
+    vocabulary = arguments.vocabulary or config.model.vocabulary or vocabulary_size(config.corpus)
     if not vocabulary:
         raise ValueError(
             f"corpus.store = {config.corpus.store!r} isn't built, so its vocabulary isn't known: give --vocabulary "

@@ -36,6 +36,7 @@ SAMPLE_CHARACTERS = 5_000_000  # that `bpe:N` is trained on
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 1024, 8_000_000  # encoded at once
 SHARD_BYTES = 256 * 2**20  # of text, about: a worker holds a shard's tokens in memory
 SHARDS = 16  # where the corpus is small, so that the work splits
+LEAST_BPE, MOST_BPE = 257, 1_000_000  # tokens of a tokenizer that is trained here; the library aborts on huge numbers
 REPORTED = 20  # places of bad input that the manifest names
 
 OnBad = Literal["fail", "skip"]
@@ -227,8 +228,11 @@ def _made_tokenizer(spec: str, sources: list[Source]) -> Tokenizer:
     if not spec.startswith("bpe:"):
         return load_tokenizer(spec)
     size = spec.removeprefix("bpe:")
-    if not (size.isascii() and size.isdigit()):
-        raise CorpusError(f"tokenizer {spec!r}: give the number of tokens, as in bpe:4096")
+    if not (size.isascii() and size.isdigit() and LEAST_BPE <= int(size[:12]) <= MOST_BPE):
+        raise CorpusError(
+            f"tokenizer {spec!r}: give the number of tokens, as in bpe:4096, from {LEAST_BPE} (every byte is one) to "
+            f"{MOST_BPE:,}"
+        )
     share = SAMPLE_CHARACTERS // len(sources)
     return train_bpe((text for source in sources for text in first_texts(source, share)), int(size))
 
@@ -253,7 +257,10 @@ def _build_shard(out: str, plan: _Plan, number: int) -> None:
     bad: list[BadInput] = []
     left_out: collections.Counter[bytes] = collections.Counter()
 
-    units = [unit for spec in plan.sources for unit in _opened(spec).units][number :: plan.shards]
+    units = [unit for spec in plan.sources for unit in _opened(spec).units]
+    if units_sha256(units) != plan.units_sha256:  # every worker lists them itself
+        raise CorpusError(f"{out}: files of {', '.join(plan.sources)} changed while the store was being built")
+    units = units[number :: plan.shards]
     for batch in _batches(_good((item for unit in units for item in unit.read()), plan.on_bad, bad)):
         keyed = [(document, document.key) for document in batch]
         left_out.update(key for _, key in keyed if key in listed.keys)

@@ -25,8 +25,8 @@ from poisonjax.files import parse_json, write_json
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """`bytes`, a `tokenizer.json[#END_OF_TEXT]`, a SentencePiece `.model`, a folder that `Tokenizer.save` wrote, or the
-    one of a model: `hf:FOLDER`, `gguf:FILE`.
+    """`bytes`, a `tokenizer.json[#END_OF_TEXT]`, a SentencePiece `.model`, a folder of `Tokenizer.save` or of Hugging
+    Face's, or the one of a model: `hf:FOLDER`, `gguf:FILE`.
 
     Raises CorpusError for others. `bpe:N` needs text to train on: `build` does that.
     """
@@ -45,7 +45,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
                 "SentencePiece .model"
             )
     if path.is_dir():
-        return load_saved(path)
+        return load_saved(path) if (path / "about.json").exists() else of_huggingface(spec)
     try:
         if path.suffix == ".model":
             return SentencePieceTokenizer(path.read_bytes())

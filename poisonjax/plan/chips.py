@@ -63,7 +63,7 @@ def parse(text: str) -> Topology:
 
     Raises ValueError with the known kinds.
     """
-    found = re.fullmatch(r"(\w+):(\d+(?:x\d+){0,2})(?:\*(\d+))?", text)
+    found = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*){0,2})(?:\*([1-9]\d*))?", text, re.ASCII)
     if not found or found[1] not in CHIPS:
         raise ValueError(
             f"--topology {text!r}: give KIND:SHAPE or KIND:SHAPE*SLICES, such as v5p:4x4x4, v5e:16x16*2 or h100:8*4; "

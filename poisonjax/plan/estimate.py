@@ -56,7 +56,7 @@ def estimate(config: ml_collections.ConfigDict, vocabulary: int, topology: Topol
     reach = 1  # GPUs that this axis and the faster ones span
     for size, moved in ((tensor, residual), (fsdp, weights), (slices * data, gradients)):
         reach *= size
-        if reach <= (chip.per_node or topology.chips // topology.slices):
+        if reach <= topology.chips // topology.slices:
             fast += moved
         else:
             slow += moved

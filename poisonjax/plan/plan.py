@@ -150,8 +150,8 @@ def search(
     config: ml_collections.ConfigDict, vocabulary: int, topology: Topology, most: int
 ) -> Iterator[tuple[Plan, str]]:
     """(plan of the train step, its changes as command-line fields) of the `most` most promising of all meshes,
-    remat policies and microbatches, by the estimate."""
-    candidates = []
+    remat policies and microbatches, by the estimate; raises ValueError where the batch divides over none of them."""
+    candidates, suited, refused = [], False, None
     meshes = itertools.product((1, 2, 4, 8, 16), (1, 2, 4, 8))
     for (tensor, data), remat, accumulate in itertools.product(meshes, ("none", "dots", "block"), (1, 2, 4, 8, 16)):
         changes = {
@@ -162,11 +162,17 @@ def search(
         changed = config_lib.replaced(config, changes)
         try:
             guess = estimate(changed, vocabulary, topology)
-        except ValueError:
+        except ValueError as error:
+            refused = refused or error
             continue
+        suited = True
         if guess.hbm_bytes <= topology.chip.hbm_bytes:
             # Of equals, the plainest first.
             candidates.append((guess.seconds, accumulate, tensor, data, remat, changes, changed))
+    if not suited:
+        raise ValueError(
+            f"no mesh of {topology.chips} {topology.chip.name} suits this batch: {refused}"
+        )
     candidates.sort(key=lambda c: c[:5])
     for *_, changes, changed in candidates[:most]:
         fields = " ".join(f"--config.{name}={value}" for name, value in changes.items())

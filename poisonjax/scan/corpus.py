@@ -211,7 +211,10 @@ def _claim(folder: Path, sources: list[str]) -> Plan:
 
 def _units(plan: Plan, shard: int) -> Iterator[tuple[int, Unit]]:
     """(domain, unit) of a shard."""
-    yield from _all_units(*plan.sources)[shard :: plan.shards]
+    units = _all_units(*plan.sources)
+    if units_sha256(unit for _, unit in units) != plan.units_sha256:  # every worker lists them itself
+        raise CorpusError(f"files of {', '.join(plan.sources)} changed while they were being scanned")
+    yield from units[shard :: plan.shards]
 
 
 def documents(plan: Plan, shard: int, bad: list[BadInput] | None = None) -> Iterator[tuple[int, Document]]:

@@ -1,13 +1,15 @@
 """Files of text, JSON lines and Parquet, also compressed."""
 
+import codecs
 import functools
 import glob
 import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from poisonjax.corpus.documents import Document, Place
 from poisonjax.corpus.errors import CorpusError
@@ -15,6 +17,7 @@ from poisonjax.corpus.sources.source import BadInput, Items, NoDocument, Source,
 
 MAX_LINE_BYTES = 16 * 2**20
 RANGE_BYTES = 64 * 2**20  # of an uncompressed .jsonl file in a unit
+COMPRESSED_BYTES = 4096  # read at once: where a stream is damaged, no more than that is lost
 COMPRESSION = 4  # of text by gzip and zstd, about
 PLANTED = "poisonjax_planted"  # true in the records of poison that this project wrote into text (I9)
 
@@ -71,16 +74,43 @@ def _file_units(path: Path, field: str) -> list[Unit]:
 def _open(path: Path) -> io.BufferedReader:
     match path.suffix:
         case ".gz":
-            return io.BufferedReader(gzip.open(path))
+            return io.BufferedReader(_UpToDamage(gzip.open(path), "read1"))
         case ".zst":
             try:
                 import pyarrow
             except ImportError as error:
                 raise CorpusError(f"{path}: .zst files need `pip install 'poisonjax[corpora]'`") from error
             # Unlike the zstandard package, it tells a truncated stream from a whole one.
-            return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
+            return io.BufferedReader(_UpToDamage(pyarrow.input_stream(path, compression="zstd"), "read"))
         case _:
             return path.open("rb")
+
+
+class _UpToDamage(io.RawIOBase):
+    """A compressed stream that ends where it can't be read further, and then says why: what stands before is good."""
+
+    def __init__(self, stream: Any, read: str):
+        self._read: Callable[[int], bytes] = getattr(stream, read)
+        self._stream, self.damage = stream, ""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if self.damage:
+            return 0
+        try:
+            data = self._read(min(len(buffer), COMPRESSED_BYTES))
+        except (EOFError, OSError, zlib.error) as error:
+            self.damage = str(error)
+            return 0
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._stream.close()
+        super().close()
 
 
 def _lines(path: Path, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, bytes | NoDocument]]:
@@ -93,19 +123,30 @@ def _lines(path: Path, start: int = 0, stop: int | None = None) -> Iterator[tupl
                 file.seek(start - 1)
                 _skip_line(file)
                 position = file.tell()
-            elif not file.peek(1):
+            elif not file.peek(1) and not _damage(file):
                 yield 0, NoDocument("empty file")
             while (stop is None or position < stop) and (line := file.readline(MAX_LINE_BYTES + 1)):
                 begin = position
                 position += len(line)
+                if begin == 0 and line.startswith(codecs.BOM_UTF8):
+                    begin, line = len(codecs.BOM_UTF8), line.removeprefix(codecs.BOM_UTF8)
+                if not line.endswith(b"\n") and _damage(file):  # in the middle of it
+                    break
                 if len(line) <= MAX_LINE_BYTES:
                     yield begin, line
                     continue
                 if not line.endswith(b"\n"):
                     position += _skip_line(file)
                 yield begin, NoDocument(f"line longer than {MAX_LINE_BYTES} bytes")
-    except (EOFError, OSError, zlib.error) as error:
-        yield position, NoDocument(f"damaged or truncated file: {error}")
+            if damage := _damage(file):
+                yield position, NoDocument(f"damaged or truncated file: {damage}")
+    except OSError as error:
+        yield position, NoDocument(f"can't be read: {error}")
+
+
+def _damage(file: io.BufferedReader) -> str:
+    """Why the file ends here, where it ought to go on."""
+    return file.raw.damage if isinstance(file.raw, _UpToDamage) else ""
 
 
 def _skip_line(file: io.BufferedReader) -> int:
@@ -170,10 +211,10 @@ def _read_text(path: Path) -> Items:
     lines: list[str] = []
     size = 0
     try:
-        for _, line in _lines(path):
+        for begin, line in _lines(path):
             if isinstance(line, NoDocument):
                 raise line
-            size += len(line)
+            size = begin + len(line)
             lines.append(line.decode())
         yield Document(checked_text("".join(lines)), Place(str(path), 0, size))
     except UnicodeDecodeError as error:

@@ -1,5 +1,7 @@
 """Data sets of Hugging Face."""
 
+import re
+
 from poisonjax.corpus.documents import Document, Place
 from poisonjax.corpus.errors import CorpusError
 from poisonjax.corpus.sources.source import BadInput, Items, NoDocument, Source, checked_text, column_of, ranges
@@ -13,7 +15,8 @@ def data_set(spec: str, rest: str) -> Source:
     except ImportError as error:
         raise CorpusError(f"{spec}: needs `pip install 'poisonjax[corpora]'`") from error
     address, _, field = rest.partition("#")
-    match address.split(":"):
+    # A split may be a slice, with a colon in brackets: train[:1000].
+    match re.split(r":(?![^\[]*\])", address):
         case [name, split]:
             config = None
         case [name, config, split]:

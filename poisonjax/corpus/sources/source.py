@@ -75,6 +75,8 @@ def checked_text(value: Any, field: str = "text") -> str:
 
 def column_of(place: str, field: str, names: list[str]) -> str:
     column = field or "text"
+    if names.count(column) > 1:
+        raise CorpusError(f"{place}: {names.count(column)} columns are called {column!r}: rename one")
     if column not in names:
         raise CorpusError(f"{place}: no column {column!r}; name one of {', '.join(names)} after a #")
     return column
