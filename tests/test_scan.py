@@ -174,15 +174,15 @@ def test_own_counts(words, sizes):
 
 @given(seed=st.integers(0, 1000), rate=st.sampled_from([0.01, 0.05, 0.2]))
 def test_thresholds_flag_what_they_say(seed, rate):
-    """On the half that they weren't set on: within five standard deviations."""
+    """Out of fold: within five standard deviations."""
     random = np.random.default_rng(seed)
     scores = random.exponential(size=8000)
     for step in (0, 0.5, 3, 100):  # at the last, all are equal
         tied = np.floor(scores / step) if step else scores
-        halves, uniform = random.integers(0, 2, 8000), random.random(8000)
-        found = conformal("d", tied, halves, uniform, ("a", "eng"), rate)
-        assert abs(found.realised - rate) < 5 * math.sqrt(2 * rate / 4000)
-    assert conformal("d", scores[:50], halves[:50], uniform[:50], ("a", "eng"), 0.01).value is None
+        folds, uniform = random.integers(0, 5, 8000), random.random(8000)
+        found = conformal("d", tied, folds, uniform, ("a", "eng"), rate)
+        assert abs(found.realised - rate) < 5 * math.sqrt(rate / 8000)
+    assert conformal("d", scores[:50], folds[:50], uniform[:50], ("a", "eng"), 0.01).value is None
 
 
 def test_p_values_count_ties():

@@ -88,5 +88,3 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
         parser.error(f"{arguments.command} takes no config fields, but got {fields[0]}")
     arguments.fields = fields
     return arguments
-
-

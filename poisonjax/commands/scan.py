@@ -74,7 +74,7 @@ def _words(decision: "Decision", found: dict[str, Any], out: str, seconds: float
     lines.append("documents with which a trigger before fluent text of another topic would lead this list:")
     lines += [f"  {domain} {count or 'more than 500'}" for domain, count in found["reliable_documents"].items()]
     told = [limit for limit in decision.thresholds if limit.realised is not None]
-    lines.append("thresholds (nominal rate -> realised on the other half of the documents):")
+    lines.append("thresholds (nominal rate -> realised, out of fold):")
     lines += [
         f"  {t.domain} {t.language:4} {t.detector:12} {t.nominal:.3%} -> {t.realised:.3%} of {t.documents:,}"
         for t in told

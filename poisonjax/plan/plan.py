@@ -170,9 +170,7 @@ def search(
             # Of equals, the plainest first.
             candidates.append((guess.seconds, accumulate, tensor, data, remat, changes, changed))
     if not suited:
-        raise ValueError(
-            f"no mesh of {topology.chips} {topology.chip.name} suits this batch: {refused}"
-        )
+        raise ValueError(f"no mesh of {topology.chips} {topology.chip.name} suits this batch: {refused}")
     candidates.sort(key=lambda c: c[:5])
     for *_, changes, changed in candidates[:most]:
         fields = " ".join(f"--config.{name}={value}" for name, value in changes.items())

@@ -63,7 +63,7 @@ def decide(
     # Column by column: there may be very many rows.
     columns = {name: scan.scores([name])[name].to_numpy() for name in detectors}
     keys = _keys(scan.scores(["key"])["key"])
-    halves, uniform = (keys[:, 0] & 1).astype(np.int64), keys[:, 1:5].copy().view("<u4")[:, 0] / 2**32
+    folds, uniform = keys[:, 0] % np.uint8(thresholds.FOLDS), keys[:, 1:5].copy().view("<u4")[:, 0] / np.float32(2**32)
     (domain_of, domains), (language_of, languages) = (
         _numbered(scan.scores([name])[name]) for name in ("domain", "language")
     )
@@ -77,7 +77,7 @@ def decide(
             where = where[np.isfinite(columns[name][where])]
             scores = columns[name][where]
             place = domains[domain], thresholds.ALL if language is None else languages[language]
-            limits.append(thresholds.conformal(name, scores, halves[where], uniform[where], place, rate))
+            limits.append(thresholds.conformal(name, scores, folds[where], uniform[where], place, rate))
             p = thresholds.p_values(scores)
             better = p < least[where]
             least[where[better]] = p[better]

@@ -1,17 +1,19 @@
 """Thresholds that hold where they are used: a false-positive rate for each domain and language.
 
-Split conformal (Vovk et al. 2005; Lei et al. 2018): one half of a group's documents says how large scores get, the
-other half shows what the threshold flags. Of documents whose score is the threshold itself a share is flagged, drawn by
-their keys (smoothed conformal, Vovk et al. 2005, 2.3), or ties would move the rate. A share of poison in the corpus
-makes thresholds larger, not smaller: they err by what they miss, never by more false positives than told.
+Conformal (Vovk et al. 2005): a group's documents say how large scores get. What the threshold flags is told out of
+fold: of each fifth of them, by the threshold that the others set (cross-conformal, Vovk 2015). Of documents whose score
+is the threshold itself a share is flagged, drawn by their keys (smoothed conformal, Vovk et al. 2005, 2.3), or ties
+would move the rate. A share of poison in the corpus makes thresholds larger, not smaller: they err by what they miss,
+never by more false positives than told.
 """
 
 import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 
+FOLDS = 5
 ALL = "*"  # a language that a domain has too few documents of
 
 
@@ -25,7 +27,7 @@ class Threshold:
     nominal: float  # the rate asked for
     value: float | None  # None: the group has fewer documents than it takes to tell (1 / rate)
     share: float  # of the documents whose score is `value`: those of the smallest keys
-    realised: float | None  # of the half that wasn't used to set it
+    realised: float | None  # out of fold
     documents: int
 
 
@@ -46,23 +48,34 @@ def groups(
 def conformal(
     detector: str,
     scores: Float[np.ndarray, " documents"],
-    halves: Int[np.ndarray, " documents"],
+    folds: Integer[np.ndarray, " documents"],
     uniform: Float[np.ndarray, " documents"],
     where: tuple[str, str],
     rate: float,
 ) -> Threshold:
-    """For one group; `halves` and `uniform` (in [0, 1)) go by the documents' keys, `where` is (domain, language)."""
-    held, shown = np.sort(scores[halves == 0]), halves == 1
-    rank = int(np.ceil((len(held) + 1) * (1 - rate)))
+    """For one group; `folds` (in [0, FOLDS)) and `uniform` (in [0, 1)) go by the documents' keys, `where` is (domain,
+    language)."""
+    limit = _limit(Threshold(detector, where[0], where[1], rate, None, 0.0, None, len(scores)), scores)
+    told = 0
+    for fold in range(FOLDS):
+        apart = folds == fold
+        of_others = _limit(limit, scores[~apart])
+        if of_others.value is None:
+            return dataclasses.replace(limit, realised=None)
+        told += int(flagged(of_others, scores[apart], uniform[apart]).sum())
+    return dataclasses.replace(limit, realised=told / len(scores))
+
+
+def _limit(limit: Threshold, held: Float[np.ndarray, " documents"]) -> Threshold:
+    """As these scores set it."""
+    rank = int(np.ceil((len(held) + 1) * (1 - limit.nominal)))
     if rank > len(held):
-        return Threshold(detector, where[0], where[1], rate, None, 0.0, None, len(scores))
-    value = float(held[rank - 1])
+        return dataclasses.replace(limit, value=None)
+    value = float(np.partition(held, rank - 1)[rank - 1])
     # Of n documents and the next one, all equally likely to be any of the order: n + 1 times the rate are flagged.
     above, equal = (held > value).sum(), (held == value).sum()
-    share = float(np.clip(((len(held) + 1) * rate - above) / (equal + 1), 0, 1))
-    limit = Threshold(detector, where[0], where[1], rate, value, share, None, len(scores))
-    realised = float(flagged(limit, scores[shown], uniform[shown]).mean()) if shown.any() else None
-    return dataclasses.replace(limit, realised=realised)
+    share = float(np.clip(((len(held) + 1) * limit.nominal - above) / (equal + 1), 0, 1))
+    return dataclasses.replace(limit, value=value, share=share)
 
 
 def flagged(
