@@ -390,3 +390,50 @@ def test_a_store_built_anew_or_a_folder_copied_is_not_counted_as_what_it_is_not(
         assert "holds another run" in capsys.readouterr().err
     assert main(["sweep", "status", grid, "--workdir", str(workdir), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[1]["state"] == "failed"
+
+
+def test_one_damaged_member_stops_no_other(config, tmp_path, capsys):
+    grid = sweep_file(
+        tmp_path, config, "def sweep(add):\n    for n in (0, 3, 6):\n        add({'poison.documents': n})\n"
+    )
+    study, runs = tmp_path / "study", load(grid).runs
+    assert main(["sweep", "run", grid, "--workdir", str(study)]) == 0
+    capsys.readouterr()
+    (study / runs[0].id / "summary.json").write_text("{")
+    (study / runs[1].id / "summary.json").unlink()
+    (study / runs[1].id / "failure.json").write_text("[]")
+    found = [status(study / run.id, run) for run in runs]
+    assert [one.kind for one in found] == ["failed", "failed", "done"]
+    assert str(study / runs[0].id / "summary.json") in found[0].detail
+    assert str(study / runs[1].id / "failure.json") in found[1].detail
+    for command in ("collect", "report"):
+        assert main(["sweep", command, grid, "--workdir", str(study)]) == 1
+        assert f"left out: {study / runs[0].id / 'summary.json'}" in capsys.readouterr().err
+    assert runs[2].id in (study / "table.csv").read_text()
+    assert runs[0].id not in (study / "table.csv").read_text()
+
+
+def test_a_smaller_grid_does_not_overwrite_the_study_of_a_larger(config, tmp_path, capsys):
+    body = "def sweep(add):\n    for n in {}:\n        add({{'poison.documents': n}})\n"
+    study = tmp_path / "study"
+    grid = sweep_file(tmp_path, config, body.format([0, 3]))
+    assert main(["sweep", "run", grid, "--workdir", str(study)]) == 0
+    assert main(["sweep", "collect", grid, "--workdir", str(study)]) == 0
+    before = (study / "table.csv").read_bytes()
+    grid = sweep_file(tmp_path, config, body.format([3]))
+    for command in ("collect", "report"):
+        assert main(["sweep", command, grid, "--workdir", str(study)]) == 2
+        assert "holds runs that this sweep doesn't plan" in capsys.readouterr().err
+    assert (study / "table.csv").read_bytes() == before
+
+
+def test_a_refused_member_of_a_population_fails_alone(config, tmp_path, capsys):
+    config.eval.every = config.checkpoint.every = 100
+    body = "def sweep(add):\n    for n in (2, 3):\n        add({'poison.documents': n})\n"
+    grid, study = sweep_file(tmp_path, config, body), tmp_path / "study"
+    runs = load(grid).runs
+    (study / runs[0].id / "checkpoints").mkdir(parents=True)
+    (study / runs[0].id / "config.json").write_text("{")
+    assert main(["sweep", "run", grid, "--workdir", str(study), "--population", "2"]) == 1
+    assert [status(study / run.id, run).kind for run in runs] == ["failed", "done"]
+    assert main(["sweep", "run", grid, "--workdir", str(study), "--population", "2"]) == 1  # one still has failed

@@ -21,6 +21,7 @@ from poisonjax.commands import (
     sweep,
     train,
 )
+from poisonjax.visible import visible
 
 COMMANDS = (corpus, train, evaluate, sweep, plan, audit, attest, report, convert, scan, bench)
 
@@ -46,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (code := exit_codes.of(error)) is None:
             raise
         if code != exit_codes.INTERRUPTED:
-            print(f"poisonjax {arguments.command}: {error}", file=sys.stderr, flush=True)
+            told = "\n".join(map(visible, str(error).split("\n")))  # file names and texts may hold terminal codes
+            print(f"poisonjax {arguments.command}: {told}", file=sys.stderr, flush=True)
         if _among_others(error):
             os._exit(code)  # without the usual end, which would wait for the others
         return code

@@ -72,11 +72,13 @@ def _words(decision: "Decision", found: dict[str, Any], out: str, seconds: float
         shown = repr(visible(candidate.text))
         lines.append(f"  {rank:2}  {shown:32} documents {len(candidate.documents):5,}  p {candidate.p_value:.2g}{mark}")
     lines.append("documents with which a trigger before fluent text of another topic would lead this list:")
-    lines += [f"  {domain} {count or 'more than 500'}" for domain, count in found["reliable_documents"].items()]
+    lines += [
+        f"  {visible(domain)} {count or 'more than 500'}" for domain, count in found["reliable_documents"].items()
+    ]
     told = [limit for limit in decision.thresholds if limit.realised is not None]
     lines.append("thresholds (nominal rate -> realised, out of fold):")
     lines += [
-        f"  {t.domain} {t.language:4} {t.detector:12} {t.nominal:.3%} -> {t.realised:.3%} of {t.documents:,}"
+        f"  {visible(t.domain)} {t.language:4} {t.detector:12} {t.nominal:.3%} -> {t.realised:.3%} of {t.documents:,}"
         for t in told
     ]
     if untold := len(decision.thresholds) - len(told):

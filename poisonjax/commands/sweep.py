@@ -159,7 +159,18 @@ def _collect(arguments: argparse.Namespace) -> int:
         raise SweepError(f"{workdir}: no such folder; `poisonjax sweep run` makes it")
     for path in collect.write(sweep, workdir):
         print(path)
-    return exit_codes.OK
+    return _told_damage(sweep, workdir)
+
+
+def _told_damage(sweep: "Sweep", workdir: Path) -> int:
+    """Names runs that can't be read, and were left out; the exit code."""
+    from poisonjax.run.folder import is_run
+    from poisonjax.sweep.states import damage
+
+    wrong = [found for run in sweep.runs if is_run(workdir / run.id) and (found := damage(workdir / run.id))]
+    for found in wrong:
+        print(f"left out: {found}", file=sys.stderr)
+    return exit_codes.FAILED if wrong else exit_codes.OK
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -170,7 +181,7 @@ def _report(arguments: argparse.Namespace) -> int:
     if arguments.self_test is None:
         made = study.write(sweep, workdir)
         print(json.dumps(study.finite(made.as_json())) if arguments.json else made)
-        return exit_codes.OK
+        return _told_damage(sweep, workdir)
     if arguments.self_test < 1:
         raise SweepError(f"--self-test {arguments.self_test}: at least 1 study")
     found = study.self_test(sweep, arguments.self_test, say=(lambda line: None) if arguments.json else print)

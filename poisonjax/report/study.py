@@ -35,7 +35,7 @@ from poisonjax.report.study_figures import short
 from poisonjax.run import RunFolder
 from poisonjax.run.folder import is_run
 from poisonjax.sweep.grid import Sweep, SweepError
-from poisonjax.sweep.states import RunStatus, require_own, status
+from poisonjax.sweep.states import RunStatus, damage, require_own, require_whole, status
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,11 +81,12 @@ class Study:
 def write(sweep: Sweep, workdir: Path) -> Study:
     """Writes `report.html` and `figures/*.png` into the sweep's folder, of as many runs as are finished.
 
-    Raises SweepError where none is, and as `require_own`.
+    Damaged runs are left out. Raises SweepError where none is, and as `require_own` and `require_whole`.
     """
     require_own(sweep, workdir)
+    require_whole(sweep, workdir)
     folders = [workdir / run.id for run in sweep.runs]
-    runs = outcomes(RunFolder(folder) for folder in folders if is_run(folder))
+    runs = outcomes(RunFolder(folder) for folder in folders if is_run(folder) and not damage(folder))
     if not runs:
         raise SweepError(f"{workdir}: no finished run yet; `poisonjax sweep status` tells how far they are")
     conditions = Conditions.of([o.config for o in runs], [(o.summary["params"], o.summary["tokens"]) for o in runs])

@@ -14,7 +14,7 @@ from poisonjax.files import write_whole
 from poisonjax.run import RunFolder
 from poisonjax.run.folder import is_run
 from poisonjax.sweep.grid import Sweep
-from poisonjax.sweep.states import require_own
+from poisonjax.sweep.states import damage, require_own, require_whole
 
 
 def rows(sweep: Sweep, workdir: Path) -> Iterator[dict[str, Any]]:
@@ -23,7 +23,7 @@ def rows(sweep: Sweep, workdir: Path) -> Iterator[dict[str, Any]]:
     for run in sweep.runs:
         flat = config_lib.flat(run.config)
         about = {"run": run.id, **{name: _cell(flat[name]) for name in sweep.varied}}
-        if is_run(workdir / run.id):
+        if is_run(workdir / run.id) and not damage(workdir / run.id):
             yield from (about | row for row in RunFolder(workdir / run.id).table())
 
 
@@ -32,9 +32,10 @@ def _cell(value: Any) -> Any:
 
 
 def write(sweep: Sweep, workdir: Path) -> list[Path]:
-    """Writes table.csv, and table.parquet where pyarrow is installed; returns what was written. Raises as
-    `require_own`."""
+    """Writes table.csv, and table.parquet where pyarrow is installed; returns what was written. Damaged runs are left
+    out. Raises as `require_own` and `require_whole`."""
     require_own(sweep, workdir)
+    require_whole(sweep, workdir)
     table = list(rows(sweep, workdir))
     names = list(table[0]) if table else ["run"]
     text = io.StringIO()

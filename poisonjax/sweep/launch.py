@@ -173,8 +173,7 @@ def train_populations(
     parts = [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
     start_jax(size)  # on CPU a device a core
     print(f"{budget(sweep)}, in {len(parts)} populations", flush=True)
-    failed = 0
-    for part in parts:
+    for part in parts:  # those whose members are refused together come again, one by one
         with contextlib.ExitStack() as claims:
             claimed = []
             for run in part:
@@ -193,13 +192,15 @@ def train_populations(
                 print(stop, file=sys.stderr)
                 return "stopped"
             except Exception as error:  # the other parts go on
-                failed += len(claimed)
+                if isinstance(error, ValueError) and len(claimed) > 1:
+                    parts += [[run] for run in claimed]
+                    continue
                 also = f"{claimed[0].id} and {len(claimed) - 1} more"
                 print(f"{also}: {type(error).__name__}: {error}", file=sys.stderr)
                 why = f"in a population of {len(claimed)}: {error}; train it alone"
                 for run in claimed:
                     write_json(workdir / run.id / FAILURE, {"error": why})
-    return "failed" if failed else "done"
+    return "failed" if any(status(workdir / run.id, run).kind == "failed" for run in sweep.runs) else "done"
 
 
 def _tell(trained: Callable[[Path], object], folders: Sequence[Path]) -> None:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from poisonjax import corpus
 from poisonjax.files import parse_json
-from poisonjax.run import RunFolder, rows
+from poisonjax.run import RunFolder, RunFolderError, rows
 from poisonjax.run.folder import is_run
 from poisonjax.run.heartbeat import is_running
 from poisonjax.sweep.grid import PlannedRun, Sweep, SweepError
@@ -28,12 +28,15 @@ class RunStatus:
 
 
 def status(folder: Path, run: PlannedRun) -> RunStatus:
-    """What `folder` says of the run."""
+    """What `folder` says of the run; one that is damaged has failed."""
     steps = run.config.steps
     there = RunFolder(folder) if is_run(folder) else None
-    if there and (other := _another(there, run)):
-        return RunStatus("failed", 0, steps, other)
-    summary = there.summary if there else None
+    try:
+        if there and (other := _another(there, run)):
+            return RunStatus("failed", 0, steps, other)
+        summary = there.summary if there else None
+    except RunFolderError as error:
+        return RunStatus("failed", 0, steps, str(error))
     if summary and summary["status"] == "finished":
         return RunStatus("done", steps, steps, "", summary)
     digests = folder / rows.DIGESTS
@@ -60,7 +63,7 @@ def require_own(sweep: Sweep, workdir: Path, *, training: bool = False) -> None:
             )
 
     for run in sweep.runs:
-        if not is_run(workdir / run.id):
+        if not is_run(workdir / run.id) or damage(workdir / run.id):
             continue
         there = RunFolder(workdir / run.id)
         if other := _another(there, run):
@@ -71,6 +74,28 @@ def require_own(sweep: Sweep, workdir: Path, *, training: bool = False) -> None:
             require_same(path, corpus.TokenStore(path).fingerprint, "what lies there now")
 
 
+def damage(folder: Path) -> str:
+    """What is wrong with a run's files that all others' are read with; "" where nothing is."""
+    try:
+        there = RunFolder(folder)
+        _, _, _ = there.config, there.summary, there.table()
+    except RunFolderError as error:
+        return str(error)
+    return ""
+
+
+def require_whole(sweep: Sweep, workdir: Path) -> None:
+    """Raises SweepError where the folder holds runs of a larger grid: what is written of this one would replace it."""
+    planned = {run.id for run in sweep.runs}
+    others = sorted(path.parent.name for path in workdir.glob(f"*/{rows.CONFIG}") if path.parent.name not in planned)
+    if others:
+        raise SweepError(
+            f"{workdir} holds runs that this sweep doesn't plan: {', '.join(others[:5])}"
+            f"{f' and {len(others) - 5} more' if len(others) > 5 else ''}. Give the config that planned them, or move "
+            "them away"
+        )
+
+
 def _another(there: RunFolder, run: PlannedRun) -> str | None:
     if there.record["fingerprint"] == run.fingerprint:
         return None
@@ -79,6 +104,10 @@ def _another(there: RunFolder, run: PlannedRun) -> str | None:
 
 def _failure(folder: Path) -> dict[str, Any]:
     try:
-        return parse_json((folder / FAILURE).read_bytes())
+        failure = parse_json((folder / FAILURE).read_bytes())
     except FileNotFoundError:
         return {}
+    except ValueError:
+        failure = None
+    told = isinstance(failure, dict) and isinstance(failure.get("error"), str)
+    return failure if told else {"error": f"{folder / FAILURE} is damaged: remove it to train the run again"}
