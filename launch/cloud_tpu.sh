@@ -27,8 +27,14 @@ ACTIVE | ACCEPTED | PROVISIONING | WAITING_FOR_RESOURCES | CREATING) ;;
         ${SPOT:+--spot}
     ;;
 esac
-until [ "$(state)" = ACTIVE ]; do
-    echo "waiting for $name: $(state)"
+while now=$(state) && [ "$now" != ACTIVE ]; do
+    case $now in
+    FAILED | SUSPENDED | SUSPENDING | DELETING)
+        echo "$name is $now: 'gcloud compute tpus queued-resources describe $name' tells why; call again to ask anew" >&2
+        exit 1
+        ;;
+    esac
+    echo "waiting for $name: $now"
     sleep 30
 done
 

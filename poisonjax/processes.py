@@ -3,6 +3,8 @@
 import dataclasses
 import os
 import re
+import shutil
+import subprocess
 from collections.abc import Mapping
 
 PORT = 8476  # of the coordinator, where a launcher names a host alone
@@ -43,7 +45,9 @@ def _numbers(environment: Environment, *names: str) -> list[int]:
 
 
 def _with_port(address: str, environment: Environment) -> str:
-    if re.search(r":\d+$", address):
+    if address.count(":") > 1 and not address.startswith("["):  # IPv6
+        address = f"[{address}]"
+    if re.search(r"[^:]:\d+$", address):
         return address
     return f"{address}:{environment.get('JAX_COORDINATOR_PORT') or PORT}"
 
@@ -109,16 +113,27 @@ def _tpu(environment: Environment) -> Place | None:
 
 
 def _slurm(environment: Environment) -> Place | None:
-    """SLURM_NTASKS, SLURM_PROCID and the job's first node; the port is made from the job's number."""
+    """The step's SLURM_STEP_NUM_TASKS, SLURM_PROCID and its first node; the port is made from the job's number. (Other
+    variables are the job's: an interactive shell in it is a step of one task.)"""
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
     if not nodes or not environment.get("SLURM_PROCID") or not environment.get("SLURM_STEP_ID"):
         return None  # not within srun: a shell on a login or compute node
-    count, index, job = _numbers(environment, "SLURM_NTASKS", "SLURM_PROCID", "SLURM_JOB_ID")
-    # n[03-10,12],m1 -> n03
-    first = re.match(r"([^,\[]+)(?:\[(\w+))?", nodes)
-    assert first
+    tasks = "SLURM_STEP_NUM_TASKS" if environment.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS"
+    count, index, job = _numbers(environment, tasks, "SLURM_PROCID", "SLURM_JOB_ID")
     port = environment.get("JAX_COORDINATOR_PORT") or 61440 + job % 4096
-    return Place(f"{first[1]}{first[2] or ''}:{port}", count, index, "SLURM")
+    return Place(f"{_first_host(nodes)}:{port}", count, index, "SLURM")
+
+
+def _first_host(nodes: str) -> str:
+    """Of SLURM's host list: SLURM is asked where it is; else r[1-2]n[03-10,12]-ib,m1 -> r1n03-ib."""
+    if scontrol := shutil.which("scontrol"):
+        asked = subprocess.run([scontrol, "show", "hostnames", nodes], capture_output=True, text=True, check=False)
+        if not asked.returncode and asked.stdout.split():
+            return asked.stdout.split()[0]
+    first = re.match(r"(?:[^,\[\]]|\[[^\[\]]*\])+", nodes)
+    if not first:
+        raise ValueError(f"SLURM_STEP_NODELIST is {nodes!r}, no list of hosts")
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0])
 
 
 def join(heartbeat_seconds: int) -> Place | None:

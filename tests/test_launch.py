@@ -16,6 +16,17 @@ from poisonjax.audit.result import audit
 LAUNCH = Path(__file__).parent.parent / "launch"
 
 
+@pytest.mark.parametrize("state", ["FAILED", "SUSPENDED"])
+def test_a_request_that_failed_is_not_waited_for(tmp_path, state):
+    (tmp_path / "gcloud").write_text(f"#!/bin/sh\necho {state}\n")
+    (tmp_path / "gcloud").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "ZONE": "z", "PROJECT": "p"}
+    command = ["bash", str(LAUNCH / "cloud_tpu.sh"), "my-run"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=20, check=False)
+    assert done.returncode == 1
+    assert f"my-run is {state}" in done.stderr
+
+
 def test_shell_scripts():
     scripts = [*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"]
     assert len(scripts) == 3

@@ -56,6 +56,21 @@ def slurm(nodes="n1", **more):
         (slurm("n[03-10,12],m1"), Place("n03:61447", 4, 3, "SLURM")),
         (slurm("gpu-a-[7,9]", JAX_COORDINATOR_PORT="99"), Place("gpu-a-7:99", 4, 3, "SLURM")),
         (slurm("c1,c2"), Place("c1:61447", 4, 3, "SLURM")),
+        (slurm("rack[1-2]-node[03-10,12]-ib,m1"), Place("rack1-node03-ib:61447", 4, 3, "SLURM")),
+        (slurm("r[2,4]n[7],x[1-3]"), Place("r2n7:61447", 4, 3, "SLURM")),
+        (slurm("n[1-4]", SLURM_STEP_NUM_TASKS="1", SLURM_PROCID="0"), Place("n1:61447", 1, 0, "SLURM")),  # salloc
+        *(
+            (
+                {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"},
+                Place(there, 2, 1, "JAX's variables"),
+            )
+            for address, there in (
+                ("fe80::1", "[fe80::1]:8476"),
+                ("2001:db8::8:800", "[2001:db8::8:800]:8476"),
+                ("[::1]", "[::1]:8476"),
+                ("[fe80::1]:99", "[fe80::1]:99"),
+            )
+        ),
         # The more explicit wins.
         (
             slurm() | {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"},
@@ -122,7 +137,8 @@ def test_processes_that_disagree_stop_with_both_values(config, tmp_path, one_dev
     source = tmp_path / "config.py"
     source.write_text(
         "import os\n" + source.read_text().replace("return", "config =")
-        + "    config.seeds.poison = int(os.environ['JAX_PROCESS_ID'])\n    return config\n"
+        + "    config.seeds.poison = int(os.environ['JAX_PROCESS_ID'])\n"
+        "    config.checkpoint.every = 4 + config.seeds.poison\n    return config\n"
     )  # fmt: skip
     done = subprocess.run(
         [sys.executable, LOCAL, "2", *arguments], env=one_device, capture_output=True, text=True, timeout=200
@@ -132,6 +148,7 @@ def test_processes_that_disagree_stop_with_both_values(config, tmp_path, one_dev
         assert f"[{process}] poisonjax train: process {process} of 2 stops: Disagreement" in done.stdout
     assert "config: " in done.stdout
     assert "poison plan: " in done.stdout
+    assert "checkpoint.every: 4 in process 0; 5 in process 1" in done.stdout
     assert "token store: " not in done.stdout  # that is the same
     assert " in process 0; " in done.stdout
     assert not (tmp_path / "run").exists()

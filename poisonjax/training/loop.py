@@ -66,7 +66,7 @@ def train(
         batches = Batches(config, store)
         evaluator = Evaluator(config, store, batches.trigger, mesh)
         parent, weights = open_parent(config, folder, store, mesh)
-        require_agreement(_shared(config, mesh, store, batches, parent))
+        require_agreement(_shared(config, folder, mesh, store, batches, parent))
         if first:
             run_folder.begin(folder, config, store, batches.records(), twin_of, evaluator.scorer, parent)
         watchdog.progress("waiting for all processes to start")
@@ -283,10 +283,19 @@ def _all_processes() -> Iterator[None]:
 
 
 def _shared(
-    config: ml_collections.ConfigDict, mesh: Mesh, store: TokenStore, batches: Batches, parent: rows.Parent | None
+    config: ml_collections.ConfigDict,
+    folder: epath.Path,
+    mesh: Mesh,
+    store: TokenStore,
+    batches: Batches,
+    parent: rows.Parent | None,
 ) -> dict[str, str]:
     """What all processes of a run must agree on before step 0."""
+    how = {name: str(value) for name, value in config_lib.flat(config).items() if config_lib.operational(name)}
+    del how["corpus.store"]  # each machine may have a copy; what it holds is compared
     return {
+        "workdir": str(folder),
+        **how,
         "config": config_lib.fingerprint(config),
         "mesh": str(dict(mesh.shape)),
         "token store": store.fingerprint,
