@@ -11,11 +11,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pytest
 from conftest import command, lines, tiny_config, write_text
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pyarrow import parquet
 
+from poisonjax import config as config_lib
 from poisonjax import corpus
 from poisonjax.commands.main import main
 from poisonjax.corpus import CorpusError
@@ -247,3 +251,65 @@ def test_mistaken_config_files_are_told_in_a_sentence(tmp_path, capsys):
         main(["train", "--config", str(broken), "--config.steps", "--workdir", str(tmp_path / "run")])
     assert ended.value.code == 2
     assert "--config.steps needs a value" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def stopped(store, tmp_path_factory):
+    """(config file, a run that was stopped after 8 of 12 steps)."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    config = tiny_config(store)
+    *_, file, _, _ = command(config, folder)
+    train(config, str(folder))
+    (folder / "summary.json").unlink()
+    shutil.rmtree(folder / "checkpoints" / "12")
+    return file, folder
+
+
+def damages(path: Path, other: Path):
+    content = path.read_bytes()
+    yield b""
+    yield content[: len(content) // 2]
+    yield bytes(range(256))
+    yield other.read_bytes()
+    yield b"[]"
+    yield b"null\n"
+
+
+def test_a_damaged_file_of_a_run_is_told_in_a_sentence(stopped, tmp_path, capsys, thorough):
+    """By whatever command reads it; never a traceback. One that isn't read changes nothing."""
+    file, folder = stopped
+    files = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file() and p.suffix in (".json", ".jsonl"))
+    cases = [
+        (name, number, words)
+        for name in files
+        for number in range(6)
+        for words in (["train", "--config", file, "--workdir"], ["evaluate"], ["audit"], ["report"])
+    ]
+    random = np.random.default_rng(0)
+    for i in range(len(cases)) if thorough else random.permutation(len(cases))[:25]:
+        name, number, words = cases[i]
+        run = tmp_path / "run"
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(folder, run)
+        other = folder / files[(files.index(name) + 1) % len(files)]
+        (run / name).write_bytes([*damages(folder / name, other)][number])
+        code = main([*words, str(run)])
+        errors = capsys.readouterr().err
+        assert code in (0, 1, 2), (name, number, words)
+        if code == 2:
+            assert name.name in errors or "checkpoint" in errors or str(run) in errors, (name, number, words, errors)
+
+
+FIELDS = sorted(config_lib.flat(config_lib.default()))
+VALUES = [None, float("nan"), float("inf"), -1, -1.5, 10**12, 1e300, True, "", "x", (), ("x",), (1, 10**12), (-1, 2)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(name=st.sampled_from(FIELDS), value=st.sampled_from(VALUES))
+def test_a_field_of_any_value_is_taken_or_refused_by_its_name(store, name, value):
+    told = name
+    try:
+        config_lib.check(config_lib.replaced(tiny_config(store), {name: value}))
+    except config_lib.ConfigError as error:
+        told = str(error)
+    assert name in told or name.rpartition(".")[2] in told
