@@ -322,7 +322,8 @@ def generate_vs_huggingface(config: ml_collections.ConfigDict) -> Iterator[Resul
     pad, keys = np.zeros(batch, np.int32), jax.random.split(jax.random.key(0), batch)
     with jax.set_mesh(mesh):
         params = init().params
-        llama = LlamaForCausalLM(LlamaConfig.from_dict(config_of(config.model, VOCABULARY))).eval()
+        device = "cpu" if jax.default_backend() == "cpu" else "cuda"
+        llama = LlamaForCausalLM(LlamaConfig.from_dict(config_of(config.model, VOCABULARY))).eval().to(device)
         theirs = tensors(params, config.model, VOCABULARY)
         llama.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in theirs})
         rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(BATCH))
@@ -331,10 +332,12 @@ def generate_vs_huggingface(config: ml_collections.ConfigDict) -> Iterator[Resul
         sampled = jax.jit(
             lambda params, prompts, pad, keys: generate(nnx.merge(graph, params), prompts, pad, keys, new, 1.0)[0]
         )
-        inputs = torch.from_numpy(prompts).long()
+        inputs = torch.from_numpy(prompts).long().to(device)
         options = {"max_new_tokens": new, "min_new_tokens": new, "pad_token_id": 0, "eos_token_id": None}
         with torch.inference_mode():
-            difference = np.abs(np.asarray(nnx.merge(graph, params)(prompts)) - llama(inputs).logits.numpy()).max()
+            with jax.default_matmul_precision("highest"):  # GPUs round float32 to TF32 else
+                ours = np.asarray(nnx.merge(graph, params)(prompts))
+            difference = np.abs(ours - llama(inputs).logits.cpu().numpy()).max()
             if difference > 1e-3:
                 raise RuntimeError(f"not the same model: logits differ by up to {difference}")
             one, other, ratio = alternate(
