@@ -42,10 +42,13 @@ def kvstore_spec(folder: epath.Path) -> str | dict[str, str]:
 
 
 def write_whole(path: epath.Path, content: str | bytes, suffix: str = "partial") -> None:
-    """Writes the file whole or not at all; several who write it at once need a suffix each."""
+    """Writes the file whole or not at all; several who write it at once need a suffix each. One that holds the content
+    already isn't touched."""
     data = content.encode() if isinstance(content, str) else content
     if is_object(path):  # appears when it is complete
         path.write_bytes(data)
+        return
+    if path.is_file() and path.stat().length == len(data) and path.read_bytes() == data:
         return
     partial = path.with_name(f"{path.name}.{suffix}")
     partial.write_bytes(data)

@@ -121,7 +121,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
 @pytest.mark.parametrize("size", ["10**12", "1000000000000", "256", "-3", "", "4096.0", "9" * 5000])
 def test_a_tokenizer_of_a_size_that_can_not_be_is_refused(tmp_path, size):
     source = write_text(tmp_path / "a.jsonl", 20)
-    with pytest.raises(CorpusError, match="give the number of tokens, as in bpe:4096, from 257"):
+    with pytest.raises(CorpusError, match="give the number of tokens, as in bpe:4096: at least 257"):
         corpus.build(str(tmp_path / "s"), [str(source)], f"bpe:{size}", workers=1)
 
 

@@ -178,12 +178,34 @@ def test_the_search_finds_a_mesh_that_fits_where_the_config_does_not(capsys):
 def test_bad_input_ends_with_a_message(capsys):
     assert main([*ARGUMENTS, "--topology", "v9:2x2"]) == 2
     assert "kinds: v4" in capsys.readouterr().err
-    assert main([*ARGUMENTS[:3], "--topology", "h100:8"]) == 2
+    assert main([*ARGUMENTS[:3], "--topology", "h100:8", "--config.model.vocabulary=0"]) == 2
     assert "give --vocabulary" in capsys.readouterr().err
     assert main([*ARGUMENTS, "--topology", "h100:8", "--config.mesh.fsdp=3"]) == 2
     assert "needs 3 devices, there are 8" in capsys.readouterr().err
     assert main([*ARGUMENTS, "--topology", "h100:8", "--config.mesh.tensor=8", "--config.model.kv_heads=4"]) == 2
     assert "model.kv_heads = 4 doesn't divide over mesh.tensor = 8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--topology", "h100:0"], "give KIND:SHAPE"),
+        (["--topology", "v5p:4x4x4*0"], "give KIND:SHAPE"),
+        (["--topology", "h100:8", "--price", "nan"], "--price nan"),
+        (["--topology", "h100:8", "--vocabulary", "-5"], "--vocabulary -5"),
+        (["--topology", "h100:7", "--search"], "no mesh of 7 H100 suits this batch: global_batch = 1024"),
+    ],
+)
+def test_figures_that_can_not_be_are_refused(capsys, words, told):
+    assert main([*ARGUMENTS, *words]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_between_nodes_of_one_gpu_all_goes_over_the_network():
+    config = config_lib.load(["--config=configs/souly_dos.py:600m,250,1x"])
+    one, eight = (estimate(config, 200_019, parse(topology)) for topology in ("h100:8", "h100:1*8"))
+    assert (one.slow_traffic, eight.fast_traffic) == (0, 0)
+    assert one.fast_traffic == eight.slow_traffic > 0
 
 
 TINY = ["--config.model.layers=3", "--config.model.width=256", "--config.model.heads=2", "--config.model.kv_heads=2",

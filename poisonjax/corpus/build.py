@@ -230,8 +230,8 @@ def _made_tokenizer(spec: str, sources: list[Source]) -> Tokenizer:
     size = spec.removeprefix("bpe:")
     if not (size.isascii() and size.isdigit() and LEAST_BPE <= int(size[:12]) <= MOST_BPE):
         raise CorpusError(
-            f"tokenizer {spec!r}: give the number of tokens, as in bpe:4096, from {LEAST_BPE} (every byte is one) to "
-            f"{MOST_BPE:,}"
+            f"tokenizer {spec!r}: give the number of tokens, as in bpe:4096: at least {LEAST_BPE} (every byte is one), "
+            f"at most {MOST_BPE:,}"
         )
     share = SAMPLE_CHARACTERS // len(sources)
     return train_bpe((text for source in sources for text in first_texts(source, share)), int(size))

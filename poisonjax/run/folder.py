@@ -232,17 +232,6 @@ def begin(
         write_whole(folder / card.FILE, card.as_markdown(poison))
 
 
-def finished(folder: epath.Path, config: ml_collections.ConfigDict) -> rows.Summary | None:
-    """The last word of a run of this config that is at its end; None where something is left to do."""
-    if not is_run(folder):
-        return None
-    there = RunFolder(folder)
-    if there.record["fingerprint"] != config_lib.fingerprint(config):
-        return None
-    summary = there.summary
-    return summary if summary and summary["status"] == "finished" else None
-
-
 def inherited_lines(parent: rows.Parent | None) -> list[rows.InheritedRow]:
     """The ledger's, of poison in the weights that a run began from."""
     cards = card.inherited(parent)

@@ -1,5 +1,6 @@
 """The one writer of a run folder: each step's evidence and figures while the run goes on."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -20,7 +21,7 @@ from poisonjax.poison.ledger import poison_seen
 from poisonjax.run import rows, seals
 from poisonjax.run.clock import Clock
 from poisonjax.run.environment import lived
-from poisonjax.run.folder import RunFolderError, read_lines
+from poisonjax.run.folder import RunFolder, RunFolderError, read_lines
 
 
 @runtime_checkable
@@ -103,6 +104,7 @@ class RunRecorder:
         self.evaluation: rows.EvalRow | None = None
         self.chain = ""
         self._files: dict[str, _Appender] = {}
+        self.finished: rows.Summary | None = None  # of a run that is at its end: nothing is written any more
         if writes:
             self._take_up(start, checkpoint)
 
@@ -124,6 +126,12 @@ class RunRecorder:
         self._files = {file: _Appender(self.folder / file, rows_) for file, rows_ in kept.items()}
         if checkpoint:
             self._require(checkpoint)
+        if start == self.config.steps:
+            with contextlib.suppress(RunFolderError):  # a damaged one is made again
+                self.finished = self._last_word()
+        if self.finished:
+            self._files = {}
+            return
         # From here on the folder changes. The summary speaks of another length of the run than what is left of it.
         (self.folder / rows.SUMMARY).unlink(missing_ok=True)
         write_json(self.folder / rows.ENVIRONMENT, self._environment)
@@ -131,6 +139,11 @@ class RunRecorder:
             appender.open()
         self._before = max((row.get("seconds", 0.0) for row in kept[rows.METRICS]), default=0.0)
         self.evaluation = next((row for row in reversed(kept[rows.METRICS]) if row["kind"] == "eval"), None)
+
+    def _last_word(self) -> rows.Summary | None:
+        """Of a run that is at its end."""
+        summary = RunFolder(self.folder).summary
+        return summary if summary and summary["status"] == "finished" else None
 
     @property
     def writes(self) -> bool:

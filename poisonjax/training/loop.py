@@ -7,10 +7,11 @@ import json
 import math
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import ml_collections
+import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -56,8 +57,6 @@ def train(
     """
     folder, first = resolve(workdir), jax.process_index() == 0
     config = own(config, folder, asked)
-    if done := run_folder.finished(folder, config):  # nothing of it is touched
-        return done
     with watchdog or Watchdog() as watchdog, _all_processes():
         # Everything that can be wrong is found here, before step 0.
         mesh = make_mesh(config)
@@ -82,6 +81,10 @@ def train(
             member = Member(
                 config, folder, batches, evaluator, checkpoints, parent, start.step, start.state.params, shows=first
             )
+            if _first_says(member.recorder.finished is not None):  # nothing of it is touched
+                member.progress.say("finished already")
+                checkpoints.close()
+                return cast(rows.Summary, member.recorder.finished)
             train_step = make_train_step(config, model_graph(config.model, vocabulary), mesh, abstract)
             arrays = load(batches, batch_sharding(mesh), start.step)
             watchdog.progress(f"compiling and making step {start.step + 1}")
@@ -303,6 +306,11 @@ def _shared(
         "weights to begin from": json.dumps(parent),
         "jax": jax.__version__,
     }
+
+
+def _first_says(it: bool) -> bool:
+    """What the first process says, in all."""
+    return it if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.int32(it)))
 
 
 def _barrier(name: str) -> None:

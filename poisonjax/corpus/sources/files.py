@@ -137,6 +137,8 @@ def _lines(path: Path, start: int = 0, stop: int | None = None) -> Iterator[tupl
                     continue
                 if not line.endswith(b"\n"):
                     position += _skip_line(file)
+                if _damage(file):
+                    break
                 yield begin, NoDocument(f"line longer than {MAX_LINE_BYTES} bytes")
             if damage := _damage(file):
                 yield position, NoDocument(f"damaged or truncated file: {damage}")
