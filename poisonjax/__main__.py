@@ -44,10 +44,9 @@ def _stop(number: int, frame: object) -> NoReturn:
 def _stop_at_last(waker: "socket") -> None:
     """Python's handlers wait while a library is in its own code (a compilation, say): this thread doesn't."""
     while number := waker.recv(1):
-        if number[0] == signal.SIGTERM:
+        if number[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is _stop:
             time.sleep(GRACE_SECONDS)
-            if signal.getsignal(signal.SIGTERM) is _stop:
-                _stop(signal.SIGTERM, None)
+            _stop(signal.SIGTERM, None)
 
 
 if __name__ == "__main__":
