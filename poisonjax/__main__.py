@@ -6,10 +6,11 @@ import sys
 import time
 from typing import TYPE_CHECKING, NoReturn
 
+from poisonjax.commands.exit_codes import RESTART
+
 if TYPE_CHECKING:
     from socket import socket
 
-RESTART = 42  # commands/exit_codes.py
 GRACE_SECONDS = 2  # for the main thread
 
 

@@ -60,7 +60,7 @@ def _among_others(error: BaseException) -> bool:
 
 class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from importlib.metadata import version
+        from poisonjax.run.environment import version
 
         print(", ".join(f"{name} {version(name)}" for name in ("poisonjax", "jax")))
         parser.exit()

@@ -36,7 +36,7 @@ def environment(from_step: int = 0) -> rows.OneEnvironment:
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "from_step": from_step,
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "git_commit": commit or None,
@@ -46,7 +46,8 @@ def environment(from_step: int = 0) -> rows.OneEnvironment:
     }
 
 
-def _version(name: str) -> str:
+def version(name: str) -> str:
+    """Of an installed package."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:  # run from a checkout that isn't installed

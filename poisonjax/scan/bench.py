@@ -31,6 +31,7 @@ from poisonjax.corpus.sources.source import checked_text
 from poisonjax.scan import planting
 from poisonjax.scan.corpus import scan
 from poisonjax.scan.decide import costs, decide
+from poisonjax.scan.miner import Mined
 
 CHARACTERS = (200, 20_000)
 OTHER = "other_language"  # a rung: a switch to text in German
@@ -133,16 +134,17 @@ def main(argv: list[str] | None = None) -> None:
     print(json.dumps(measured(scanned, decide(scanned, rate=a.rate, workers=a.workers), planted)))
 
 
+def rank_of(mined: Mined, keys: set[str]) -> int | None:
+    """Of the first candidate most of whose documents are these."""
+    ranks = (n for n, c in enumerate(mined.candidates, 1) if len(keys.intersection(c.documents)) > len(c.documents) / 2)
+    return next(ranks, None)
+
+
 def measured(scanned: Any, decision: Any, poison: list[str]) -> dict[str, Any]:
     """Against what was planted."""
     keys = {content_key(text).hex() for text in poison}
     table = scanned.scores()
     planted = np.array(table["planted"])
-    ranks = [
-        rank
-        for rank, candidate in enumerate(decision.mined.candidates, 1)
-        if len(keys.intersection(candidate.documents)) > 0.5 * len(candidate.documents)
-    ]
     recall: dict[str, dict[str, float]] = {}
     for name in {limit.detector for limit in decision.thresholds}:
         scores = np.array(table[name])
@@ -155,7 +157,7 @@ def measured(scanned: Any, decision: Any, poison: list[str]) -> dict[str, Any]:
         "characters": int(np.sum(table["characters"])),
         "considered": decision.mined.considered,
         "reliable_documents": decision.mined.reliable_documents,
-        "rank": ranks[0] if ranks else None,
+        "rank": rank_of(decision.mined, keys),
         "candidates": [(c.text, round(c.score, 2), c.p_value) for c in decision.mined.candidates[:5]],
         "planted_in_queue": len(keys & {entry["key"] for entry in decision.queue}) / max(len(keys), 1),
         "recall": recall,

@@ -174,9 +174,10 @@ def opened(spec: str) -> Source:
 
 
 @functools.lru_cache(1)  # a worker asks for each task, the plan for each shard
-def _all_units(*sources: str) -> list[tuple[int, Unit]]:
-    """(domain, unit) of the whole corpus; a domain is known by its number among the sources."""
-    return [(domain, unit) for domain, spec in enumerate(sources) for unit in opened(spec).units]
+def _all_units(*sources: str) -> tuple[list[tuple[int, Unit]], str]:
+    """((domain, unit) of the whole corpus, their SHA-256); a domain is known by its number among the sources."""
+    units = [(domain, unit) for domain, spec in enumerate(sources) for unit in opened(spec).units]
+    return units, units_sha256(unit for _, unit in units)
 
 
 def _read_store(spec: str, name: str, start: int, stop: int) -> Iterator[Document | BadInput]:
@@ -191,7 +192,8 @@ def _claim(folder: Path, sources: list[str]) -> Plan:
     """Writes the plan, or raises CorpusError where the folder holds another scan."""
     if not sources:
         raise CorpusError("no source given: name files, or a token store")
-    units = [unit for _, unit in _all_units(*sources)]
+    listed, sha256 = _all_units(*sources)
+    units = [unit for _, unit in listed]
     if not units:
         raise CorpusError(f"the sources {', '.join(sources)} hold no document")
     size = sum(unit.size for unit in units)
@@ -200,7 +202,7 @@ def _claim(folder: Path, sources: list[str]) -> Plan:
         sources=sources,
         shards=min(max(FEWEST_SHARDS, size // SHARD_BYTES), len(units)),
         units=len(units),
-        units_sha256=units_sha256(units),
+        units_sha256=sha256,
         bytes=size,
     )
     claim(epath.Path(folder), plan, "scan", "another scan")
@@ -211,8 +213,8 @@ def _claim(folder: Path, sources: list[str]) -> Plan:
 
 def _units(plan: Plan, shard: int) -> Iterator[tuple[int, Unit]]:
     """(domain, unit) of a shard."""
-    units = _all_units(*plan.sources)
-    if units_sha256(unit for _, unit in units) != plan.units_sha256:  # every worker lists them itself
+    units, sha256 = _all_units(*plan.sources)
+    if sha256 != plan.units_sha256:  # every worker lists them itself
         raise CorpusError(f"files of {', '.join(plan.sources)} changed while they were being scanned")
     yield from units[shard :: plan.shards]
 
@@ -271,7 +273,7 @@ def _cut(domain: int, batch: list[Document]) -> Batch:
 def _fit(scan: Scan, engine: Executor | None) -> None:
     """Word vectors and languages of each domain; small ones have theirs together."""
     sizes = np.zeros(len(scan.plan.sources), np.int64)
-    for domain, unit in _all_units(*scan.plan.sources):
+    for domain, unit in _all_units(*scan.plan.sources)[0]:
         sizes[domain] += unit.size
     large = [d for d in np.argsort(-sizes, kind="stable")[:MOST_FITS].tolist() if sizes[d] >= FEWEST_BYTES]
     small = sorted({*range(len(sizes))} - {*large})
@@ -284,7 +286,7 @@ def _fit(scan: Scan, engine: Executor | None) -> None:
 def _fit_domains(folder: str, plan: Plan, which: tuple[str, tuple[int, ...]]) -> None:
     """From documents all over these domains."""
     name, domains = which
-    units = [unit for domain, unit in _all_units(*plan.sources) if domain in domains]
+    units = [unit for domain, unit in _all_units(*plan.sources)[0] if domain in domains]
     step = max(1, len(units) // SAMPLE_UNITS, sum(unit.size for unit in units) // SAMPLED_BYTES)
     every = max(1, sum(unit.size for unit in units[::step]) // SAMPLE_BYTES)
     there = (_texts((0, item) for item in unit.read() if isinstance(item, Document)) for unit in units[::step])
@@ -434,15 +436,9 @@ def _locate_shard(folder: str, plan: Plan, shard: int) -> None:
 
 def _shortlist(scan: Scan, shards: range) -> None:
     files = [scan.folder / "survey" / f"{shard:05d}.rows" for shard in shards]
-    listed, considered = miner.shortlist(files, _low(scan))
+    listed, considered = miner.shortlist(files, scan.topics.values())
     with written_whole(scan.folder / "shortlist.npz") as partial:
         np.savez(partial, listed=listed, considered=considered)
-
-
-def _low(scan: Scan) -> float:
-    """The mean drop at places that the survey doesn't keep."""
-    low = np.concatenate([of.within[of.within <= of.high] for of in scan.topics.values()])
-    return float(low.mean())
 
 
 def mine(scan: Scan) -> Mined:

@@ -12,7 +12,7 @@ string of one to four words, raw and folded, we ask how much topic is lost after
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,11 +90,13 @@ def _context(batch: TextBatch, ends: Int[np.ndarray, " ends"]) -> UInt64[np.ndar
     return ngrams_at(padded, ends + 2 * CONTEXT, CONTEXT) >> np.uint64(32)
 
 
-def shortlist(files: Sequence[Path], others: float) -> tuple[UInt64[np.ndarray, " strings"], int]:
+def shortlist(files: Sequence[Path], topics: Iterable[Topics]) -> tuple[UInt64[np.ndarray, " strings"], int]:
     """(the best strings by what the survey kept, how many there were), from sorted arrays of Row in files.
 
-    Drops that it didn't keep are taken for `others`, their mean. Memory is bounded: a range of hashes at a time.
+    Drops that it didn't keep are taken for their mean, by all domains' topics. Memory is bounded: a range of hashes at
+    a time.
     """
+    others = float(np.concatenate([of.within[of.within <= of.high] for of in topics]).mean())
     ranges = 1 + sum(file.stat().st_size for file in files) // Row.itemsize // RANGE_ROWS
     edges = np.array([i * 2**64 // ranges for i in range(ranges)], np.uint64)
     begins = []

@@ -64,11 +64,10 @@ def _counted(background: Background, texts: Sequence[str]) -> Background:
 
 
 def _shortlist(rows: np.ndarray, topics: dict[str, Topics]) -> tuple[np.ndarray, int]:
-    low = np.concatenate([of.within[of.within <= of.high] for of in topics.values()])
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "0.rows"
         rows[np.argsort(rows["string"], kind="stable")].tofile(file)
-        return miner.shortlist([file], float(low.mean()))
+        return miner.shortlist([file], topics.values())
 
 
 def _located(texts: Sequence[str], domain: int, topics: Topics, listed: np.ndarray) -> list[miner.Occurrence]:
@@ -112,13 +111,11 @@ def planting_found(clean: dict[str, list[str]], there: Others, poison: list[str]
     found += _located(texts, list(clean).index(HOME), topics[HOME], listed)
     mined = miner.ranked(occurrence_table(found), topics, considered)
     keys = {content_key(text).hex() for text in poison}
-    ranks = [
-        rank for rank, c in enumerate(mined.candidates, 1) if len(keys.intersection(c.documents)) > len(c.documents) / 2
-    ]
+    rank = bench.rank_of(mined, keys)
     first = {key for candidate in mined.candidates[:10] for key in candidate.documents}
     return {
-        "rank": ranks[0] if ranks else None,
-        "p_value": mined.candidates[ranks[0] - 1].p_value if ranks else None,
+        "rank": rank,
+        "p_value": mined.candidates[rank - 1].p_value if rank else None,
         "in_first_ten": len(keys & first) / len(keys),
         "first_ten_documents": len(first),
         "considered": considered,
