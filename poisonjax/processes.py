@@ -1,11 +1,16 @@
 """Who the processes of a run are: one resolver for all launchers, and what they must agree on before step 0."""
 
+import contextlib
+import ctypes
 import dataclasses
 import os
 import re
 import shutil
+import signal
 import subprocess
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 PORT = 8476  # of the coordinator, where a launcher names a host alone
 
@@ -136,8 +141,9 @@ def _first_host(nodes: str) -> str:
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0])
 
 
-def join(heartbeat_seconds: int) -> Place | None:
-    """Joins the other processes of this run, before JAX starts; one that is dead for `heartbeat_seconds` ends all.
+def join(heartbeat_seconds: int, lost_exit_code: int = 1) -> Place | None:
+    """Joins the other processes of this run, before JAX starts; one that is dead for `heartbeat_seconds`, or doesn't
+    come at all, ends all with `lost_exit_code`.
 
     Raises ValueError for an environment that makes no sense.
     """
@@ -148,15 +154,39 @@ def join(heartbeat_seconds: int) -> Place | None:
 
     if place.index == 0:
         print(f"{place.count} processes by {place.launcher}, coordinator {place.coordinator}", flush=True)
-    jax.distributed.initialize(
-        place.coordinator,
-        place.count,
-        place.index,
-        # JAX's own detection would give each process of SLURM one GPU.
-        cluster_detection_method="deactivate",
-        heartbeat_timeout_seconds=heartbeat_seconds,
-    )
+    with _aborts_exit_with(lost_exit_code):
+        jax.distributed.initialize(
+            place.coordinator,
+            place.count,
+            place.index,
+            # JAX's own detection would give each process of SLURM one GPU.
+            cluster_detection_method="deactivate",
+            heartbeat_timeout_seconds=heartbeat_seconds,
+        )
     return place
+
+
+@contextlib.contextmanager
+def _aborts_exit_with(code: int) -> Iterator[None]:
+    """JAX ends a process that lost another one by abort(), from a thread of its own; its callback for that can't be
+    used from Python (jaxlib 0.10: std::bad_cast). Within the block it aborts in this thread too, when none comes.
+    """
+    joining = True
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)
+    def on_abort(number: int) -> None:
+        if joining or threading.get_ident() not in {thread.ident for thread in threading.enumerate()}:
+            says = b"poisonjax: another process is dead, or doesn't answer; its own output tells. The same command "
+            os.write(2, says + b"goes on from the last checkpoint\n")
+            os._exit(code)
+
+    _HANDLERS.append(on_abort)
+    ctypes.CDLL(None).signal(signal.SIGABRT, on_abort)  # Python's own handlers run when the process is gone
+    yield
+    joining = False
+
+
+_HANDLERS: list[Any] = []  # what is called by the system must live as long as the process
 
 
 class Disagreement(ValueError):

@@ -131,7 +131,10 @@ def test_a_run_does_not_go_on_from_figures_that_were_changed(run, tmp_path):
         with pytest.raises(RunFolderError, match="was changed"):
             loop.train(scene.config, str(scene.folder))
         after = {path.name: path.read_bytes() for path in scene.folder.iterdir() if path.is_file()}
-        assert {n for n in after.keys() | before.keys() if after.get(n) != before.get(n)} <= {"config.json"}
+        assert {n for n in after.keys() | before.keys() if after.get(n) != before.get(n)} <= {
+            "config.json",
+            "local.json",
+        }
 
 
 # For each check, a fault that this check alone detects.

@@ -21,6 +21,7 @@ from pyarrow import parquet
 
 from poisonjax import config as config_lib
 from poisonjax import corpus
+from poisonjax.audit.result import audit
 from poisonjax.commands.main import main
 from poisonjax.corpus import CorpusError
 from poisonjax.corpus.sources import BadInput, open_source
@@ -85,8 +86,43 @@ def test_a_run_is_evaluated_from_anywhere_and_with_a_moved_store(config, store, 
     judged = evaluate_run(str(tmp_path / "runs" / "a"), [12], store=str(tmp_path / "there"))
     own = RunFolder(tmp_path / "runs" / "a").evals()[-1]
     assert judged[-1]["eval"] == own["eval"]
-    with pytest.raises(ValueError, match="is no token store"):
+    with pytest.raises(ValueError, match=r"is no token store, but .* name it by --store"):
         evaluate_run(str(tmp_path / "runs" / "a"), [12])
+
+
+def test_a_run_knows_where_its_files_lie_and_tells_nobody(config, store, tmp_path, monkeypatch):
+    """No part of this machine's paths stands in the folder, whose parts are told from it; so all can be moved."""
+    home = tmp_path / "home"
+    (home / "project").mkdir(parents=True)
+    monkeypatch.chdir(home / "project")
+    shutil.copytree(store.path, home / "stores" / "s")
+    shutil.copytree(store.path / "tokenizer", home / "project" / "v")
+    config.corpus.store, config.steps, config.eval.every, config.checkpoint.every = str(home / "stores" / "s"), 8, 8, 4
+    train(config, str(home / "runs" / "judge"))
+    config.eval.scorer, config.poison.payload_vocabulary = "../runs/judge@8", "v/tokenizer.json"
+    config.corpus.sources = ()
+    train(config, str(home / "runs" / "a"))
+    (home / "runs" / "a" / "summary.json").unlink()
+    shutil.rmtree(home / "runs" / "a" / "checkpoints" / "8")
+    (tmp_path / "away").mkdir()
+    monkeypatch.chdir(tmp_path / "away")
+    train(config, str(home / "runs" / "a"))
+    for file in (home / "runs" / "a").rglob("*"):
+        if file.name in ("local.json", "commit_success.txt"):  # ours isn't signed, the other is Orbax's
+            continue
+        assert not file.is_file() or str(tmp_path).encode() not in file.read_bytes(), file
+    before = {file: file.read_bytes() for file in (home / "runs" / "a").glob("*.json*")}
+    shutil.copytree(home / "runs" / "a", tmp_path / "copy")
+    assert audit(str(tmp_path / "copy"), evaluate=True).ok
+    home.rename(tmp_path / "other")
+    run = tmp_path / "other" / "runs" / "a"
+    assert audit(str(run), evaluate=True).ok
+    config.corpus.store = str(tmp_path / "other" / "stores" / "s")
+    train(config, str(run))
+    assert {file: (run / file.name).read_bytes() for file in before} == before
+    shutil.rmtree(tmp_path / "other" / "runs" / "judge")
+    with pytest.raises(ValueError, match=r"eval.scorer: \.\./runs/judge@8 is no run folder"):
+        evaluate_run(str(run), [8])
 
 
 @pytest.mark.parametrize(

@@ -27,21 +27,30 @@ from poisonjax.files import parse_json, write_whole
 from poisonjax.run import rows
 
 FOLDER, SIGNATURE = "attestation", "attestation/model.sig"
-# What may change after the run: evaluations of checkpoints, reports, and the attestation's own signature.
-UNSIGNED = (rows.EVALUATIONS, rows.REPORT, rows.FIGURES, rows.DAMAGED, SIGNATURE, "attestation/statement.json")
+# What may change after the run: where it lies, evaluations of checkpoints, reports, the attestation's own signature.
+UNSIGNED = (
+    rows.LOCAL,
+    rows.EVALUATIONS,
+    rows.REPORT,
+    rows.FIGURES,
+    rows.DAMAGED,
+    SIGNATURE,
+    "attestation/statement.json",
+)
 
 
 class AttestError(ValueError):
     """The run can't be attested; the message says why."""
 
 
-def attest(workdir: str, key: Path, *, weights: bool = True) -> dict[str, Any]:
+def attest(workdir: str, key: Path, *, weights: bool = True, store: str | None = None) -> dict[str, Any]:
     """Audits the run, then writes its attestation; returns the statement. Without `weights` the arrays aren't read, and
     the statement says so.
 
-    `key` is an elliptic-curve private key in PEM. Raises AttestError where the audit finds a difference.
+    `key` is an elliptic-curve private key in PEM, `store` where the token store lies now, if it was moved. Raises
+    AttestError where the audit finds a difference.
     """
-    run = Evidence(workdir, weights=weights)
+    run = Evidence(workdir, store=store, weights=weights)
     result = checked(run)
     if not result.ok:
         raise AttestError(f"{workdir} isn't signed: {result.sentence()}")
@@ -68,8 +77,9 @@ def attest(workdir: str, key: Path, *, weights: bool = True) -> dict[str, Any]:
     return value
 
 
-def verify(workdir: str, public_key: Path, *, weights: bool = True) -> list[str]:
-    """Problems of a run's attestation: signature, signed files, provenance against folder and store, documents."""
+def verify(workdir: str, public_key: Path, *, weights: bool = True, store: str | None = None) -> list[str]:
+    """Problems of a run's attestation: signature, signed files, provenance against folder and store (which lies at
+    `store`, if it was moved), documents."""
     folder = Path(workdir)
     if not (folder / SIGNATURE).exists():
         raise AttestError(f"{workdir} has no {SIGNATURE}: run `poisonjax attest {workdir}` first")
@@ -82,7 +92,7 @@ def verify(workdir: str, public_key: Path, *, weights: bool = True) -> list[str]
         problems.append(f"{SIGNATURE}: {error}")
     try:
         signed = _signed_statement(folder)["predicate"]["provenance"]
-        links = provenance(Evidence(workdir, weights=weights))
+        links = provenance(Evidence(workdir, store=store, weights=weights))
     except Unreadable as error:
         return [*problems, str(error.difference)]
     except (ValueError, KeyError, TypeError) as error:

@@ -120,7 +120,7 @@ class Evidence:
     @functools.cached_property
     def config(self) -> ml_collections.ConfigDict:
         with reading(rows.CONFIG):
-            config = config_lib.from_record(self.record["config"])
+            config = self.run.config
             config = config_lib.replaced(config, {"corpus.store": self._store or config.corpus.store})
             config_lib.check(config)
             return config

@@ -22,6 +22,7 @@ def add_arguments(commands: Any) -> None:
     )
     parser.add_argument("--public-key", type=Path, help="the signer's public key, for --verify (default: KEY.pub)")
     parser.add_argument("--no-weights", action="store_true", help="don't read the checkpoints' arrays; it is said so")
+    parser.add_argument("--store", metavar="DIR", help="where the token store lies now, if it was moved")
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(func=_attest)
 
@@ -42,7 +43,7 @@ def _attest(arguments: argparse.Namespace) -> int:
         public = arguments.public_key or statement.public_path(arguments.key)
         if not public.exists():
             raise ValueError(f"no public key {public}: name the signer's with --public-key")
-        problems = statement.verify(arguments.workdir, public, weights=not arguments.no_weights)
+        problems = statement.verify(arguments.workdir, public, weights=not arguments.no_weights, store=arguments.store)
         if arguments.json:
             print(json.dumps({"ok": not problems, "problems": problems}))
         else:
@@ -51,7 +52,9 @@ def _attest(arguments: argparse.Namespace) -> int:
     if not arguments.key.exists():
         print(f"poisonjax attest: made {arguments.key} and {statement.make_key(arguments.key)}", file=sys.stderr)
     try:
-        value = statement.attest(arguments.workdir, arguments.key, weights=not arguments.no_weights)
+        value = statement.attest(
+            arguments.workdir, arguments.key, weights=not arguments.no_weights, store=arguments.store
+        )
     except statement.AttestError as error:
         print(f"poisonjax attest: {error}", file=sys.stderr)
         return exit_codes.FAILED

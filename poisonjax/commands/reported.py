@@ -22,7 +22,7 @@ def train_and_report(
 
     before = RunFolder(workdir).summary if is_run(workdir) else None
     try:
-        summary = train_process(config, workdir, twin_of, asked, hung_exit_code=RESTART)
+        summary = train_process(config, workdir, twin_of, asked, restart_exit_code=RESTART)
     except (Diverged, Preempted):
         _write(workdir)
         raise

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -10,7 +11,7 @@ import ml_collections
 from etils import epath
 
 from poisonjax import config as config_lib
-from poisonjax.corpus import TokenStore, exclusions, read_exclusions
+from poisonjax.corpus import TokenStore, exclusions, exists, read_exclusions
 from poisonjax.files import is_object, parse_json, resolve, write_json, write_lines, write_whole
 from poisonjax.poison import card
 from poisonjax.run import rows, strict
@@ -50,18 +51,26 @@ class RunFolder:
 
     @functools.cached_property
     def config(self) -> ml_collections.ConfigDict:
+        """As the run was trained, its store found from the folder; other paths as they were typed (see `placed`)."""
         try:
-            return config_lib.from_record(self.record["config"])
+            config = config_lib.from_record(self.record["config"])
+            return config_lib.replaced(config, {"corpus.store": self.from_here(config.corpus.store)})
         except config_lib.ConfigError as error:
             raise RunFolderError(f"{self.path / rows.CONFIG}: {error}") from None
 
     @functools.cached_property
     def placed(self) -> ml_collections.ConfigDict:
-        """The config, its relative paths to other models found from the run's folder upward: from wherever one stands,
-        and where they were moved together."""
-        fields = config_lib.flat(self.config)
-        paths = {name: fields[name] for name in ("eval.scorer", "poison.payload_vocabulary") if fields[name]}
-        return config_lib.replaced(self.config, {name: _placed(spec, self.path) for name, spec in paths.items()})
+        return placed(self.config, self.path)
+
+    def from_here(self, spec: str) -> str:
+        """A path that the run recorded, or a spec with one: from this folder, or where the folder lay in training, of
+        which it may be a copy."""
+        kind, path = _kind(spec)
+        if is_object(path) or is_object(self.path):
+            return spec
+        trained = self._object(rows.LOCAL, rows.Local)["folder"] if (self.path / rows.LOCAL).exists() else self.path
+        here, there = (f"{kind}{os.path.normpath(epath.Path(folder) / path)}" for folder in (self.path, trained))
+        return there if _exists(there) and not _exists(here) else here
 
     @functools.cached_property
     def environment(self) -> rows.Environment:
@@ -127,7 +136,13 @@ class RunFolder:
     def store(self, path: str | None = None) -> TokenStore:
         """The token store that the run was trained on, opened, at `path` if it was moved; raises RunFolderError where
         another lies there."""
-        store = self.without_excluded(TokenStore(path or self.config.corpus.store))
+        path = path or self.config.corpus.store
+        if not exists(path):
+            raise RunFolderError(
+                f"{path} is no token store, but {self.path} was trained on one there: where it was moved, name it by "
+                "--store, or move the run with it"
+            )
+        store = self.without_excluded(TokenStore(path))
         _require_store(self.path, self.record, store, "rebuild the former, or move it back")
         return store
 
@@ -170,13 +185,35 @@ class RunFolder:
         return value
 
 
-def _placed(spec: str, folder: epath.Path) -> str:
+def as_recorded(config: ml_collections.ConfigDict, folder: epath.Path) -> ml_collections.ConfigDict:
+    """The config as it is written down: where its store lies is told from `folder`, so it's no business of those who
+    are shown the run, and both can be moved together."""
+    return config_lib.replaced(config, {"corpus.store": _from(folder, config.corpus.store)})
+
+
+def placed(config: ml_collections.ConfigDict, *folders: epath.PathLike | None) -> ml_collections.ConfigDict:
+    """The config, models that it names by a path found where the first of the `folders` that is a run says that they
+    lie: from wherever one stands, and where they were moved together with it. Elsewhere as they were typed."""
+    run = next((folder for folder in folders if folder and is_run(folder)), None)
+    recorded = RunFolder(run).record.get("paths", {}) if run else {}
+    found = {name: RunFolder(run).from_here(spec) for name, spec in recorded.items()} if run else {}
+    return config_lib.replaced(config, {name: spec for name, spec in found.items() if _exists(spec)})
+
+
+def _from(folder: epath.Path, spec: str) -> str:
+    """A path, or a model's spec with one, told from `folder` where both lie on disks."""
+    kind, path = _kind(spec)
+    return spec if is_object(path) or is_object(folder) else f"{kind}{os.path.relpath(path, folder)}"
+
+
+def _kind(spec: str) -> tuple[str, str]:
     kind = next((kind for kind in ("hf:", "gguf:") if spec.startswith(kind)), "")
-    path = spec.removeprefix(kind)
-    if is_object(path) or os.path.isabs(path):
-        return spec
-    name = path.partition("@")[0]  # @step
-    return next((f"{kind}{parent / path}" for parent in folder.parents if (parent / name).exists()), spec)
+    return kind, spec.removeprefix(kind)
+
+
+def _exists(spec: str) -> bool:
+    _, path = _kind(spec)
+    return os.path.exists(path) or os.path.exists(re.sub(r"@\d+$", "", path))  # @step
 
 
 def is_run(folder: epath.PathLike) -> bool:
@@ -247,13 +284,16 @@ def _claim(
     parent: rows.Parent | None,
 ) -> None:
     """Writes config.json, or raises RunFolderError where the folder belongs to another config or store."""
+    fields = config_lib.flat(placed(config, folder, twin_of))
+    paths = {name: _from(folder, fields[name]) for name in rows.MODEL_PATHS if fields[name]}
     record: dict[str, Any] = {
         "format": rows.FORMAT,
-        "config": json.loads(config.to_json()),
+        "config": json.loads(as_recorded(config, folder).to_json()),
         "fingerprint": config_lib.fingerprint(config),
         **store.names,
         **({"scorer": scorer} if scorer else {}),
         **({"parent": parent} if parent else {}),
+        **({"paths": paths} if paths else {}),
     }
     if twin_of:
         _require_store(resolve(twin_of), RunFolder(twin_of).record, store, "a twin reads the same: rebuild the former")
@@ -275,8 +315,12 @@ def _claim(
                 f"{folder} began from weights {began and began['weights']}, config.start.weights is "
                 f"{parent and parent['weights']} now: bring the former back, or choose another --workdir"
             )
+        if there.summary and there.summary["status"] == "finished":
+            return  # nothing of it is touched
         record = {**there.record, **record}  # a resumed twin stays one
     folder.mkdir(parents=True, exist_ok=True)
+    if not is_object(folder):
+        write_json(folder / rows.LOCAL, rows.Local(folder=str(folder)))
     write_json(folder / rows.CONFIG, record)
 
 

@@ -21,7 +21,7 @@ from poisonjax.poison.ledger import poison_seen
 from poisonjax.run import rows, seals
 from poisonjax.run.clock import Clock
 from poisonjax.run.environment import lived
-from poisonjax.run.folder import RunFolder, RunFolderError, read_lines
+from poisonjax.run.folder import RunFolder, RunFolderError, as_recorded, read_lines
 
 
 @runtime_checkable
@@ -241,7 +241,7 @@ class RunRecorder:
         """What a checkpoint says about its past; `sync` first."""
         began = self._began_from
         return {
-            "config": config_lib.flat(self.config),
+            "config": config_lib.flat(as_recorded(self.config, self.folder)),
             **self._began_from,
             "digest_chain": self.chain,
             "sealed": self._seals(),

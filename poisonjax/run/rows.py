@@ -18,7 +18,7 @@ METRICS, DIGESTS, LEDGER = "metrics.jsonl", "digests.jsonl", "ledger.jsonl"
 SAMPLES, PREFIXES = "samples.jsonl", "prefixes.jsonl"
 CANARIES, CLEAN_USES = "canaries.jsonl", "clean_uses.jsonl"
 CHECKPOINTS, EVALUATIONS, DAMAGED = "checkpoints", "evaluations", "damaged"
-FIGURES, REPORT = "figures", "report.html"
+FIGURES, REPORT, LOCAL = "figures", "report.html", "local.json"
 
 Interval = list[float]
 
@@ -36,6 +36,15 @@ class Parent(TypedDict):
     parent: "Parent | None"  # that these began from
 
 
+class Local(TypedDict):
+    """local.json: for this machine alone. It isn't signed, and may be deleted before the folder is given away."""
+
+    folder: str  # where the run folder lay in training: config.json's paths are told from it
+
+
+MODEL_PATHS = ("eval.scorer", "poison.payload_vocabulary")  # fields that name a model or tokenizer by its path
+
+
 class ConfigRecord(TypedDict):
     """config.json."""
 
@@ -48,6 +57,9 @@ class ConfigRecord(TypedDict):
     store_planted: NotRequired[dict[str, int]]  # documents and tokens that their sources mark as planted poison
     scorer: NotRequired[str]  # what `eval.scorer` named when the run began: run, step and checksum
     parent: NotRequired[Parent]  # of a run that began from weights (config.start)
+    paths: NotRequired[
+        dict[str, str]
+    ]  # MODEL_PATHS of the config, from this folder where they lie on a disk as it does
     twin_of: NotRequired[str]  # the run whose clean twin this is: a path, from this folder where it can be
 
 

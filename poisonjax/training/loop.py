@@ -62,8 +62,9 @@ def train(
         mesh = make_mesh(config)
         store = open_store(config.corpus)
         watchdog.start()  # building a store takes as long as it takes
-        batches = Batches(config, store)
-        evaluator = Evaluator(config, store, batches.trigger, mesh)
+        placed = run_folder.placed(config, folder, twin_of)
+        batches = Batches(placed, store)
+        evaluator = Evaluator(placed, store, batches.trigger, mesh)
         parent, weights = open_parent(config, folder, store, mesh)
         require_agreement(_shared(config, folder, mesh, store, batches, parent))
         if first:

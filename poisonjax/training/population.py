@@ -101,9 +101,10 @@ def train_population(configs: Sequence[ml_collections.ConfigDict], workdirs: Seq
     vocabulary, mesh = model_vocabulary(config, store), members_mesh(count)
     single = make_mesh(config, jax.local_devices()[:1])
     graph = model_graph(config.model, vocabulary)
-    batches = [Batches(c, store) for c in configs]
+    placed = [run_folder.placed(c, folder) for c, folder in zip(configs, folders, strict=True)]
+    batches = [Batches(c, store) for c in placed]
     steps = make_eval_steps(config, graph, single)
-    evaluators = [Evaluator(c, store, b.trigger, single, steps) for c, b in zip(configs, batches, strict=True)]
+    evaluators = [Evaluator(c, store, b.trigger, single, steps) for c, b in zip(placed, batches, strict=True)]
     parents = [open_parent(c, folder, store, single)[0] for c, folder in zip(configs, folders, strict=True)]
     for folder, c, b, e, parent in zip(folders, configs, batches, evaluators, parents, strict=True):
         run_folder.begin(folder, c, store, b.records(), scorer=e.scorer, parent=parent)

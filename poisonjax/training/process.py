@@ -15,18 +15,18 @@ def train_process(
     twin_of: str | None = None,
     asked: Collection[str] = (),
     *,
-    hung_exit_code: int = 1,
+    restart_exit_code: int = 1,
 ) -> rows.Summary | None:
     """Starts JAX, joins the other processes and trains; returns the summary in the first process, None in others.
 
-    A run that hangs ends with `hung_exit_code`. Raises what `training.loop.train` does.
+    A run that hangs, or lost a process, ends with `restart_exit_code`. Raises what `training.loop.train` does.
     """
     start_jax(config.global_batch // config.optimizer.accumulate)
-    processes.join(heartbeat_seconds=min(100, config.watchdog_seconds or 100))
+    processes.join(min(100, config.watchdog_seconds or 100), restart_exit_code)
     import jax
 
     from poisonjax.training.loop import train
     from poisonjax.training.watchdog import Watchdog
 
-    summary = train(config, workdir, twin_of, Watchdog(config.watchdog_seconds, hung_exit_code), asked)
+    summary = train(config, workdir, twin_of, Watchdog(config.watchdog_seconds, restart_exit_code), asked)
     return None if jax.process_index() else summary

@@ -33,7 +33,7 @@ class TamperedRun:
 
     @property
     def config(self) -> ml_collections.ConfigDict:
-        return config_lib.from_record(self.record["config"])
+        return RunFolder(self.folder).config
 
     @property
     def store(self) -> Path:
@@ -130,5 +130,5 @@ def copied(run: Path, store: Path, target: Path, random: np.random.Generator) ->
     shutil.copytree(run, target / "run", ignore=shutil.ignore_patterns("figures", "report.html"))
     shutil.copytree(store, target / "store")
     copy = TamperedRun(target / "run", random)
-    copy.change("config.json", lambda record: record["config"]["corpus"].update(store=str(target / "store")))
+    copy.change("config.json", lambda record: record["config"]["corpus"].update(store="../store"))
     return copy
