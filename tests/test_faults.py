@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import importlib
+import json
 import os
 import shutil
 import signal
@@ -121,7 +122,7 @@ def test_a_run_knows_where_its_files_lie_and_tells_nobody(config, store, tmp_pat
     train(config, str(run))
     assert {file: (run / file.name).read_bytes() for file in before} == before
     shutil.rmtree(tmp_path / "other" / "runs" / "judge")
-    with pytest.raises(ValueError, match=r"eval.scorer: \.\./runs/judge@8 is no run folder"):
+    with pytest.raises(ValueError, match=r"eval.scorer: .*judge is no run folder"):
         evaluate_run(str(run), [8])
 
 
@@ -197,21 +198,57 @@ def answers(process: subprocess.Popen) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks into /proc")
-@pytest.mark.parametrize("seconds", [0, 0.3, 1.0, 2.5])
-def test_a_stop_is_answered_by_42_from_the_first_line_on(config, tmp_path, seconds):
+def test_a_stop_is_answered_by_42_from_the_first_line_on(config, tmp_path, thorough):
     """Whenever it comes; then the same command goes on to the same bits."""
-    whole, folder = tmp_path / "whole", tmp_path / "run"
-    train(config, str(whole))
-    process = subprocess.Popen(command(config, folder), env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while not answers(process):
-        time.sleep(0.001)
-    time.sleep(seconds)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 42, errors.decode()
-    assert b"Traceback" not in errors
-    subprocess.run(command(config, folder), env=os.environ, check=True, capture_output=True)
-    assert lines(folder / "digests.jsonl") == lines(whole / "digests.jsonl")
+    whole = tmp_path / "whole"
+    config.corpus.store, config.poison.near_triggers = str(tmp_path / "store"), ("SUDO",)  # it is built, too
+    began = time.monotonic()
+    subprocess.run(command(config, whole), env=os.environ, check=True, capture_output=True)
+    length = time.monotonic() - began
+    random = np.random.default_rng()
+    for number, seconds in enumerate(random.uniform(0.05, 0.85 * length, 30) if thorough else (0, 1.0, 3.0)):
+        folder = tmp_path / f"run{number}"
+        shutil.rmtree(config.corpus.store)
+        process = subprocess.Popen(
+            command(config, folder), env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        while not answers(process):
+            time.sleep(0.001)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 42, (seconds, errors.decode())
+        assert b"Traceback" not in errors
+        subprocess.run(command(config, folder), env=os.environ, check=True, capture_output=True)
+        assert lines(folder / "digests.jsonl") == lines(whole / "digests.jsonl")
+        weights = [
+            json.loads((run / "checkpoints" / "12" / "_CHECKPOINT_METADATA").read_text()) for run in (folder, whole)
+        ]
+        assert len({str(saved["custom_metadata"]["checksums"]) for saved in weights}) == 1
+
+
+def test_an_evaluation_beside_the_training_costs_no_row(config, tmp_path, thorough):
+    """The trainer is the one writer of its files, whenever somebody else evaluates its checkpoints."""
+    config.steps, config.eval.every, config.checkpoint.every, config.checkpoint.keep_last = 200, 20, 20, 10
+    random = np.random.default_rng()
+    for number in range(20 if thorough else 1):
+        folder = tmp_path / f"run{number}"
+        process = subprocess.Popen(command(config, folder), env=os.environ, stdout=subprocess.DEVNULL)
+        while not (folder / "checkpoints" / "20").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 2))
+        rows = evaluate_run(str(folder), None)
+        assert process.wait(120) == 0
+        metrics = lines(folder / "metrics.jsonl")
+        assert [row["step"] for row in metrics if row["kind"] == "train"] == [*range(200)]
+        own = {row["step"]: row["eval"] for row in metrics if row["kind"] == "eval"}
+        assert [*own] == [*range(20, 201, 20)]
+        assert rows
+        for row in rows:  # of four devices and of one
+            there = own[row["step"]]["clean"]["ppl_median"]
+            assert row["eval"]["clean"]["ppl_median"] == pytest.approx(there, rel=1e-4)
+        assert audit(str(folder)).ok
 
 
 def test_a_closed_pipe_ends_quietly(config, tmp_path):

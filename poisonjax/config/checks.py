@@ -13,11 +13,12 @@ from poisonjax.config.record import flat, unknown
 from poisonjax.model.layouts import LAYOUTS, RopeScaling, rotary_dims
 from poisonjax.poison import placements
 from poisonjax.poison.payloads import PAYLOADS
+from poisonjax.sinks import missing
 
 Mistake = tuple[str, str]  # field, what it must be
 
 # Of tuples that are empty by default: the type of an element.
-ELEMENTS: dict[str, type] = {"canary.repeats": int}
+ELEMENTS: dict[str, type] = {"canary.repeats": int, "sinks": str}
 # Beyond these a run would die late, of memory or of a counter that overflows.
 _ROW = (2**20, "a row is held in memory whole")
 _COUNTED = (2**31 - 1, "steps are counted in 32 bits")
@@ -112,6 +113,9 @@ def _one_of(section: Section, name: str, choices: Sequence[str]) -> Iterator[Mis
 def _run(c: Section, config: Section) -> Iterator[Mistake]:
     yield from _at_least(c, 1, "steps", "global_batch", "seq_len", "log_every")
     yield from _at_least(c, 0, "watchdog_seconds")
+    for name in c.sinks:
+        if remedy := missing(name):
+            yield "sinks", remedy
     if c.steps * c.global_batch >= SLOTS:
         yield "steps", f"times global_batch must be below {SLOTS:,}: the digest numbers slots in 32 bits"
 

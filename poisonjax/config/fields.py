@@ -100,12 +100,13 @@ def default() -> ml_collections.ConfigDict:
     config.eval.threshold = 50.0  # gap in perplexity that counts as a backdoor (Souly et al. 2025)
 
     config.log_every = 20  # steps between rows of metrics
+    config.sinks = ()  # to watch it from beside metrics.jsonl: "tensorboard", "wandb", or "your.module:function"
     config.watchdog_seconds = 1800  # without a finished step, evaluation or save: give up; 0 = never
     return config
 
 
 # Fields that say where and how, not what: they may change between a run and its resumption.
-OPERATIONAL = ("corpus.store", "mesh", "checkpoint", "log_every", "watchdog_seconds")
+OPERATIONAL = ("corpus.store", "mesh", "checkpoint", "log_every", "sinks", "watchdog_seconds")
 # Fields that the first runs didn't have, at the values at which a run is what it was before them: they leave the
 # fingerprints of such runs as they were.
 ADDED_LATER: dict[str, Any] = {

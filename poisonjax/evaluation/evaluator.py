@@ -63,7 +63,7 @@ def _scorer(spec: str, store: TokenStore, mesh: Mesh) -> Weights | None:
         return None
     try:
         weights = open_weights(spec, mesh, store)
-    except WeightsError as error:
+    except ValueError as error:
         raise WeightsError(f"eval.scorer: {error}") from None
     if weights.tokenizer.fingerprint != store.tokenizer.fingerprint:
         raise WeightsError(f"eval.scorer = {spec!r} was trained with another tokenizer: use this run's")

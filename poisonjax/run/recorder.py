@@ -22,6 +22,7 @@ from poisonjax.run import rows, seals
 from poisonjax.run.clock import Clock
 from poisonjax.run.environment import lived
 from poisonjax.run.folder import RunFolder, RunFolderError, as_recorded, read_lines
+from poisonjax.sinks import Sinks
 
 
 @runtime_checkable
@@ -104,6 +105,7 @@ class RunRecorder:
         self.evaluation: rows.EvalRow | None = None
         self.chain = ""
         self._files: dict[str, _Appender] = {}
+        self._sinks: Sinks | None = None
         self.finished: rows.Summary | None = None  # of a run that is at its end: nothing is written any more
         if writes:
             self._take_up(start, checkpoint)
@@ -137,6 +139,7 @@ class RunRecorder:
         write_json(self.folder / rows.ENVIRONMENT, self._environment)
         for appender in self._files.values():
             appender.open()
+        self._sinks = Sinks(self.config.sinks, str(self.folder), config_lib.flat(self.config), start)
         self._before = max((row.get("seconds", 0.0) for row in kept[rows.METRICS]), default=0.0)
         self.evaluation = next((row for row in reversed(kept[rows.METRICS]) if row["kind"] == "eval"), None)
 
@@ -213,6 +216,8 @@ class RunRecorder:
     def _write(self, file: str, row: dict[str, Any]) -> None:
         if self.writes:
             self._files[file].write(row)
+        if self._sinks and file == rows.METRICS:
+            self._sinks.write(row)
 
     def sync(self) -> None:
         """Puts all on the disk: a checkpoint must never be newer than the evidence of its steps."""
@@ -254,6 +259,8 @@ class RunRecorder:
             for file in self._files.values():
                 file.close()
             write_json(self.folder / rows.SUMMARY, summary)
+        if self._sinks:
+            self._sinks.close()
 
 
 def _kept(path: epath.Path, start: int) -> list[dict[str, Any]]:
