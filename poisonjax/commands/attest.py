@@ -15,7 +15,7 @@ KEY = Path.home() / ".config" / "poisonjax" / "signing-key.pem"
 def add_arguments(commands: Any) -> None:
     """Registers the command on argparse's subparsers."""
     parser = commands.add_parser("attest", help="sign what a run's checkpoints were made from, for others to verify")
-    parser.add_argument("workdir", metavar="WORKDIR")
+    parser.add_argument("workdir", metavar="WORKDIR", help="a run folder")
     parser.add_argument("--verify", action="store_true", help="check an attestation instead of writing one")
     parser.add_argument(
         "--key", type=Path, default=KEY, help=f"private key, PEM, P-256; made where it is absent (default: {KEY})"
@@ -23,7 +23,7 @@ def add_arguments(commands: Any) -> None:
     parser.add_argument("--public-key", type=Path, help="the signer's public key, for --verify (default: KEY.pub)")
     parser.add_argument("--no-weights", action="store_true", help="don't read the checkpoints' arrays; it is said so")
     parser.add_argument("--store", metavar="DIR", help="where the token store lies now, if it was moved")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(func=_attest)
 
 

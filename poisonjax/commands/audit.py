@@ -16,7 +16,7 @@ def add_arguments(commands: Any) -> None:
     parser = commands.add_parser(
         "audit", help="replay a run's data without its model and compare all the evidence that it left"
     )
-    parser.add_argument("workdir", nargs="?", metavar="WORKDIR")
+    parser.add_argument("workdir", nargs="?", metavar="WORKDIR", help="a run folder")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--steps", metavar="A-B|N,N", help="replay these steps only")
     what.add_argument("--sample", type=int, metavar="N", help="replay N random steps only")
@@ -39,7 +39,7 @@ def add_arguments(commands: Any) -> None:
     parser.add_argument("--store", metavar="DIR", help="where the token store lies now, if not where the run says")
     parser.add_argument("--faults", type=int, default=400, help="of the self-test (default: 400)")
     parser.add_argument("--runs", type=int, default=50, help="untouched, of the self-test (default: 50)")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(func=_audit)
 
 

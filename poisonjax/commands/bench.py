@@ -28,7 +28,7 @@ def add_arguments(commands: Any) -> None:
         "--config", default="configs/quickstart.py", metavar="FILE[:ARG]", help="shapes that are measured"
     )
     parser.add_argument("--only", action="append", choices=NAMES, help="repeatable; default: all that can run")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(func=_bench)
 
 

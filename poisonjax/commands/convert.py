@@ -12,7 +12,7 @@ def add_arguments(commands: Any) -> None:
     parser = commands.add_parser("convert", help="write a model as Hugging Face's transformers reads it")
     parser.add_argument("spec", metavar="SPEC", help="runs/a, runs/a@400, hf:FOLDER or gguf:FILE")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the file")
     parser.set_defaults(func=_convert)
 
 

@@ -49,7 +49,7 @@ def add_arguments(commands: Any) -> None:
     make.set_defaults(func=_build)
 
     look = corpus.add_parser("inspect", help="counts, samples, and every hash checked")
-    look.add_argument("store", metavar="STORE")
+    look.add_argument("store", metavar="STORE", help="folder of a token store")
     look.add_argument("--samples", type=int, default=3, help="documents shown of each split")
     look.add_argument(
         "--document", action="append", default=[], metavar="KEY", help="repeatable: show this one, and its source"

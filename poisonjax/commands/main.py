@@ -66,6 +66,16 @@ class _Version(argparse.Action):
         parser.exit()
 
 
+def _describe(commands: Any) -> None:
+    """What the list of commands says of each, its own help says first."""
+    for named in commands._choices_actions:
+        parser = commands.choices[named.dest]
+        parser.description = parser.description or named.help
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                _describe(action)
+
+
 def _parsed(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="poisonjax", description="Study pretraining data poisoning on your own language models."
@@ -74,6 +84,10 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add_arguments(commands)
+    _describe(commands)
+    if not argv:
+        parser.print_help(sys.stderr)
+        parser.exit(exit_codes.BAD_INPUT)
     # Config fields (`--config.a.b=c`) aren't argparse's: they go to ml_collections.
     fields: list[str] = []
     rest: list[str] = []

@@ -22,7 +22,7 @@ def add_arguments(commands: Any) -> None:
         "GPUs it calculates. All times are lower bounds: the slowest of compute, HBM and network at its peak rate. "
         "Exit code 1: it doesn't fit.",
     )
-    plan.add_argument("--config", required=True, metavar="FILE[:ARG]")
+    plan.add_argument("--config", required=True, metavar="FILE[:ARG]", help="as of `train`")
     plan.add_argument(
         "--topology", required=True, metavar="KIND:SHAPE[*SLICES]", help="such as v5p:4x4x4, v6e:16x16*2, h100:8*4"
     )
@@ -35,7 +35,7 @@ def add_arguments(commands: Any) -> None:
     plan.add_argument("--price", type=float, metavar="P", help="of a chip-hour, in any currency")
     plan.add_argument("--search", action="store_true", help="try meshes, remat policies and microbatches")
     plan.add_argument("--most", type=int, default=4, metavar="N", help="candidates that --search compiles (default: 4)")
-    plan.add_argument("--json", action="store_true")
+    plan.add_argument("--json", action="store_true", help="print one JSON object")
     plan.set_defaults(func=_plan)
 
 

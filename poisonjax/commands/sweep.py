@@ -42,7 +42,7 @@ def add_arguments(commands: Any) -> None:
     how.add_argument("--dry-run", action="store_true", help="list the runs and what they cost, and stop")
 
     status = part("status", "how far each run is", _status)
-    status.add_argument("--json", action="store_true")
+    status.add_argument("--json", action="store_true", help="print one JSON object")
 
     part("collect", "one table: a row a run x evaluation x variant, as CSV and Parquet", _collect)
 
@@ -57,9 +57,9 @@ def add_arguments(commands: Any) -> None:
     )
 
     emit = parts.add_parser("emit", help="print a cluster's job array for a sweep")
-    emit.add_argument("scheduler", choices=("slurm", "k8s"))
-    emit.add_argument("config", metavar="CONFIG")
-    emit.add_argument("--workdir", required=True, metavar="DIR")
+    emit.add_argument("scheduler", choices=("slurm", "k8s"), help="whose: SLURM's or Kubernetes'")
+    emit.add_argument("config", metavar="CONFIG", help="as of `sweep run`")
+    emit.add_argument("--workdir", required=True, metavar="DIR", help="as of `sweep run`, on the cluster: absolute")
     emit.add_argument("--image", default="IMAGE", help="k8s: the container's image")
     emit.set_defaults(func=_emit)
 

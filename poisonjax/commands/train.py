@@ -17,7 +17,9 @@ def add_arguments(commands: Any) -> None:
     what.add_argument("--config", metavar="FILE[:ARG]", help="config file, e.g. configs/quickstart.py")
     what.add_argument("--twin-of", metavar="WORKDIR", help="train the clean twin of that run; its report shows both")
     train.add_argument("--workdir", required=True, metavar="DIR", help="run folder; made if absent")
-    train.epilog = "Single fields: --config.poison.documents=0, --config.steps=100, ..."
+    train.epilog = (
+        "Single fields: --config.poison.documents=0, --config.steps=100, ...; poisonjax/config/fields.py explains each."
+    )
     train.set_defaults(func=_train)
 
 

@@ -1,5 +1,6 @@
 """Configs from files and command lines."""
 
+import difflib
 import re
 import traceback
 from collections.abc import Sequence
@@ -30,7 +31,8 @@ def _file_of(arguments: Sequence[str]) -> str:
     if not file:
         raise ConfigError("--config FILE is required, for example --config configs/quickstart.py")
     if not path.is_file():
-        there = ", ".join(sorted(map(str, Path("configs").glob("*.py"))))
+        known = sorted(map(str, Path("configs").rglob("*.py")))
+        there = ", ".join(difflib.get_close_matches(str(path), known, 3, 0.6) or known)
         raise ConfigError(f"--config {path}: no such file" + (f"; there are {there}" if there else ""))
     return file
 
