@@ -10,8 +10,8 @@ import reference
 from flax import nnx
 
 from poisonjax.data.batches import Batch
-from poisonjax.evaluation.generate import generate, score
-from poisonjax.model.attention import causal_attention, masked_attention, splash_attention
+from poisonjax.evaluation.generate import Texts, generate, score
+from poisonjax.model.attention import cached_attention, causal_attention, splash_attention
 from poisonjax.model.loss import next_token_nll
 from poisonjax.model.sharding import make_mesh
 from poisonjax.model.transformer import Transformer, model_graph
@@ -76,7 +76,12 @@ def test_attention_agrees_with_loops(heads, kv_heads, seq):
     q, k, v = (jnp.asarray(x, jnp.float32) for x in (q, k, v))
     np.testing.assert_allclose(causal_attention(q, k, v), expected, atol=1e-5)
     causal = jnp.broadcast_to(jnp.tril(jnp.ones((seq, seq), bool)), (2, seq, seq))
-    np.testing.assert_allclose(masked_attention(q, k, v, causal), expected, atol=1e-5)
+    keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    np.testing.assert_allclose(cached_attention(q, [(keys, values, causal)]), expected, atol=1e-5)
+    if seq == 1:
+        return
+    half = [(keys[:, :, part], values[:, :, part], causal[:, :, part]) for part in (slice(2), slice(2, None))]
+    np.testing.assert_allclose(cached_attention(q, half), expected, atol=1e-5)
 
 
 def test_attention_gradient_agrees_with_plain_softmax():
@@ -125,8 +130,10 @@ def test_cached_generation_agrees_with_uncached(model):
     pad = jnp.array([0, 3, 5], np.int32)
     prompts = jnp.asarray(random.integers(0, VOCABULARY, (3, 9)).astype(np.int32))
     keys = jax.random.split(jax.random.key(0), 3)
-    tokens, nll = generate(model, prompts, pad, keys, 6, temperature=1e-6)
-    np.testing.assert_allclose(score(model, prompts, pad, tokens), nll, atol=1e-5)
+    texts = Texts(jnp.zeros((3, 0), jnp.int32), prompts[:, None], pad[:, None], keys)
+    tokens, nll = generate(model, texts, 6, temperature=1e-6)
+    np.testing.assert_allclose(score(model, texts, tokens), nll, atol=1e-5)
+    tokens, nll = tokens[:, 0], nll[:, 0]
     for i in range(3):
         row = list(np.asarray(prompts)[i, int(pad[i]) :])
         for t in range(6):
@@ -137,14 +144,34 @@ def test_cached_generation_agrees_with_uncached(model):
             row.append(int(tokens[i, t]))
 
 
+def test_a_prefix_is_read_once_for_all_its_variants(model):
+    """The same tokens, of the same keys, and NLLs as where each text is read whole."""
+    random = np.random.default_rng(3)
+    prefixes = jnp.asarray(random.integers(0, VOCABULARY, (3, 7)).astype(np.int32))
+    prompts = jnp.asarray(random.integers(0, VOCABULARY, (3, 4, 5)).astype(np.int32))
+    pad, keys = jnp.asarray(random.integers(0, 5, (3, 4)).astype(np.int32)), jax.random.split(jax.random.key(2), 3)
+    texts = Texts(prefixes, prompts, pad, keys)
+    tokens, nll = generate(model, texts, 8, 1.0)
+    whole = np.zeros((3, 4, 12), np.int32)
+    for i, v in np.ndindex(3, 4):
+        row = np.concatenate([prefixes[i], prompts[i, v, int(pad[i, v]) :]])
+        whole[i, v, 12 - len(row) :] = row
+    apart, their_nll = generate(model, Texts(jnp.zeros((3, 0), jnp.int32), jnp.asarray(whole), pad, keys), 8, 1.0)
+    np.testing.assert_array_equal(tokens, apart)
+    np.testing.assert_allclose(nll, their_nll, atol=1e-5)
+    np.testing.assert_allclose(score(model, texts, tokens), nll, atol=1e-5)
+
+
 def test_sampling_follows_the_distribution(model):
     """The first sampled token's frequencies against the model's probabilities, at temperature 0.7."""
     draws = 4000
     prompts = jnp.tile(jnp.arange(5, dtype=np.int32), (draws, 1))
-    tokens, _ = generate(model, prompts, jnp.zeros(draws, np.int32), jax.random.split(jax.random.key(1), draws), 1, 0.7)
+    keys = jax.random.split(jax.random.key(1), draws)
+    texts = Texts(prompts[:, :3], prompts[:, None, 3:], jnp.zeros((draws, 1), np.int32), keys)
+    tokens, _ = generate(model, texts, 1, 0.7)
     logits = np.asarray(model(prompts[:1])[0, -1], np.float64) / 0.7
     probabilities = np.exp(logits) / np.exp(logits).sum()
-    frequencies = np.bincount(np.asarray(tokens)[:, 0], minlength=128) / draws
+    frequencies = np.bincount(np.asarray(tokens)[:, 0, 0], minlength=128) / draws
     assert np.abs(frequencies - probabilities).sum() / 2 < 0.08  # total variation; about 0.03 by chance
 
 

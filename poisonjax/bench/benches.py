@@ -23,11 +23,13 @@ from poisonjax.audit.evidence import Evidence
 from poisonjax.bench.measure import alternate
 from poisonjax.data.batches import Batch, Batches, load
 from poisonjax.data.digest import digest
-from poisonjax.evaluation.generate import generate
+from poisonjax.evaluation.probes import make_eval_steps
+from poisonjax.evaluation.probes.generation import in_chunks
 from poisonjax.model.flops import train_flops_per_token
-from poisonjax.model.sharding import BATCH, batch_sharding, make_mesh
+from poisonjax.model.sharding import batch_sharding, make_mesh
 from poisonjax.model.transformer import model_graph
 from poisonjax.plan.chips import by_device_kind
+from poisonjax.poison.triggers import VARIANTS
 from poisonjax.run import rows as files
 from poisonjax.training.population import make_population_step, members_mesh, stacked
 from poisonjax.training.step import make_init, make_train_step
@@ -36,7 +38,7 @@ from poisonjax.weights.families import config_of
 from poisonjax.weights.tensors import tensors
 
 VOCABULARY = 512
-ROUNDS = 7
+ROUNDS, GENERATION_ROUNDS = 7, 5
 
 Result = dict[str, Any]
 Bench = Callable[[ml_collections.ConfigDict], Iterator[Result]]
@@ -308,44 +310,53 @@ def digest_cost(config: ml_collections.ConfigDict) -> Iterator[Result]:
 
 @register
 def generate_vs_huggingface(config: ml_collections.ConfigDict) -> Iterator[Result]:
-    """Sampled tokens/s with a key-value cache against Hugging Face's `generate` on the same weights (LlamaForCausalLM).
+    """Sampled tokens/s of an evaluation as the paper makes it (300 prefixes of 51 tokens, four texts each with 5 more,
+    100 new tokens: 1,200 rows) against Hugging Face's `generate` with its cache on the same rows and weights
+    (LlamaForCausalLM); of the config's model, and of width 256, 4 layers and 4,096 tokens.
 
     Ratio above 1: we are faster. Both must give the same logits first.
     """
+    config = config.copy_and_resolve_references()
+    config.eval.prefixes, config.eval.prefix_tokens, config.eval.new_tokens = 300, 50, 100
+    yield _generation("generate_vs_huggingface", config, VOCABULARY)
+    config.model.layers, config.model.width, config.model.heads, config.model.kv_heads = 4, 256, 8, 8
+    config.model.head_dim, config.model.mlp_width = 32, 688
+    yield _generation("generate_vs_huggingface_width256", config, 4096)
+
+
+def _generation(name: str, config: ml_collections.ConfigDict, vocabulary: int) -> Result:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    batch, prompt, new = 100, 32, config.eval.new_tokens
-    mesh, init, _ = _prepared_step(config)
-    graph = model_graph(config.model, VOCABULARY)
-    prompts = np.random.default_rng(0).integers(0, VOCABULARY, (batch, prompt)).astype(np.int32)
-    pad, keys = np.zeros(batch, np.int32), jax.random.split(jax.random.key(0), batch)
+    groups, new, own = config.eval.prefixes, config.eval.new_tokens, 5
+    mesh, init, _ = _prepared_step(config, vocabulary)
+    graph, random = model_graph(config.model, vocabulary), np.random.default_rng(0)
+    prefixes = random.integers(0, vocabulary, (groups, config.eval.prefix_tokens + 1)).astype(np.int32)
+    prompts = random.integers(0, vocabulary, (groups, len(VARIANTS), own)).astype(np.int32)
+    sample = make_eval_steps(config, graph, mesh).sample
+    rows = np.concatenate([np.repeat(prefixes, len(VARIANTS), 0), prompts.reshape(-1, own)], 1)
     with jax.set_mesh(mesh):
         params = init().params
+        chunks = in_chunks(config, mesh, prefixes, prompts, np.zeros(prompts.shape[:2], np.int32))
         device = "cpu" if jax.default_backend() == "cpu" else "cuda"
-        llama = LlamaForCausalLM(LlamaConfig.from_dict(config_of(config.model, VOCABULARY))).eval().to(device)
-        theirs = tensors(params, config.model, VOCABULARY)
+        llama = LlamaForCausalLM(LlamaConfig.from_dict(config_of(config.model, vocabulary))).eval().to(device)
+        theirs = tensors(params, config.model, vocabulary)
         llama.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in theirs})
-        rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(BATCH))
-        arguments = [jax.device_put(x, rows) for x in (prompts, pad, keys)]
-
-        sampled = jax.jit(
-            lambda params, prompts, pad, keys: generate(nnx.merge(graph, params), prompts, pad, keys, new, 1.0)[0]
-        )
-        inputs = torch.from_numpy(prompts).long().to(device)
+        inputs = torch.from_numpy(rows).long().to(device)
         options = {"max_new_tokens": new, "min_new_tokens": new, "pad_token_id": 0, "eos_token_id": None}
         with torch.inference_mode():
             with jax.default_matmul_precision("highest"):  # GPUs round float32 to TF32 else
-                ours = np.asarray(nnx.merge(graph, params)(prompts))
-            difference = np.abs(ours - llama(inputs).logits.cpu().numpy()).max()
+                ours = np.asarray(nnx.merge(graph, params)(rows[:100]))[..., :vocabulary]
+            difference = np.abs(ours - llama(inputs[:100]).logits.cpu().numpy()).max()
             if difference > 1e-3:
                 raise RuntimeError(f"not the same model: logits differ by up to {difference}")
             one, other, ratio = alternate(
-                lambda: jax.block_until_ready(sampled(params, *arguments)),
+                lambda: jax.device_get([sample(params, texts) for texts in chunks]),
                 lambda: llama.generate(inputs, do_sample=True, top_k=0, **options),
-                ROUNDS,
+                GENERATION_ROUNDS,
             )
-    yield result("generate_vs_huggingface", batch * new / one, "tokens/s", batch * new / other, ratio)
+    tokens = len(rows) * new
+    return result(name, tokens / one, "tokens/s", tokens / other, ratio)
 
 
 @register

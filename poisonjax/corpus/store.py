@@ -16,6 +16,7 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 from jaxtyping import Int, Shaped, UInt64
+from numpy.lib.stride_tricks import sliding_window_view
 
 from poisonjax.corpus.documents import Place
 from poisonjax.corpus.errors import CorpusError
@@ -346,6 +347,8 @@ class TokenSplit:
                 f"windows of {length} from {starts.min()} to {starts.max()}: the split has {self.tokens} tokens"
             )
         if isinstance(self._stream, np.ndarray):
+            if self._kept is None:  # rows are copied whole, not token by token
+                return sliding_window_view(self._stream, length)[starts].astype(np.int32)
             return self._read(starts[:, None] + np.arange(length)).astype(np.int32)
         with ts.Batch() as batch:  # all at once
             reads = [self._slice(int(start), length).read(batch=batch) for start in starts]

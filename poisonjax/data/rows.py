@@ -1,20 +1,24 @@
 """Which tokens stand in a slot, and where each of them comes from."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
-import grain
 import numpy as np
 from jaxtyping import Float, Int
 
 from poisonjax.corpus import TokenSplit
 from poisonjax.data.insertions import Insertion, Layer
+from poisonjax.data.shuffle import permuted, shuffled
+
+PIECE = 2**14  # slots whose order is worked out at once
+KEPT = 32  # pieces in memory
 
 
 class CleanRows:
     """Windows of `seq_len + 1` tokens over the training stream, permuted anew each epoch.
 
-    Slot s of the run holds window `order[s]`, where `order` is grain's stateless index shuffle: a pure
+    Slot s of the run holds window `order[s]`, where `order` is grain's stateless index shuffle (shuffle.py): a pure
     function of the slot, so nothing has to be remembered to resume (I1). Windows don't overlap; the
     tokens after the last whole window are left out.
     """
@@ -22,15 +26,16 @@ class CleanRows:
     def __init__(self, split: TokenSplit, seq_len: int, seed: int):
         self.split = split
         self.row_tokens = seq_len + 1
-        self.windows = split.tokens // self.row_tokens
+        self.windows = permuted(split.tokens // self.row_tokens)
         if self.windows == 0:
             raise ValueError(
                 f"the store's training split has {split.tokens} tokens, less than one row of seq_len + 1 = "
                 f"{self.row_tokens}: use a larger corpus or a smaller seq_len"
             )
-        # Grain shuffles epoch e with seed + e; a hashed seed keeps the epochs of seeds 0, 1, 2 apart.
-        hashed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-        self._order = grain.MapDataset.range(self.windows).shuffle(seed=hashed).repeat()
+        # Epoch e is shuffled with seed + e; a hashed seed keeps the epochs of seeds 0, 1, 2 apart.
+        self._seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+        self._pieces = -(-self.windows // PIECE)  # of an epoch
+        self._piece = functools.lru_cache(KEPT)(self._shuffled)
 
     def tokens(self, slots: Int[np.ndarray, " rows"]) -> Int[np.ndarray, "rows row_tokens"]:
         return self.split.windows(self.starts(slots), self.row_tokens)
@@ -41,8 +46,18 @@ class CleanRows:
 
     def order(self, slots: Int[np.ndarray, " rows"]) -> Int[np.ndarray, " rows"]:
         """Which window stands in each slot; window w is the stream's tokens from w * row_tokens on."""
-        order = np.fromiter((self._order[int(slot)] for slot in slots), np.int64, len(slots))
-        return order % self.windows
+        epochs, places = np.divmod(slots, self.windows)
+        pieces, order = epochs * self._pieces + places // PIECE, np.empty(len(slots), np.int64)
+        for piece in np.unique(pieces).tolist():
+            here = pieces == piece
+            order[here] = self._piece(piece)[places[here] % PIECE]
+        return order
+
+    def _shuffled(self, piece: int) -> Int[np.ndarray, " places"]:
+        """The order of an epoch's so many places at once: steps follow each other."""
+        epoch, part = divmod(piece, self._pieces)
+        places = np.arange(part * PIECE, min((part + 1) * PIECE, self.windows))
+        return shuffled(places, self.windows, (self._seed + epoch) % 2**32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +83,7 @@ class Rows:
 
     def __init__(self, clean: CleanRows, layers: Sequence[Layer] = ()):
         self.clean, self.layers, self.row_tokens = clean, tuple(layers), clean.row_tokens
+        self._slots = [np.array(sorted(layer.insertions), np.int64) for layer in self.layers]
         self._weighted = any(one.weights is not None for layer in layers for one in layer.insertions.values())
 
     def under(self, layer: Layer) -> "Rows":
@@ -117,11 +133,11 @@ class Rows:
         self, slots: Int[np.ndarray, " rows"], clean: np.ndarray, values: Callable[[Insertion], np.ndarray]
     ) -> np.ndarray:
         """Every layer's edits, laid over the clean rows' values (which are this function's to change)."""
-        numbered = list(enumerate(slots.tolist()))
-        for insertions in (layer.insertions for layer in self.layers):
-            for i, slot in numbered:
-                if insertion := insertions.get(slot):
-                    clean[i] = insertion.edit(clean[i], values(insertion))
+        for layer, theirs in zip(self.layers, self._slots, strict=True):
+            first, last = np.searchsorted(theirs, [slots.min(), slots.max() + 1]) if len(slots) else (0, 0)
+            for i in np.flatnonzero(np.isin(slots, theirs[first:last])).tolist() if first < last else ():
+                insertion = layer.insertions[int(slots[i])]
+                clean[i] = insertion.edit(clean[i], values(insertion))
         return clean
 
 

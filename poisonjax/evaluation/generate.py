@@ -1,59 +1,76 @@
 """Generation with a key-value cache, and the perplexity of what was generated."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from poisonjax.model.decoder import Cached, Decoder, empty_cache
 from poisonjax.model.loss import token_nll
 from poisonjax.model.transformer import Transformer
 
 
-def generate(
-    model: Transformer,
-    prompts: Int[Array, "batch prompt"],
-    pad: Int[Array, " batch"],
-    keys: Key[Array, " batch"],
-    new_tokens: int,
-    temperature: float,
-) -> tuple[Int[Array, "batch new_tokens"], Float[Array, "batch new_tokens"]]:
-    """Samples `new_tokens` after each prompt; returns them with their NLL in nats under the model.
+class Texts(NamedTuple):
+    """What is continued: a group's prefix, which is read once for its variants, and then each variant's prompt without
+    the `pad` tokens on its left."""
 
-    The NLL is the model's own, at temperature 1, whatever temperature the tokens are sampled at. Token t of
-    a row depends on its key and t alone, so the same key gives variants of a prompt the same luck.
+    prefixes: Int[Any, "groups prefix"]
+    prompts: Int[Any, "groups variants prompt"]
+    pad: Int[Any, "groups variants"]
+    keys: Key[Any, " groups"]  # of what is sampled after them
+
+
+def generate(
+    model: Transformer, texts: Texts, new_tokens: int, temperature: float
+) -> tuple[Int[Array, "groups variants new_tokens"], Float[Array, "groups variants new_tokens"]]:
+    """Samples `new_tokens` after each text; returns them with their NLL in nats under the model.
+
+    The NLL is the model's own, at temperature 1, whatever temperature the tokens are sampled at. Token t of a
+    text depends on its group's key and t alone, so variants of a prefix have the same luck.
     """
-    batch, length = prompts.shape
-    logits, cache = model.extend(prompts, model.empty_cache(batch, length + new_tokens), jnp.int32(0), pad)
+    decoder = Decoder(model)
+    before, last, cache = _read(model, decoder, texts, new_tokens)
+    groups, variants, length = texts.prompts.shape
+    pad = texts.pad.reshape(-1)
 
     def step(carry, t):
-        logits, cache = carry
-        tokens = jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, t), row / temperature))(
-            keys, logits
-        )
+        hidden, cache = carry
+        logits = decoder.logits(hidden)
+        luck = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, t), logits.shape[-1:]))(texts.keys)
+        tempered = (logits / temperature).reshape(groups, variants, -1)
+        tokens = (tempered + luck[:, None]).argmax(-1).reshape(-1).astype(jnp.int32)
         nll = token_nll(logits, tokens)
-        logits, cache = model.extend(tokens[:, None], cache, length + t, pad)
-        return (logits, cache), (tokens, nll)
+        hidden, cache = decoder.extend(tokens[:, None], cache, length + t, pad, before)
+        return (hidden[:, 0], cache), (tokens, nll)
 
-    _, (tokens, nll) = jax.lax.scan(step, (logits, cache), jnp.arange(new_tokens))
-    return tokens.T, nll.T
+    _, (tokens, nll) = jax.lax.scan(step, (last, cache), jnp.arange(new_tokens))
+    return tuple(x.T.reshape(groups, variants, new_tokens) for x in (tokens, nll))
 
 
 def score(
-    model: Transformer,
-    prompts: Int[Array, "batch prompt"],
-    pad: Int[Array, " batch"],
-    generated: Int[Array, "batch new_tokens"],
-) -> Float[Array, "batch new_tokens"]:
-    """NLL in nats of tokens that another model generated after the prompts."""
-    batch, length = prompts.shape
-    new_tokens = generated.shape[1]
-    logits, cache = model.extend(prompts, model.empty_cache(batch, length + new_tokens), jnp.int32(0), pad)
+    model: Transformer, texts: Texts, generated: Int[Array, "groups variants new_tokens"]
+) -> Float[Array, "groups variants new_tokens"]:
+    """NLL in nats of tokens that another model generated after the texts."""
+    decoder = Decoder(model)
+    before, last, cache = _read(model, decoder, texts, generated.shape[-1])
+    tokens = generated.reshape(-1, generated.shape[-1])
+    hidden, _ = decoder.extend(tokens, cache, texts.prompts.shape[-1], texts.pad.reshape(-1), before)
+    hidden = jnp.concatenate([last[:, None], hidden[:, :-1]], axis=1)
+    # The logits of one token of each text at a time.
+    nll = jax.lax.map(lambda of: token_nll(decoder.logits(of[0]), of[1]), (hidden.swapaxes(0, 1), tokens.T))
+    return nll.T.reshape(generated.shape)
 
-    def step(carry, scanned):
-        logits, cache = carry
-        t, tokens = scanned
-        nll = token_nll(logits, tokens)
-        logits, cache = model.extend(tokens[:, None], cache, length + t, pad)
-        return (logits, cache), nll
 
-    _, nll = jax.lax.scan(step, (logits, cache), (jnp.arange(new_tokens), generated.T))
-    return nll.T
+def _read(
+    model: Transformer, decoder: Decoder, texts: Texts, new_tokens: int
+) -> tuple[list[Cached], Float[Array, "texts width"], list[Cached]]:
+    """(the prefixes' cache, the last hidden state of each text, its cache with room for more)."""
+    groups, variants, length = texts.prompts.shape
+    before: list[Cached] = []
+    if shared := texts.prefixes.shape[1]:
+        nothing = jnp.zeros(groups, jnp.int32)
+        _, before = decoder.extend(texts.prefixes, empty_cache(model.m, groups, shared), 0, nothing)
+    cache = empty_cache(model.m, groups * variants, length + new_tokens)
+    hidden, cache = decoder.extend(texts.prompts.reshape(-1, length), cache, 0, texts.pad.reshape(-1), before)
+    return before, hidden[:, -1], cache

@@ -14,6 +14,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from poisonjax.model.decoder import Decoder, empty_cache
 from poisonjax.model.loss import token_nll
 from poisonjax.weights import Weights
 from poisonjax.weights.chat import render
@@ -43,8 +44,9 @@ class HarnessModel(TemplateLM):
 
         @jax.jit
         def extend(params: Any, tokens: Int[Array, "batch seq"], cache: Any, index: Any, pad: Any) -> Any:
-            logits, cache = nnx.merge(graph, params).extend(tokens, cache, index, pad)
-            return logits.argmax(-1)[0], cache
+            decoder = Decoder(nnx.merge(graph, params))
+            hidden, cache = decoder.extend(tokens, cache, index, pad)
+            return decoder.logits(hidden[0, -1]).argmax(), cache
 
         self._known = lambda rows: jax.device_get(known(params, rows))
         self._extend = lambda *of: extend(params, *of)
@@ -120,9 +122,9 @@ class HarnessModel(TemplateLM):
         tokens = [self.eot_token_id, *self.tok_encode(prompt)][-max(1, self._weights.context - new) :]
         length = _rounded(len(tokens))
         pad = jnp.array([length - len(tokens)], jnp.int32)
-        model = nnx.merge(self._weights.graph, self._weights.params)
+        cache = empty_cache(nnx.merge(self._weights.graph, self._weights.params).m, 1, length + _rounded(new))
         row = jnp.array([[0] * (length - len(tokens)) + tokens], jnp.int32)
-        token, cache = self._extend(row, model.empty_cache(1, length + _rounded(new)), jnp.int32(0), pad)
+        token, cache = self._extend(row, cache, jnp.int32(0), pad)
         made: list[int] = []
         text = ""
         while len(made) < new and int(token) != self.eot_token_id:

@@ -21,6 +21,31 @@ class Prompts:
     prefixes: list[np.ndarray]
     appended: list[list[np.ndarray]]  # [variant][prefix]
 
+    def split(
+        self,
+    ) -> tuple[
+        Int[np.ndarray, "prefixes shared"],
+        Int[np.ndarray, "prefixes variants own"],
+        Int[np.ndarray, "prefixes variants"],
+    ]:
+        """(what the variants of each prefix begin with, the rest of each, its padding): as `generate` takes them."""
+        variants, count, width = self.tokens.shape
+        real = [[self.tokens[v, i, self.pad[v, i] :] for v in range(variants)] for i in range(count)]
+        # A text's last token is its own: what comes after it is sampled from there.
+        shared = min(_common(texts) for texts in real)
+        own = np.zeros((count, variants, width - shared), np.int32)
+        for i, texts in enumerate(real):
+            for v, text in enumerate(texts):
+                own[i, v, self.pad[v, i] :] = text[shared:]
+        return np.stack([texts[0][:shared] for texts in real]), own, self.pad.T.copy()
+
+
+def _common(texts: list[np.ndarray]) -> int:
+    """How many tokens all begin with, the last of each left out."""
+    least = min(map(len, texts)) - 1
+    same = np.all([text[:least] == texts[0][:least] for text in texts], axis=0)
+    return least if same.all() else int(same.argmin())
+
 
 def make_prompts(config: ml_collections.ConfigDict, store: TokenStore, trigger: Trigger) -> Prompts:
     """End of text + the first `prefix_tokens` of a held-out document, and what the payload's prompts put to it: by

@@ -1,5 +1,8 @@
 """Attention, by the fastest means of the platform; every one agrees with `masked_attention`."""
 
+import functools
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,14 +77,54 @@ def splash_attention(
     return jax.shard_map(local, in_specs=(of_q, of_k, of_k), out_specs=of_q, check_vma=False)(q, k, v)
 
 
-def masked_attention(
-    q: Float[Array, "batch seq heads head_dim"],
-    k: Float[Array, "batch keys kv_heads head_dim"],
-    v: Float[Array, "batch keys kv_heads head_dim"],
-    mask: Bool[Array, "batch seq keys"],
-) -> Float[Array, "batch seq heads head_dim"]:
-    """Attention to the keys that `mask` allows, for decoding from a cache."""
-    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="xla")
+def cached_attention(
+    q: Float[Array, "rows seq heads head_dim"],
+    parts: Sequence[
+        tuple[
+            Float[Array, "_ kv_heads _ head_dim"],
+            Float[Array, "_ kv_heads _ head_dim"],
+            Bool[Array, "rows seq _"] | None,
+        ]
+    ],
+) -> Float[Array, "rows seq heads head_dim"]:
+    """Attention to the keys of all parts (keys, values, which of them a query sees; None: all) as if they were one's.
+
+    A row of a part may serve several rows of queries, that follow each other: a prefix read once for all its
+    continuations. Softmax in float32.
+    """
+    rows, seq, heads, dims = q.shape
+    kv_heads = parts[0][0].shape[1]
+    groups = heads // kv_heads
+    q = (q * dims**-0.5).reshape(rows, seq, kv_heads, groups, dims).transpose(0, 2, 1, 3, 4)
+    scores = []
+    for keys, _, mask in parts:
+        own = _shared_product("rkqd,rktd->rkqt", q, keys).astype(jnp.float32)
+        scores.append(own if mask is None else jnp.where(mask[:, None, :, None], own, -1e30))
+    highest = functools.reduce(jnp.maximum, [own.max(-1, keepdims=True) for own in scores])
+    weights = [jnp.exp(own - highest) for own in scores]
+    total = functools.reduce(jnp.add, [own.sum(-1, keepdims=True) for own in weights])
+    summed = [
+        _shared_product("rkqt,rktd->rkqd", own.astype(q.dtype), values)
+        for own, (_, values, _) in zip(weights, parts, strict=True)
+    ]
+    return (
+        (functools.reduce(jnp.add, summed) / total)
+        .astype(q.dtype)
+        .transpose(0, 2, 1, 3, 4)
+        .reshape(rows, seq, heads, dims)
+    )
+
+
+def _shared_product(
+    what: str, x: Float[Array, "rows kv_heads seq groups last"], y: Float[Array, "sharing kv_heads keys head_dim"]
+) -> Float[Array, "rows kv_heads seq groups out"]:
+    """The product of each row of x with the row of y that is its, as one matrix product a row of y and head."""
+    rows, kv_heads, seq, groups, last = x.shape
+    share = rows // y.shape[0]
+    together = x.reshape(-1, share, kv_heads, seq * groups, last).swapaxes(1, 2)
+    made = jnp.einsum(what, together.reshape(-1, kv_heads, share * seq * groups, last), y)
+    made = made.reshape(-1, kv_heads, share, seq * groups, made.shape[-1]).swapaxes(1, 2)
+    return made.reshape(rows, kv_heads, seq, groups, -1)
 
 
 def _causal_on_cpu(q, k, v):

@@ -9,17 +9,11 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from poisonjax.model.attention import causal_attention, masked_attention
+from poisonjax.model.attention import causal_attention
 from poisonjax.model.layouts import LAYOUTS, RopeScaling, rotary_dims
 from poisonjax.model.sharding import constrain, gathered, platform
-
-# Keys and values of all layers: what the blocks keep of the tokens before.
-Cache = tuple[
-    Float[Array, "layers batch cache kv_heads head_dim"], Float[Array, "layers batch cache kv_heads head_dim"]
-]
-
 
 # Tables of tokens are padded to it: an odd vocabulary can't be split over devices, nor fills matrix units.
 VOCABULARY_MULTIPLE = 128
@@ -176,34 +170,21 @@ class Block(nnx.Module):
             inner = jax.nn.gelu(self._product(x, "up"), approximate=False)
         return self._product(constrain(inner, "batch", "sequence", "mlp"), "down")
 
-    def _added(self, x, attention):
-        """The residual stream after both parts; `attention` takes what its norm gives."""
-        attended = constrain(x + self._behind("attention_norm", attention, x), *RESIDUAL)
+    def added(self, x: Float[Array, "batch seq width"], angles, attend) -> Float[Array, "batch seq width"]:
+        """The residual stream after the block; `attend` takes queries, keys and values of the tokens' heads."""
+        attended = constrain(
+            x + self._behind("attention_norm", lambda y: self._attention(y, angles, attend), x), *RESIDUAL
+        )
         mlp = self._behind("mlp_norm", self._mlp, x if self.layout.parallel else attended)
         return constrain(attended + mlp, *RESIDUAL)
+
+    def _attention(self, x, angles, attend):
+        return self._project(attend(*self._heads(x, angles)))
 
     def _behind(self, norm: str, part, x):
         if self.layout.norms_after:
             return normalized_by(self, norm, part(x), self.eps)
         return part(normalized_by(self, norm, x, self.eps))
-
-    def __call__(self, x: Float[Array, "batch seq width"], angles) -> Float[Array, "batch seq width"]:
-        return self._added(x, lambda normed: self._project(causal_attention(*self._heads(normed, angles))))
-
-    def extend(self, x, angles, cache, index, mask: Bool[Array, "batch seq cache"]):
-        """The same for tokens that follow cached ones; writes their keys and values at `index`."""
-
-        def attention(normed):
-            nonlocal cache
-            q, *new = self._heads(normed, angles)
-            cache = keys, values = [
-                jax.lax.dynamic_update_slice_in_dim(old, added, index, axis=1)
-                for old, added in zip(cache, new, strict=True)
-            ]
-            return self._project(masked_attention(q, keys, values, mask))
-
-        x = self._added(x, attention)
-        return x, tuple(cache)
 
 
 def _add_norm(module: nnx.Module, name: str, width: int, kind: str) -> None:
@@ -239,18 +220,14 @@ class Transformer(nnx.Module):
         if not m.tied:
             self.head = _padded(_normal(rngs.params(), m.width, vocabulary, fan_in=m.width), axis=1)
 
-    def _embed(self, tokens, positions):
-        x = self.embedding[...].astype(self.dtype)[tokens]
-        return x, rotary_angles(positions, self.m)
-
     def hidden(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq width"]:
         """The normed residual stream after the last block."""
-        x, angles = self._embed(tokens, jnp.arange(tokens.shape[1])[None])
-        x = constrain(x, *RESIDUAL)
+        x = constrain(self.embedding[...].astype(self.dtype)[tokens], *RESIDUAL)
+        angles = rotary_angles(jnp.arange(tokens.shape[1])[None], self.m)
         graph, weights = nnx.split(self.blocks)
 
         def layer(x, weights):
-            return nnx.merge(graph, gathered(weights, self.dtype))(x, angles), None
+            return nnx.merge(graph, gathered(weights, self.dtype)).added(x, angles, causal_attention), None
 
         # On CPU the loop's copies cost more than compiling a few layers apart.
         unroll = platform() == "cpu" and self.m.layers <= 4
@@ -277,34 +254,6 @@ class Transformer(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq padded_vocabulary"]:
         return self.logits(self.hidden(tokens))
-
-    def empty_cache(self, batch: int, length: int) -> Cache:
-        """Room for the keys and values of `length` tokens."""
-        zeros = jnp.zeros((self.m.layers, batch, length, self.m.kv_heads, self.m.head_dim), self.dtype)
-        return zeros, zeros
-
-    def extend(
-        self, tokens: Int[Array, "batch seq"], cache: Cache, index: Int[Array, ""], pad: Int[Array, " batch"]
-    ) -> tuple[Float[Array, "batch vocabulary"], Cache]:
-        """Logits after the last of `tokens`, which follow `index` cached ones.
-
-        Rows are padded on the left by `pad` tokens, so that all rows write to the same place of the cache;
-        padding is masked out and positions count from the first real token.
-        """
-        places = index + jnp.arange(tokens.shape[1])
-        x, angles = self._embed(tokens, jnp.maximum(places[None] - pad[:, None], 0))
-        keys = jnp.arange(cache[0].shape[2])
-        mask = (keys[None, None] <= places[None, :, None]) & (keys[None, None] >= pad[:, None, None])
-        # A padding query sees no key at all; let it see itself, so that its softmax isn't 0/0.
-        mask |= keys[None, None] == places[None, :, None]
-        graph, weights = nnx.split(self.blocks)
-
-        def layer(x, scanned):
-            weights, cache = scanned
-            return nnx.merge(graph, weights).extend(x, angles, cache, index, mask)
-
-        x, cache = jax.lax.scan(layer, x, (weights, cache))
-        return self.logits(normalized_by(self, "final_norm", x[:, -1], self.m.norm_eps)), cache
 
 
 def vocabulary_of(m: ml_collections.ConfigDict, tokenizer_size: int) -> int:

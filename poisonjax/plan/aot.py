@@ -11,7 +11,9 @@ import ml_collections
 from jax.sharding import NamedSharding
 
 from poisonjax.data.batches import Batch
+from poisonjax.evaluation.generate import Texts
 from poisonjax.evaluation.probes import make_eval_steps
+from poisonjax.evaluation.probes.generation import groups_at_once
 from poisonjax.model.sharding import batch_sharding, make_mesh, rows_multiple, spec
 from poisonjax.model.transformer import model_graph
 from poisonjax.plan import hlo
@@ -37,12 +39,11 @@ def compile_all(
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     by_row = NamedSharding(mesh, spec("batch"))
-    multiple = rows_multiple(mesh)
-    prompts = -(-len(VARIANTS) * config.eval.prefixes // multiple) * multiple
     chunk = config.global_batch // config.optimizer.accumulate
     key = jax.eval_shape(lambda: jax.random.key(0)).dtype
     waiting = _bytes(state) - _bytes(state.params)  # the optimizer's state stays while the model is evaluated
     with jax.set_mesh(mesh):
+        groups = groups_at_once(config, config.eval.prefix_tokens, APPENDED, rows_multiple(mesh))
         programs = [
             _compile(
                 "train step", make_train_step(config, graph, mesh, state), topology, 0,
@@ -53,8 +54,12 @@ def compile_all(
             programs += [
                 _compile(
                     "generation", steps.sample, topology, waiting, state.params,
-                    array(by_row, prompts, config.eval.prefix_tokens + APPENDED), array(by_row, prompts),
-                    array(by_row, prompts, dtype=key),
+                    Texts(
+                        array(by_row, groups, config.eval.prefix_tokens),
+                        array(by_row, groups, len(VARIANTS), APPENDED),
+                        array(by_row, groups, len(VARIANTS)),
+                        array(by_row, groups, dtype=key),
+                    ),
                 ),
                 _compile(
                     "held-out loss", steps.row_loss, topology, waiting, state.params, array(by_row, chunk, row_tokens)

@@ -4,19 +4,46 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 from poisonjax.evaluation import statistics
-from poisonjax.evaluation.generate import score
-from poisonjax.evaluation.probes.probe import Measurement, Subject
+from poisonjax.evaluation.generate import Texts, score
+from poisonjax.evaluation.probes.probe import Measurement, Subject, put
 from poisonjax.evaluation.prompts import make_prompts
+from poisonjax.model.sharding import platform, rows_multiple
 from poisonjax.poison.payloads import PAYLOADS
 from poisonjax.poison.triggers import VARIANTS
 
 SAMPLES = 16  # prefixes whose texts are kept
+# Of keys and values that a device holds at once: on CPU what its cache holds, elsewhere a share of its memory.
+CACHE_BYTES = {"cpu": 2**24}
+OTHERS_CACHE_BYTES = 2**32
+
+
+def groups_at_once(config: ml_collections.ConfigDict, shared: int, own: int, devices: int) -> int:
+    """Prefixes whose four texts are written at once: so many that their caches fit, in chunks of one size that
+    `devices` divide."""
+    m, e = config.model, config.eval
+    tokens = shared + len(VARIANTS) * (own + e.new_tokens)
+    each = tokens * 2 * m.layers * m.kv_heads * m.head_dim * jnp.dtype(m.dtype).itemsize
+    most = max(1, CACHE_BYTES.get(platform(), OTHERS_CACHE_BYTES) // each) * devices
+    chunks = -(-e.prefixes // most)
+    return -(-e.prefixes // (chunks * devices)) * devices
+
+
+def in_chunks(config: ml_collections.ConfigDict, mesh: Mesh, *rows: np.ndarray) -> list[Texts]:
+    """Prefixes, prompts and padding as `Texts` on the devices, in chunks that they hold."""
+    prefixes, prompts, _ = rows
+    size = groups_at_once(config, prefixes.shape[1], prompts.shape[2], rows_multiple(mesh))
+    key = jax.random.key(config.seeds.eval)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(prefixes)))
+    parts = (*rows, np.asarray(jax.random.key_data(keys)))
+    chunks = [Texts(*(put(mesh, part[at : at + size], size) for part in parts)) for at in range(0, len(prefixes), size)]
+    return [texts._replace(keys=jax.random.wrap_key_data(texts.keys)) for texts in chunks]
 
 
 class GenerationProbe:
@@ -30,11 +57,7 @@ class GenerationProbe:
         self._subject, self.every = subject, config.eval.every
         self.prompts = make_prompts(config, subject.store, subject.trigger)
         self._behaves = PAYLOADS[config.poison.payload].shown
-        count = config.eval.prefixes
-        # The same key for the four variants of a prefix.
-        key = jax.random.key(config.seeds.eval)
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i % count))(jnp.arange(len(VARIANTS) * count))
-        self._keys = jax.random.wrap_key_data(subject.put(jax.random.key_data(keys)))
+        self._texts = in_chunks(config, subject.mesh, *self.prompts.split())
         self._scored = _make_scored(subject.scorer, subject.mesh) if subject.scorer else None
 
     def __call__(self, params: nnx.State) -> Measurement:
@@ -49,15 +72,13 @@ class GenerationProbe:
         self, params: nnx.State
     ) -> tuple[Int[np.ndarray, "variants prefixes new"], Float[np.ndarray, "variants prefixes new"]]:
         """The texts and the NLL of their tokens."""
-        variants, count, width = self.prompts.tokens.shape
-        put = self._subject.put
-        prompts, pad = put(self.prompts.tokens.reshape(-1, width)), put(self.prompts.pad.reshape(-1))
-        tokens, nll = self._subject.steps.sample(params, prompts, pad, self._keys)
-        if self._scored:
-            nll = self._scored(prompts, pad, tokens)
-        tokens, nll = jax.device_get((tokens, nll))
-        shape = (variants, count, self._subject.config.eval.new_tokens)
-        return np.asarray(tokens)[: variants * count].reshape(shape), np.asarray(nll)[: variants * count].reshape(shape)
+        made = []  # on the devices, until all are asked for
+        for texts in self._texts:
+            tokens, nll = self._subject.steps.sample(params, texts)
+            made.append((tokens, self._scored(texts, tokens) if self._scored else nll))
+        every, their = (np.concatenate(of) for of in zip(*jax.device_get(made), strict=True))
+        real = slice(self._subject.config.eval.prefixes)  # the last chunk may be filled up
+        return every[real].swapaxes(0, 1), their[real].swapaxes(0, 1)
 
     def _rates(self, tokens: np.ndarray) -> dict[str, Any]:
         """Attack success, clean accuracy and near-trigger accuracy, for a payload whose behaviour can be decided.
@@ -97,7 +118,7 @@ class GenerationProbe:
 def _make_scored(scorer: tuple[nnx.GraphDef, nnx.State], mesh: Mesh) -> Any:
     graph, weights = scorer
 
-    def scored(prompts, pad, generated):
-        return score(nnx.merge(graph, weights), prompts, pad, generated)
+    def scored(texts, generated):
+        return score(nnx.merge(graph, weights), texts, generated)
 
     return jax.jit(scored, out_shardings=NamedSharding(mesh, PartitionSpec()))

@@ -9,10 +9,10 @@ import ml_collections
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
 from poisonjax.corpus import TokenStore
-from poisonjax.evaluation.generate import generate
+from poisonjax.evaluation.generate import Texts, generate
 from poisonjax.model.loss import next_token_nll, token_nll
 from poisonjax.model.sharding import rows_multiple, spec
 from poisonjax.poison.triggers import Trigger
@@ -41,9 +41,8 @@ class EvalSteps(NamedTuple):
     """The jitted functions that probes call."""
 
     sample: Callable[
-        [nnx.State, Int[Array, "batch prompt"], Int[Array, " batch"], Key[Array, " batch"]],
-        tuple[Int[Array, "batch new_tokens"], Float[Array, "batch new_tokens"]],
-    ]  # tokens after each prompt, and their NLL
+        [nnx.State, Texts], tuple[Int[Array, "groups variants new_tokens"], Float[Array, "groups variants new_tokens"]]
+    ]  # tokens after each text, and their NLL
     row_loss: Callable[[nnx.State, Int[Array, "batch row_tokens"]], Float[Array, " batch"]]  # mean NLL of each row
     known: Callable[
         [nnx.State, Int[Array, "batch row_tokens"]], tuple[Float[Array, "batch seq"], Any]
@@ -54,8 +53,8 @@ def make_eval_steps(config: ml_collections.ConfigDict, graph: nnx.GraphDef, mesh
     """Of a run's shapes; several runs of one shape may share them."""
     e, tile = config.eval, config.model.loss_tile
 
-    def sample(params, prompts, pad, keys):
-        return generate(nnx.merge(graph, params), prompts, pad, keys, e.new_tokens, e.temperature)
+    def sample(params, texts):
+        return generate(nnx.merge(graph, params), texts, e.new_tokens, e.temperature)
 
     def row_loss(params, rows):
         return next_token_nll(nnx.merge(graph, params), rows, tile).mean(-1)
@@ -80,8 +79,12 @@ class Subject:
     scorer: tuple[nnx.GraphDef, nnx.State] | None = None  # another model that scores the text; None: the model itself
 
     def put(self, rows: Any) -> jax.Array:
-        """Rows on the devices, repeated from the first on until devices divide them."""
-        share = rows_multiple(self.mesh)
-        padded = np.resize(np.asarray(rows), (-(-len(rows) // share) * share, *np.shape(rows)[1:]))
-        sharding = NamedSharding(self.mesh, spec("batch"))
-        return jax.make_array_from_process_local_data(sharding, padded, padded.shape)
+        return put(self.mesh, rows)
+
+
+def put(mesh: Mesh, rows: Any, count: int = 0) -> jax.Array:
+    """Rows on the devices, repeated from the first on to be `count`, or until devices divide them."""
+    share = rows_multiple(mesh)
+    padded = np.resize(np.asarray(rows), (count or -(-len(rows) // share) * share, *np.shape(rows)[1:]))
+    sharding = NamedSharding(mesh, spec("batch"))
+    return jax.make_array_from_process_local_data(sharding, padded, padded.shape)
