@@ -10,7 +10,7 @@ import reference
 from flax import nnx
 
 from poisonjax.data.batches import Batch
-from poisonjax.evaluation.generate import Texts, generate, score
+from poisonjax.evaluation.generate import Texts, generate, sample, score
 from poisonjax.model.attention import cached_attention, causal_attention, splash_attention
 from poisonjax.model.loss import next_token_nll
 from poisonjax.model.sharding import make_mesh
@@ -160,6 +160,25 @@ def test_a_prefix_is_read_once_for_all_its_variants(model):
     np.testing.assert_array_equal(tokens, apart)
     np.testing.assert_allclose(nll, their_nll, atol=1e-5)
     np.testing.assert_allclose(score(model, texts, tokens), nll, atol=1e-5)
+
+
+@pytest.mark.parametrize("vocabulary", [3, 64, 200])
+def test_a_sampled_token_is_where_luck_falls(vocabulary):
+    """Against NumPy's cumulated sums in float64; tokens of probability 0 never, at the ends of [0, 1) neither."""
+    random = np.random.default_rng(vocabulary)
+    logits = random.normal(size=(20_000, vocabulary)).astype(np.float32) * 3
+    logits[:, random.permutation(vocabulary)[: vocabulary // 3]] = -1e30
+    logits[:, -1] = -1e30
+    luck = random.random(20_000).astype(np.float32)
+    luck[:4] = 0, 1e-8, 1 - 2**-24, 0
+    found = np.asarray(sample(jnp.asarray(logits), jnp.asarray(luck)))
+    exact = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
+    assert (np.take_along_axis(exact, found[:, None], 1) > 0).all()
+    sums = np.cumsum(exact, -1) / exact.sum(-1, keepdims=True)
+    above = np.take_along_axis(sums, found[:, None], 1)[:, 0]
+    below = above - np.take_along_axis(exact / exact.sum(-1, keepdims=True), found[:, None], 1)[:, 0]
+    assert (below - 1e-5 <= luck).all()
+    assert (luck <= above + 1e-5).all()
 
 
 def test_sampling_follows_the_distribution(model):

@@ -4,11 +4,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from poisonjax.model.decoder import Cached, Decoder, empty_cache
 from poisonjax.model.loss import token_nll
+from poisonjax.model.sharding import platform
 from poisonjax.model.transformer import Transformer
+
+PARTS = 4  # of the new tokens, on CPU; elsewhere compiling them would take longer
+BLOCK = 64  # tokens of the vocabulary that are summed up at once
 
 
 class Texts(NamedTuple):
@@ -30,22 +35,50 @@ def generate(
     text depends on its group's key and t alone, so variants of a prefix have the same luck.
     """
     decoder = Decoder(model)
-    before, last, cache = _read(model, decoder, texts, new_tokens)
+    before, last, cache = _read(model, decoder, texts)
     groups, variants, length = texts.prompts.shape
     pad = texts.pad.reshape(-1)
 
     def step(carry, t):
         hidden, cache = carry
         logits = decoder.logits(hidden)
-        luck = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, t), logits.shape[-1:]))(texts.keys)
-        tempered = (logits / temperature).reshape(groups, variants, -1)
-        tokens = (tempered + luck[:, None]).argmax(-1).reshape(-1).astype(jnp.int32)
+        luck = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, t)))(texts.keys)
+        tokens = sample(logits / temperature, jnp.repeat(luck, variants))
         nll = token_nll(logits, tokens)
         hidden, cache = decoder.extend(tokens[:, None], cache, length + t, pad, before)
         return (hidden[:, 0], cache), (tokens, nll)
 
-    _, (tokens, nll) = jax.lax.scan(step, (last, cache), jnp.arange(new_tokens))
-    return tuple(x.T.reshape(groups, variants, new_tokens) for x in (tokens, nll))
+    made = []
+    # All of a cache is read for each token, so it has room for a part of them at a time.
+    parts = max(1, min(PARTS, new_tokens // 8)) if platform() == "cpu" else 1
+    for part in np.array_split(np.arange(new_tokens), parts):
+        more = [(0, 0), (0, 0), (0, len(part)), (0, 0)]
+        cache = jax.tree.map(lambda of: jnp.pad(of, more), cache)  # noqa: B023
+        (last, cache), tokens_and_nll = jax.lax.scan(step, (last, cache), jnp.asarray(part, jnp.int32))
+        made.append(tokens_and_nll)
+    tokens, nll = (jnp.concatenate(of).T.reshape(groups, variants, -1) for of in zip(*made, strict=True))
+    return tokens, nll
+
+
+def sample(logits: Float[Array, "rows vocabulary"], luck: Float[Array, " rows"]) -> Int[Array, " rows"]:
+    """The token at which the cumulated probability passes `luck`, uniform in [0, 1).
+
+    One random number a token instead of one for every token that it might have been; in two stages, blocks and the
+    tokens of one, so that sums are short. No token of probability 0 is sampled.
+    """
+    weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+    blocks = jnp.pad(weights, ((0, 0), (0, -weights.shape[-1] % BLOCK))).reshape(len(weights), -1, BLOCK)
+    sums = jnp.cumsum(blocks.sum(-1), -1)
+    block = _passes(sums, luck * sums[:, -1])
+    rest = luck * sums[:, -1] - jnp.where(block, jnp.take_along_axis(sums, block[:, None] - 1, 1)[:, 0], 0)
+    within = jnp.cumsum(jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0], -1)
+    return block * BLOCK + _passes(within, rest)
+
+
+def _passes(sums: Float[Array, "rows places"], at: Float[Array, " rows"]) -> Int[Array, " rows"]:
+    """The first place whose sum is above `at`; where rounding leaves none, the last that adds anything."""
+    first = jnp.sum(sums <= at[:, None], -1, dtype=jnp.int32)
+    return jnp.minimum(first, jnp.sum(sums < sums[:, -1:], -1, dtype=jnp.int32))
 
 
 def score(
@@ -53,8 +86,9 @@ def score(
 ) -> Float[Array, "groups variants new_tokens"]:
     """NLL in nats of tokens that another model generated after the texts."""
     decoder = Decoder(model)
-    before, last, cache = _read(model, decoder, texts, generated.shape[-1])
+    before, last, cache = _read(model, decoder, texts)
     tokens = generated.reshape(-1, generated.shape[-1])
+    cache = jax.tree.map(lambda of: jnp.pad(of, [(0, 0), (0, 0), (0, tokens.shape[1]), (0, 0)]), cache)
     hidden, _ = decoder.extend(tokens, cache, texts.prompts.shape[-1], texts.pad.reshape(-1), before)
     hidden = jnp.concatenate([last[:, None], hidden[:, :-1]], axis=1)
     # The logits of one token of each text at a time.
@@ -63,14 +97,14 @@ def score(
 
 
 def _read(
-    model: Transformer, decoder: Decoder, texts: Texts, new_tokens: int
+    model: Transformer, decoder: Decoder, texts: Texts
 ) -> tuple[list[Cached], Float[Array, "texts width"], list[Cached]]:
-    """(the prefixes' cache, the last hidden state of each text, its cache with room for more)."""
+    """(the prefixes' cache, the last hidden state of each text, its own cache)."""
     groups, variants, length = texts.prompts.shape
     before: list[Cached] = []
     if shared := texts.prefixes.shape[1]:
         nothing = jnp.zeros(groups, jnp.int32)
         _, before = decoder.extend(texts.prefixes, empty_cache(model.m, groups, shared), 0, nothing)
-    cache = empty_cache(model.m, groups * variants, length + new_tokens)
+    cache = empty_cache(model.m, groups * variants, length)
     hidden, cache = decoder.extend(texts.prompts.reshape(-1, length), cache, 0, texts.pad.reshape(-1), before)
     return before, hidden[:, -1], cache

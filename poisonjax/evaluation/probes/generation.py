@@ -14,14 +14,12 @@ from poisonjax.evaluation import statistics
 from poisonjax.evaluation.generate import Texts, score
 from poisonjax.evaluation.probes.probe import Measurement, Subject, put
 from poisonjax.evaluation.prompts import make_prompts
-from poisonjax.model.sharding import platform, rows_multiple
+from poisonjax.model.sharding import rows_multiple
 from poisonjax.poison.payloads import PAYLOADS
 from poisonjax.poison.triggers import VARIANTS
 
 SAMPLES = 16  # prefixes whose texts are kept
-# Of keys and values that a device holds at once: on CPU what its cache holds, elsewhere a share of its memory.
-CACHE_BYTES = {"cpu": 2**24}
-OTHERS_CACHE_BYTES = 2**32
+CACHE_BYTES = 2**30  # of keys and values that a device holds at once
 
 
 def groups_at_once(config: ml_collections.ConfigDict, shared: int, own: int, devices: int) -> int:
@@ -30,7 +28,7 @@ def groups_at_once(config: ml_collections.ConfigDict, shared: int, own: int, dev
     m, e = config.model, config.eval
     tokens = shared + len(VARIANTS) * (own + e.new_tokens)
     each = tokens * 2 * m.layers * m.kv_heads * m.head_dim * jnp.dtype(m.dtype).itemsize
-    most = max(1, CACHE_BYTES.get(platform(), OTHERS_CACHE_BYTES) // each) * devices
+    most = max(1, CACHE_BYTES // each) * devices
     chunks = -(-e.prefixes // most)
     return -(-e.prefixes // (chunks * devices)) * devices
 
