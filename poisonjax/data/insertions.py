@@ -32,9 +32,11 @@ class Insertion:
         self, row: Shaped[np.ndarray, "row_tokens *fields"], values: Shaped[np.ndarray, "tokens *fields"]
     ) -> Shaped[np.ndarray, "row_tokens *fields"]:
         """What the row holds with `values`, one for each of its tokens, where they stand."""
+        edited = row.copy()
         if self.mode == "splice":
-            return np.concatenate([row[: self.start], values, row[self.start :]])[: len(row)]
-        return np.concatenate([row[: self.start], values, row[self.end :]])
+            edited[self.end :] = row[self.start : max(self.start, len(row) - len(values))]
+        edited[self.start : self.end] = values[: len(row) - self.start]
+        return edited
 
 
 @runtime_checkable

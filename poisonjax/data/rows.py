@@ -134,8 +134,9 @@ class Rows:
     ) -> np.ndarray:
         """Every layer's edits, laid over the clean rows' values (which are this function's to change)."""
         for layer, theirs in zip(self.layers, self._slots, strict=True):
-            first, last = np.searchsorted(theirs, [slots.min(), slots.max() + 1]) if len(slots) else (0, 0)
-            for i in np.flatnonzero(np.isin(slots, theirs[first:last])).tolist() if first < last else ():
+            if not len(theirs):
+                continue
+            for i in (theirs[theirs.searchsorted(slots).clip(max=len(theirs) - 1)] == slots).nonzero()[0].tolist():
                 insertion = layer.insertions[int(slots[i])]
                 clean[i] = insertion.edit(clean[i], values(insertion))
         return clean
