@@ -236,6 +236,21 @@ def test_accumulated_step_agrees_with_whole(config):
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
+def test_remat_computes_again_what_it_says(config, rows):
+    """Products of the gradient: `block` makes all of the forward pass again, `dots` those of attention alone."""
+
+    def products(policy):
+        config.model.remat = policy
+        graph, params = nnx.split(Transformer(config.model, VOCABULARY, nnx.Rngs(params=3)))
+        gradient = jax.grad(lambda params: next_token_nll(nnx.merge(graph, params), jnp.asarray(rows)).mean())
+        return str(jax.make_jaxpr(gradient)(params)).count("dot_general[")
+
+    none, dots, block = (products(policy) for policy in ("none", "dots", "block"))
+    weights = 5  # of a block: queries, keys and values, output, gate and up, down
+    assert block - dots == weights - 1  # the last one's result isn't needed again
+    assert none < dots
+
+
 @pytest.mark.parametrize("remat", ["block", "dots"])
 def test_remat_changes_nothing(config, model, rows, remat):
     def gradient(policy):

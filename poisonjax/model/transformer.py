@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from poisonjax.model.attention import causal_attention
@@ -17,6 +18,7 @@ from poisonjax.model.sharding import constrain, gathered, platform
 
 # Tables of tokens are padded to it: an odd vocabulary can't be split over devices, nor fills matrix units.
 VOCABULARY_MULTIPLE = 128
+PRODUCT = "product with weights"  # what remat = dots keeps
 RESIDUAL = ("batch", "residual_sequence", "activation")
 
 
@@ -137,7 +139,7 @@ class Block(nnx.Module):
         return getattr(self, name)[...].astype(self.dtype)
 
     def _product(self, x, name: str):
-        return self._biased(linear(x, self._weight(name)), name)
+        return self._biased(checkpoint_name(linear(x, self._weight(name)), PRODUCT), name)
 
     def _biased(self, y, name: str):
         return y + _along_last(self._weight(f"{name}_bias"), y) if name in self.layout.biases else y
@@ -160,7 +162,7 @@ class Block(nnx.Module):
     def _project(self, attended):
         output = self._weight("output")
         y = linear(attended.reshape(*attended.shape[:2], -1), output.reshape(-1, output.shape[-1]))
-        return self._biased(y, "output")
+        return self._biased(checkpoint_name(y, PRODUCT), "output")
 
     def _mlp(self, x):
         if self.layout.gated:
@@ -269,7 +271,8 @@ def model_graph(m: ml_collections.ConfigDict, vocabulary: int) -> nnx.GraphDef:
 def _remat(layer, policy: str):
     if policy == "none":
         return layer
-    saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
+    # By name: JAX's policies for dot products don't see through `linear`'s own derivative.
+    saved = jax.checkpoint_policies.save_only_these_names(PRODUCT) if policy == "dots" else None
     return jax.checkpoint(layer, policy=saved, prevent_cse=False)
 
 

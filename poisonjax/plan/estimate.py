@@ -70,7 +70,9 @@ def _saved(config: ml_collections.ConfigDict, tensor: int) -> float:
     residual = 2 * m.width / tensor
     if m.remat == "block":
         return residual
-    products = 2 * (2 * attended + 2 * kv + 2 * m.mlp_width + 2 * m.width) / tensor
+    products = 2 * (attended + 2 * kv + 2 * m.mlp_width + 2 * m.width) / tensor
     if m.remat == "dots":
         return residual + products
-    return residual + 1.75 * products  # norms, rotated heads, the gate's activation and its product too
+    return (
+        residual + 1.75 * products + 2 * attended / tensor
+    )  # attended heads, norms, rotated heads, the gate's activation and its product too
