@@ -24,7 +24,7 @@ FLOORS = (
     ("poison",),
     ("corpus",),
     ("model",),
-    ("engines",),
+    ("engines", "sinks"),
     ("processes", "startup", "files", "streams", "visible"),
 )
 BESIDE = ()
