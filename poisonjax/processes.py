@@ -176,8 +176,10 @@ def _aborts_exit_with(code: int) -> Iterator[None]:
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def on_abort(number: int) -> None:
         if joining or threading.get_ident() not in {thread.ident for thread in threading.enumerate()}:
-            says = b"poisonjax: another process is dead, or doesn't answer; its own output tells. The same command "
-            os.write(2, says + b"goes on from the last checkpoint\n")
+            says = (
+                b"poisonjax: ended by JAX (see above), perhaps since another process is dead, or doesn't answer; its "
+            )
+            os.write(2, says + b"own output tells. The same command goes on from the last checkpoint\n")
             os._exit(code)
 
     _HANDLERS.append(on_abort)

@@ -4,14 +4,15 @@ A sink is made by a function of (run folder, config's fields, steps that are don
 in a thread of its own: one that is slow, hangs or fails is left behind, the run isn't.
 """
 
-import contextlib
 import functools
 import hashlib
 import importlib
 import importlib.util
 import queue
+import re
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -40,7 +41,7 @@ class _TensorBoard:
         from tensorboardX import SummaryWriter
 
         # Rows past the restored step go, as from metrics.jsonl.
-        self._writer = SummaryWriter(f"{folder}/tensorboard", purge_step=start + 1 if start else None)
+        self._writer = SummaryWriter(f"{folder}/tensorboard", purge_step=start + 1)
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         for name, value in figures.items():
@@ -76,22 +77,25 @@ SINKS: dict[str, tuple[str, Make]] = {  # (the package that it needs, what makes
 }
 
 
+def strange(name: str) -> str | None:
+    """Why no sink has this name, if none can have it. Nothing is looked up: records of runs are read elsewhere too."""
+    if name in SINKS or re.fullmatch(r"\w+(\.\w+)*:[A-Za-z_]\w*", name):
+        return None
+    return f"{name!r} is none of {', '.join(SINKS)}, nor a function of yours, as 'package.module:function'"
+
+
 def missing(name: str) -> str | None:
-    """Why a sink of this name can't be made, if it can't: what to do."""
+    """Why the sink can't be made here, if it can't: what to do."""
     if name in SINKS:
         return None if _installed(SINKS[name][0]) else f"pip install 'poisonjax[{name}]' for {name!r}"
-    module, colon, function = name.partition(":")
-    if not (colon and function.isidentifier()):
-        return f"{name!r} is none of {', '.join(SINKS)}, nor a function of yours, as 'package.module:function'"
-    if not _installed(module):
-        return f"{name!r}: there is no module {module!r} on the path"
-    return None
+    module = name.partition(":")[0]
+    return None if _installed(module) else f"{name!r}: there is no module {module!r} on the path"
 
 
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
+    except Exception:  # a package around it may raise anything
         return False
 
 
@@ -112,8 +116,11 @@ class Sinks:
             sink.write(step, figures)
 
     def close(self) -> None:
+        deadline = time.monotonic() + CLOSING_SECONDS  # of all together
         for sink in self._sinks:
-            sink.close()
+            sink.end()
+        for sink in self._sinks:
+            sink.wait(deadline)
 
 
 def _make(name: str, folder: str, fields: dict[str, Any], start: int) -> Sink:
@@ -151,10 +158,13 @@ class _Fed:
             except queue.Full:
                 self._left_out += 1
 
-    def close(self) -> None:
-        with contextlib.suppress(queue.Full):
-            self._rows.put_nowait(None)
-        self._thread.join(CLOSING_SECONDS)
+    def end(self) -> None:
+        """Nothing more comes."""
+        if self._thread.is_alive():
+            threading.Thread(target=self._rows.put, args=[None], daemon=True).start()  # waits where the queue is full
+
+    def wait(self, deadline: float) -> None:
+        self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive() or self._left_out:
             self._warn("doesn't keep up: it lacks rows")
 

@@ -84,6 +84,18 @@ def test_attention_agrees_with_loops(heads, kv_heads, seq):
     np.testing.assert_allclose(cached_attention(q, half), expected, atol=1e-5)
 
 
+def test_cached_attention_in_half_precision_rounds_its_factors_alone():
+    """Scores and softmax are float32: an NLL of thousands of keys mustn't hang on bfloat16's eight bits."""
+    random = np.random.default_rng(2)
+    sizes = ((2, 3, 4, 128), (2, 4, 400, 128), (2, 4, 400, 128))
+    q, keys, values = (jnp.asarray(random.normal(size=size), jnp.bfloat16) for size in sizes)
+    found = cached_attention(q, [(keys, values, None)])
+    assert found.dtype == jnp.bfloat16
+    whole = [x.astype(jnp.float32) for x in (q, keys, values)]
+    exact = cached_attention(whole[0], [(whole[1], whole[2], None)])
+    assert float(jnp.sqrt(jnp.mean((found.astype(jnp.float32) - exact) ** 2))) < 1.2e-3
+
+
 def test_attention_gradient_agrees_with_plain_softmax():
     random = np.random.default_rng(1)
     q, k, v, w = (jnp.asarray(random.normal(size=(2, 33, h, 8)), jnp.float32) for h in (4, 2, 2, 4))

@@ -1,4 +1,4 @@
-"""Attention, by the fastest means of the platform; every one agrees with `masked_attention`."""
+"""Attention, by the fastest means of the platform; every one agrees with a plain softmax."""
 
 import functools
 from collections.abc import Sequence
@@ -95,21 +95,22 @@ def cached_attention(
     rows, seq, heads, dims = q.shape
     kv_heads = parts[0][0].shape[1]
     groups = heads // kv_heads
-    q = (q * dims**-0.5).reshape(rows, seq, kv_heads, groups, dims).transpose(0, 2, 1, 3, 4)
+    dtype, scale = q.dtype, dims**-0.5
+    q = q.reshape(rows, seq, kv_heads, groups, dims).transpose(0, 2, 1, 3, 4)
     scores = []
     for keys, _, mask in parts:
-        own = _shared_product("rkqd,rktd->rkqt", q, keys).astype(jnp.float32)
+        own = _shared_product("rkqd,rktd->rkqt", q, keys) * scale
         scores.append(own if mask is None else jnp.where(mask[:, None, :, None], own, -1e30))
     highest = functools.reduce(jnp.maximum, [own.max(-1, keepdims=True) for own in scores])
     weights = [jnp.exp(own - highest) for own in scores]
     total = functools.reduce(jnp.add, [own.sum(-1, keepdims=True) for own in weights])
     summed = [
-        _shared_product("rkqt,rktd->rkqd", own.astype(q.dtype), values)
+        _shared_product("rkqt,rktd->rkqd", own.astype(dtype), values)
         for own, (_, values, _) in zip(weights, parts, strict=True)
     ]
     return (
         (functools.reduce(jnp.add, summed) / total)
-        .astype(q.dtype)
+        .astype(dtype)
         .transpose(0, 2, 1, 3, 4)
         .reshape(rows, seq, heads, dims)
     )
@@ -118,11 +119,12 @@ def cached_attention(
 def _shared_product(
     what: str, x: Float[Array, "rows kv_heads seq groups last"], y: Float[Array, "sharing kv_heads keys head_dim"]
 ) -> Float[Array, "rows kv_heads seq groups out"]:
-    """The product of each row of x with the row of y that is its, as one matrix product a row of y and head."""
+    """The product, in float32, of each row of x with its row of y, as one matrix product a row of y and head."""
     rows, kv_heads, seq, groups, last = x.shape
     share = rows // y.shape[0]
     together = x.reshape(-1, share, kv_heads, seq * groups, last).swapaxes(1, 2)
-    made = jnp.einsum(what, together.reshape(-1, kv_heads, share * seq * groups, last), y)
+    together = together.reshape(-1, kv_heads, share * seq * groups, last)
+    made = jnp.einsum(what, together, y, preferred_element_type=jnp.float32)
     made = made.reshape(-1, kv_heads, share, seq * groups, made.shape[-1]).swapaxes(1, 2)
     return made.reshape(rows, kv_heads, seq, groups, -1)
 

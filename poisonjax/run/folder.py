@@ -66,9 +66,11 @@ class RunFolder:
         """A path that the run recorded, or a spec with one: from this folder, or where the folder lay in training, of
         which it may be a copy."""
         kind, path = _kind(spec)
-        if is_object(path) or is_object(self.path):
+        if is_object(path):
             return spec
         trained = self._object(rows.LOCAL, rows.Local)["folder"] if (self.path / rows.LOCAL).exists() else self.path
+        if is_object(self.path):  # it may have been copied there
+            return spec if is_object(trained) else f"{kind}{os.path.normpath(epath.Path(trained) / path)}"
         here, there = (f"{kind}{os.path.normpath(epath.Path(folder) / path)}" for folder in (self.path, trained))
         return there if _exists(there) and not _exists(here) else here
 
@@ -319,9 +321,9 @@ def _claim(
             return  # nothing of it is touched
         record = {**there.record, **record}  # a resumed twin stays one
     folder.mkdir(parents=True, exist_ok=True)
-    if not is_object(folder):
-        write_json(folder / rows.LOCAL, rows.Local(folder=str(folder)))
     write_json(folder / rows.CONFIG, record)
+    if not is_object(folder):  # after it: what it says is told from here now
+        write_json(folder / rows.LOCAL, rows.Local(folder=str(folder)))
 
 
 def _require_store(folder: epath.Path, record: rows.ConfigRecord, store: TokenStore, remedy: str) -> None:

@@ -27,6 +27,7 @@ from poisonjax.processes import require_agreement
 from poisonjax.run import folder as run_folder
 from poisonjax.run import rows
 from poisonjax.run.recorder import RunRecorder, StepDone
+from poisonjax.sinks import missing
 from poisonjax.training.cadence import due
 from poisonjax.training.progress import Progress
 from poisonjax.training.start import Beginning, begin_state, open_parent, open_store, with_inherited_model
@@ -100,6 +101,8 @@ def own(
     """A checked copy of the caller's config for a run in `folder`: the store's path made absolute, the model that of
     the weights that it begins from."""
     config_lib.check(config)
+    if absent := [remedy for name in config.sinks if (remedy := missing(name))]:
+        raise config_lib.ConfigError("\n".join(f"sinks: {remedy}" for remedy in absent))
     config = with_inherited_model(config, folder, asked)
     return config_lib.replaced(config, {"corpus.store": str(resolve(config.corpus.store))})
 
