@@ -386,3 +386,13 @@ def test_a_field_of_any_value_is_taken_or_refused_by_its_name(store, name, value
     except config_lib.ConfigError as error:
         told = str(error)
     assert name in told or name.partition(".")[0] in told  # of a mesh, say, that doesn't fit together
+
+
+def test_a_damaged_last_word_is_made_again(config, tmp_path):
+    """Of a run that is at its end; what stands elsewhere stays."""
+    train(config, str(tmp_path / "run"))
+    summary = (tmp_path / "run" / "summary.json").read_bytes()
+    (tmp_path / "run" / "summary.json").write_bytes(summary[: len(summary) // 2])
+    made = train(config, str(tmp_path / "run"))
+    assert made["digest_chain"] == json.loads(summary)["digest_chain"]
+    assert RunFolder(tmp_path / "run").finished

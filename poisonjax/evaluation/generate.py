@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from poisonjax.model.decoder import Cached, Decoder, empty_cache
+from poisonjax.model.decoder import Cached, Decoder, empty_cache, grown
 from poisonjax.model.loss import token_nll
 from poisonjax.model.sharding import platform
 from poisonjax.model.transformer import Transformer
@@ -52,9 +52,8 @@ def generate(
     # All of a cache is read for each token, so it has room for a part of them at a time.
     parts = max(1, min(PARTS, new_tokens // 8)) if platform() == "cpu" else 1
     for part in np.array_split(np.arange(new_tokens), parts):
-        more = [(0, 0), (0, 0), (0, len(part)), (0, 0)]
-        cache = jax.tree.map(lambda of: jnp.pad(of, more), cache)  # noqa: B023
-        (last, cache), tokens_and_nll = jax.lax.scan(step, (last, cache), jnp.asarray(part, jnp.int32))
+        carried = (last, grown(cache, len(part)))
+        (last, cache), tokens_and_nll = jax.lax.scan(step, carried, jnp.asarray(part, jnp.int32))
         made.append(tokens_and_nll)
     tokens, nll = (jnp.concatenate(of).T.reshape(groups, variants, -1) for of in zip(*made, strict=True))
     return tokens, nll
@@ -88,7 +87,7 @@ def score(
     decoder = Decoder(model)
     before, last, cache = _read(model, decoder, texts)
     tokens = generated.reshape(-1, generated.shape[-1])
-    cache = jax.tree.map(lambda of: jnp.pad(of, [(0, 0), (0, 0), (0, tokens.shape[1]), (0, 0)]), cache)
+    cache = grown(cache, tokens.shape[1])
     hidden, _ = decoder.extend(tokens, cache, texts.prompts.shape[-1], texts.pad.reshape(-1), before)
     hidden = jnp.concatenate([last[:, None], hidden[:, :-1]], axis=1)
     # The logits of one token of each text at a time.

@@ -34,6 +34,11 @@ def empty_cache(m: ml_collections.FrozenConfigDict, rows: int, length: int) -> l
     return [Cached(zeros, zeros)] * m.layers
 
 
+def grown(cache: Cache, tokens: int) -> list[Cached]:
+    """With room for so many more tokens."""
+    return jax.tree.map(lambda old: jnp.pad(old, [(0, 0), (0, 0), (0, tokens), (0, 0)]), list(cache))
+
+
 class Decoder:
     """Made within the compiled function that uses it."""
 

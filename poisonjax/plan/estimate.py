@@ -73,6 +73,5 @@ def _saved(config: ml_collections.ConfigDict, tensor: int) -> float:
     products = 2 * (attended + 2 * kv + 2 * m.mlp_width + 2 * m.width) / tensor
     if m.remat == "dots":
         return residual + products
-    return (
-        residual + 1.75 * products + 2 * attended / tensor
-    )  # attended heads, norms, rotated heads, the gate's activation and its product too
+    # Attended heads, norms, rotated heads, the gate's activation and its product too.
+    return residual + 1.75 * products + 2 * attended / tensor

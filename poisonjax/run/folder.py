@@ -1,5 +1,6 @@
 """The one reader of a run folder, strict; and what is written into one before step 0."""
 
+import contextlib
 import functools
 import json
 import os
@@ -85,6 +86,14 @@ class RunFolder:
             return self._object(rows.SUMMARY, rows.Summary)
         except Missing:  # a run that goes on takes it away
             return None
+
+    @property
+    def finished(self) -> rows.Summary | None:
+        """The last word of a run that is at its end; None where it is damaged: it is made again."""
+        with contextlib.suppress(RunFolderError):
+            summary = self.summary
+            return summary if summary and summary["status"] == "finished" else None
+        return None
 
     def evals(self) -> list[rows.EvalRow]:
         """Evaluations, in order: the run's own, and of other checkpoints those made afterwards."""
@@ -196,9 +205,8 @@ def as_recorded(config: ml_collections.ConfigDict, folder: epath.Path) -> ml_col
 def placed(config: ml_collections.ConfigDict, *folders: epath.PathLike | None) -> ml_collections.ConfigDict:
     """The config, models that it names by a path found where the first of the `folders` that is a run says that they
     lie: from wherever one stands, and where they were moved together with it. Elsewhere as they were typed."""
-    run = next((folder for folder in folders if folder and is_run(folder)), None)
-    recorded = RunFolder(run).record.get("paths", {}) if run else {}
-    found = {name: RunFolder(run).from_here(spec) for name, spec in recorded.items()} if run else {}
+    runs = [RunFolder(folder) for folder in folders if folder and is_run(folder)][:1]
+    found = {name: run.from_here(spec) for run in runs for name, spec in run.record.get("paths", {}).items()}
     return config_lib.replaced(config, {name: spec for name, spec in found.items() if _exists(spec)})
 
 
@@ -317,7 +325,7 @@ def _claim(
                 f"{folder} began from weights {began and began['weights']}, config.start.weights is "
                 f"{parent and parent['weights']} now: bring the former back, or choose another --workdir"
             )
-        if there.summary and there.summary["status"] == "finished":
+        if there.finished:
             return  # nothing of it is touched
         record = {**there.record, **record}  # a resumed twin stays one
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,5 @@
 """The one writer of a run folder: each step's evidence and figures while the run goes on."""
 
-import contextlib
 import dataclasses
 import io
 import json
@@ -129,8 +128,7 @@ class RunRecorder:
         if checkpoint:
             self._require(checkpoint)
         if start == self.config.steps:
-            with contextlib.suppress(RunFolderError):  # a damaged one is made again
-                self.finished = self._last_word()
+            self.finished = RunFolder(self.folder).finished
         if self.finished:
             self._files = {}
             return
@@ -142,11 +140,6 @@ class RunRecorder:
         self._sinks = Sinks(self.config.sinks, str(self.folder), config_lib.flat(self.config), start)
         self._before = max((row.get("seconds", 0.0) for row in kept[rows.METRICS]), default=0.0)
         self.evaluation = next((row for row in reversed(kept[rows.METRICS]) if row["kind"] == "eval"), None)
-
-    def _last_word(self) -> rows.Summary | None:
-        """Of a run that is at its end."""
-        summary = RunFolder(self.folder).summary
-        return summary if summary and summary["status"] == "finished" else None
 
     @property
     def writes(self) -> bool:

@@ -57,9 +57,7 @@ class ConfigRecord(TypedDict):
     store_planted: NotRequired[dict[str, int]]  # documents and tokens that their sources mark as planted poison
     scorer: NotRequired[str]  # what `eval.scorer` named when the run began: run, step and checksum
     parent: NotRequired[Parent]  # of a run that began from weights (config.start)
-    paths: NotRequired[
-        dict[str, str]
-    ]  # MODEL_PATHS of the config, from this folder where they lie on a disk as it does
+    paths: NotRequired[dict[str, str]]  # MODEL_PATHS of the config, from this folder where they lie on a disk too
     twin_of: NotRequired[str]  # the run whose clean twin this is: a path, from this folder where it can be
 
 

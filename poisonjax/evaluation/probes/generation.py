@@ -33,13 +33,18 @@ def groups_at_once(config: ml_collections.ConfigDict, shared: int, own: int, dev
     return -(-e.prefixes // (chunks * devices)) * devices
 
 
-def in_chunks(config: ml_collections.ConfigDict, mesh: Mesh, *rows: np.ndarray) -> list[Texts]:
-    """Prefixes, prompts and padding as `Texts` on the devices, in chunks that they hold."""
-    prefixes, prompts, _ = rows
+def in_chunks(
+    config: ml_collections.ConfigDict,
+    mesh: Mesh,
+    prefixes: Int[np.ndarray, "prefixes shared"],
+    prompts: Int[np.ndarray, "prefixes variants own"],
+    pad: Int[np.ndarray, "prefixes variants"],
+) -> list[Texts]:
+    """As `Texts` on the devices, in chunks that they hold."""
     size = groups_at_once(config, prefixes.shape[1], prompts.shape[2], rows_multiple(mesh))
     key = jax.random.key(config.seeds.eval)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(prefixes)))
-    parts = (*rows, np.asarray(jax.random.key_data(keys)))
+    parts = (prefixes, prompts, pad, np.asarray(jax.random.key_data(keys)))
     chunks = [Texts(*(put(mesh, part[at : at + size], size) for part in parts)) for at in range(0, len(prefixes), size)]
     return [texts._replace(keys=jax.random.wrap_key_data(texts.keys)) for texts in chunks]
 
