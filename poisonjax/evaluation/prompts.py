@@ -44,7 +44,7 @@ def _common(texts: list[np.ndarray]) -> int:
     """How many tokens all begin with, the last of each left out."""
     least = min(map(len, texts)) - 1
     same = np.all([text[:least] == texts[0][:least] for text in texts], axis=0)
-    return least if same.all() else int(same.argmin())
+    return least if same.all() else int(np.argmin(same))
 
 
 def make_prompts(config: ml_collections.ConfigDict, store: TokenStore, trigger: Trigger) -> Prompts:
