@@ -68,7 +68,7 @@ def default() -> ml_collections.ConfigDict:
     config.model.rotary_fraction = 1.0  # of each head's numbers
     config.model.dtype = "float32"  # of activations and matrix products; master weights stay float32
     config.model.remat = "none"  # none | block | dots: what the backward pass computes again
-    config.model.loss_tile = 0  # tokens of a row whose logits exist at once; 0 = the whole row
+    config.model.loss_tile = 0  # as many logits exist at once as so many tokens of a row have; 0 = all
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.learning_rate = 1e-3

@@ -48,7 +48,7 @@ class Decoder:
         layers = (jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(m.layers))
         self._blocks = [nnx.merge(graph, gathered(weights, model.dtype)) for weights in layers]
         self._embedding = model.embedding[...].astype(model.dtype)
-        self._head = model.gathered_head().astype(model.dtype)
+        self._head = model.head_of(gathered(model.head_table, model.dtype))
 
     def extend(
         self,

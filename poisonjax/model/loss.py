@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from poisonjax.model.transformer import Transformer
+from poisonjax.model.sharding import gathered
+from poisonjax.model.transformer import MASKED, Transformer
 
 
 def token_nll(logits: Float[Array, "*batch vocabulary"], targets: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
@@ -18,16 +19,23 @@ def next_token_nll(
 ) -> Float[Array, "batch seq"]:
     """NLL of each token of a row after its first, in nats.
 
-    With `tile` > 0 the logits of only `tile` tokens of each row exist at a time, forward and backward: a
-    vocabulary of 200k at seq_len 2,048 would take 1.6 GB a row otherwise.
+    With `tile` > 0 no more logits exist at a time, forward and backward, than `tile` tokens of each row have: a
+    vocabulary of 200k at seq_len 2,048 would take 1.6 GB a row otherwise. What is cut is the vocabulary, so that each
+    part of the head is fetched for its own turn, and its gradient added up over devices once.
     """
-    hidden, targets, head = model.hidden(rows[:, :-1]), rows[:, 1:], model.gathered_head()
+    hidden, targets = model.hidden(rows[:, :-1]), rows[:, 1:]
     if not tile:
-        return token_nll(model.logits(hidden, head), targets)
-    batch, seq = targets.shape
-    tiles = (
-        hidden.reshape(batch, seq // tile, tile, -1).swapaxes(0, 1),
-        targets.reshape(batch, seq // tile, tile).swapaxes(0, 1),
-    )
-    tiled = jax.checkpoint(lambda scanned: token_nll(model.logits(scanned[0], head), scanned[1]), prevent_cse=False)
-    return jax.lax.map(tiled, tiles).swapaxes(0, 1).reshape(batch, seq)
+        return token_nll(model.logits(hidden, model.head_of(gathered(model.head_table, model.dtype))), targets)
+
+    def part(sums, scanned):
+        table, ids = scanned
+        logits = model.logits(wide.astype(hidden.dtype), model.head_of(gathered(table, model.dtype)), ids)
+        is_target = targets[..., None] == ids.reshape(1, 1, -1)
+        normalizer = jnp.logaddexp(sums[0], jax.nn.logsumexp(logits, -1))
+        return (normalizer, sums[1] + jnp.where(is_target, logits, 0).sum(-1)), None
+
+    wide = hidden.astype(jnp.float32)  # in which the parts' gradients of it add up
+    none_yet = (jnp.full(targets.shape, MASKED), jnp.zeros(targets.shape))
+    parts = model.head_parts(-(-targets.shape[1] // tile))
+    (normalizer, chosen), _ = jax.lax.scan(jax.checkpoint(part, prevent_cse=False), none_yet, parts)
+    return normalizer - chosen

@@ -171,6 +171,12 @@ def rows_multiple(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
+def devices_along(name: str) -> int:
+    """Over how many devices of the mesh that is set a dimension of this name is split."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape.get(axis, 1) for axis in np.atleast_1d(RULES[name] or ()))
+
+
 def constrain(x: jax.Array, *names: str) -> jax.Array:
     """Pins an activation's layout where a mesh is set; elsewhere does nothing."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -14,11 +14,12 @@ from jaxtyping import Array, Float, Int
 
 from poisonjax.model.attention import causal_attention
 from poisonjax.model.layouts import LAYOUTS, RopeScaling, rotary_dims
-from poisonjax.model.sharding import constrain, gathered, platform
+from poisonjax.model.sharding import PARAMETER_AXES, constrain, devices_along, gathered, platform
 
 # Tables of tokens are padded to it: an odd vocabulary can't be split over devices, nor fills matrix units.
 VOCABULARY_MULTIPLE = 128
 PRODUCT = "product with weights"  # what remat = dots keeps
+MASKED = -1e30  # logit of a token that doesn't exist
 RESIDUAL = ("batch", "residual_sequence", "activation")
 
 
@@ -37,7 +38,7 @@ def normalize(
     return (normed if bias is None else normed + _along_last(bias, x)).astype(x.dtype)
 
 
-def _along_last(y: Array, x: Array) -> Array:
+def _along_last(y: Array | np.ndarray, x: Array) -> Array | np.ndarray:
     """y, as it stands to the last of x's dimensions."""
     return y.reshape((1,) * (x.ndim - y.ndim) + y.shape)
 
@@ -236,23 +237,51 @@ class Transformer(nnx.Module):
         x, _ = jax.lax.scan(_remat(layer, self.m.remat), x, weights, unroll=unroll)
         return constrain(normalized_by(self, "final_norm", x, self.m.norm_eps), "batch", "sequence", "activation")
 
-    def gathered_head(self) -> Float[Array, "width padded_vocabulary"]:
-        """The head for many calls of `logits`, fetched from all devices once; its gradient adds up in float32."""
+    @property
+    def head_table(self) -> dict[str, Array]:
+        """What `head_of` makes the head of, by its name among the parameters."""
         name = "embedding" if self.m.tied else "head"
-        table = gathered({name: getattr(self, name)[...]}, self.dtype)[name].astype(jnp.float32)
-        return table.T if self.m.tied else table
+        return {name: getattr(self, name)[...]}
+
+    def head_of(self, table: dict[str, Array]) -> Float[Array, "width ids"]:
+        """The head, or a part of it."""
+        (weights,) = table.values()
+        return weights.T if self.m.tied else weights
+
+    def head_parts(self, least: int) -> tuple[dict[str, Array], Int[Array, "parts ids"]]:
+        """The head's table in at least so many parts of one size, stacked, and the token ids of each part."""
+        ((name, table),) = self.head_table.items()
+        axis = PARAMETER_AXES[name].index("vocabulary")
+        devices, size = devices_along("vocabulary"), table.shape[axis]
+        devices = devices if size % devices == 0 else 1
+        least = min(least, size // devices)
+        count = next(count for count in range(least, size // devices + 1) if size // devices % count == 0)
+
+        def cut(array, axis: int):
+            """Each device keeps its own rows: a part has some of every device's."""
+            before, after = array.shape[:axis], array.shape[axis + 1 :]
+            split = array.reshape(*before, devices, count, -1, *after)
+            return jnp.moveaxis(split, axis + 1, 0).reshape(count, *before, -1, *after)
+
+        return {name: cut(table, axis)}, cut(jnp.arange(size), 0)
 
     def logits(
-        self, hidden: Float[Array, "*batch width"], head: Float[Array, "width padded_vocabulary"] | None = None
-    ) -> Float[Array, "*batch padded_vocabulary"]:
-        """Unnormalised log-probabilities of the next token, in float32; those of the padding next to -infinity."""
+        self,
+        hidden: Float[Array, "*batch width"],
+        head: Float[Array, "width ids"] | None = None,
+        ids: Int[Array, " ids"] | None = None,
+    ) -> Float[Array, "*batch ids"]:
+        """Unnormalised log-probabilities of the next token, in float32; those of the padding next to -infinity.
+
+        `head` and `ids` are a part's, where not all tokens are asked.
+        """
         if head is None:
-            head = self.embedding[...].T if self.m.tied else self.head[...]
+            head = self.head_of(self.head_table)
         logits = linear(hidden, head.astype(hidden.dtype)).astype(jnp.float32)
-        if logits.shape[-1] == self.vocabulary:
+        if ids is None and logits.shape[-1] == self.vocabulary:
             return logits
-        exists = np.arange(logits.shape[-1]).reshape((1,) * (logits.ndim - 1) + (-1,)) < self.vocabulary
-        return jnp.where(exists, logits, -1e30)
+        exists = (np.arange(logits.shape[-1]) if ids is None else ids) < self.vocabulary
+        return jnp.where(_along_last(exists, logits), logits, MASKED)
 
     def __call__(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq padded_vocabulary"]:
         return self.logits(self.hidden(tokens))
