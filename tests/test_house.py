@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "poisonjax"
 # From the top floor down. Rooms of one floor don't import each other but where `BESIDE` says so.
 FLOORS = (
     ("commands",),
-    ("bench", "attest", "report"),
+    ("bench",),
+    ("attest", "report"),
     ("plan", "sweep", "audit"),
     ("training",),
     ("scan",),

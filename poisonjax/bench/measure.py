@@ -2,7 +2,27 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ml_collections
+
+ROUNDS = 7
+
+Result = dict[str, Any]
+Bench = Callable[[ml_collections.ConfigDict], Iterator[Result]]
+BENCHES: dict[str, Bench] = {}
+
+
+def register(bench: Bench) -> Bench:
+    """Makes a bench run as `poisonjax bench --only NAME`."""
+    BENCHES[bench.__name__] = bench
+    return bench
+
+
+def result(name: str, value: float, unit: str, baseline: float, ratio: float) -> Result:
+    """A row of `bench --json`; what `ratio` compares is said by the bench's docstring."""
+    return {"name": name, "value": value, "unit": unit, "baseline": baseline, "ratio": ratio}
 
 
 def alternate(one: Callable[[], object], other: Callable[[], object], rounds: int) -> tuple[float, float, float]:

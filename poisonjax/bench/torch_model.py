@@ -82,26 +82,32 @@ class TorchTransformer(nn.Module):
                 block.down.weight.copy_(matrix(b["down"]))
 
 
-def make_step(model: TorchTransformer, config: ml_collections.ConfigDict):
-    """A compiled training step on an array of rows, on the GPU where there is one; returns the loss.
+class TrainStep:
+    """A compiled training step, on the GPU where there is one.
 
     With model.dtype = bfloat16, products in it by autocast and float32 weights, as here.
     """
-    o = config.optimizer
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=o.learning_rate, betas=(o.b1, o.b2), eps=o.eps, weight_decay=o.weight_decay, fused=True
-    )
-    compiled = torch.compile(model)
 
-    def step(rows: np.ndarray) -> float:
-        with torch.autocast(device, torch.bfloat16, enabled=config.model.dtype == "bfloat16"):
-            loss = compiled(torch.from_numpy(rows).to(device, torch.int64))
+    def __init__(self, model: TorchTransformer, config: ml_collections.ConfigDict):
+        o = config.optimizer
+        self.device, self.clip_norm = "cuda" if torch.cuda.is_available() else "cpu", o.clip_norm
+        self.low, self.model = config.model.dtype == "bfloat16", model.to(self.device)
+        betas = (o.b1, o.b2)
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=o.learning_rate, betas=betas, eps=o.eps, weight_decay=o.weight_decay, fused=True
+        )
+        self.compiled = torch.compile(model)
+
+    def rows(self, rows: np.ndarray) -> torch.Tensor:
+        """What a step takes, on its device before the step."""
+        return torch.from_numpy(rows).to(self.device, torch.int64)
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """The loss, which the host needn't wait for."""
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.low):
+            loss = self.compiled(rows)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach())
-
-    return step
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()

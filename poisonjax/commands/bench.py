@@ -18,6 +18,9 @@ NAMES = (
     "digest_cost",
     "generate_vs_huggingface",
     "population_speed",
+    "startup",
+    "corpus_build",
+    "growth",
 )
 
 
@@ -47,7 +50,8 @@ def _bench(arguments: argparse.Namespace) -> int:
     # Both frameworks share an accelerator's memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     start_jax(config.global_batch // config.optimizer.accumulate)
-    from poisonjax.bench.benches import BENCHES
+    from poisonjax.bench import benches, growth, startup  # noqa: F401  (each registers its own)
+    from poisonjax.bench.measure import BENCHES
     from poisonjax.run.environment import environment
 
     results = []

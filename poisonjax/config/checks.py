@@ -8,8 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict as Section
 
 from poisonjax.config.errors import ConfigError
-from poisonjax.config.fields import default
-from poisonjax.config.record import flat, unknown
+from poisonjax.config.record import defaults, flat, unknown
 from poisonjax.model.layouts import LAYOUTS, RopeScaling, rotary_dims
 from poisonjax.poison import placements
 from poisonjax.poison.payloads import PAYLOADS
@@ -48,7 +47,7 @@ ASKED = 3  # prefixes a near trigger, at least: fewer have no spread
 
 def check(config: Section) -> None:
     """Raises ConfigError with every mistake that can be seen without the data or the devices."""
-    fields, known = flat(config), flat(default())
+    fields, known = flat(config), defaults()
     if strange := sorted(fields.keys() - known.keys()):
         raise ConfigError("\n".join(unknown(name, known) for name in strange))
     if missing := sorted(known.keys() - fields.keys()):

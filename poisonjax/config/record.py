@@ -1,8 +1,10 @@
 """A config as it is recorded: flat fields, the fingerprint, and the way back."""
 
 import difflib
+import functools
 import hashlib
 import json
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,6 +51,13 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     ]
 
 
+@functools.cache
+def defaults() -> Mapping[str, Any]:
+    """`flat` of the default config."""
+    return types.MappingProxyType(flat(default()))
+
+
+@functools.cache  # a sweep asks for each field of each run
 def operational(name: str) -> bool:
     """Whether the field says where and how, not what."""
     return any(name == field or name.startswith(f"{field}.") for field in OPERATIONAL)

@@ -39,11 +39,7 @@ class PlannedRun:
     id: str  # readable, with a hash of the resolved config: not of where and how it runs
     fields: Point
     config: ml_collections.ConfigDict
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """Of the config; a launcher compares it at every look at the folder."""
-        return config_lib.fingerprint(self.config)
+    fingerprint: str  # of the config; a launcher compares it at every look at the folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +113,8 @@ def load(spec: str, fields: Sequence[str] = ()) -> Sweep:
     for point, config in zip(points, configs, strict=True):
         name = str(point["name"]) if "name" in point else _words(point)
         slug = re.sub(r"[^A-Za-z0-9.=_]+", "-", name).strip("-")[:80]
-        runs.append(PlannedRun(f"{slug or 'run'}-{config_lib.fingerprint(config)[:8]}", point, config))
+        fingerprint = config_lib.fingerprint(config)
+        runs.append(PlannedRun(f"{slug or 'run'}-{fingerprint[:8]}", point, config, fingerprint))
     seen: dict[str, int] = {}
     for number, run in enumerate(runs):
         if run.fingerprint in seen:
@@ -141,9 +138,10 @@ def of_folder(workdir: Path) -> Sweep:
     """The sweep whose runs lie in a folder, without its config file; raises SweepError where there is none."""
     try:
         there = parse_json((workdir / FILE).read_bytes())
+        configs = {name: config_lib.from_flat(there["base"] | fields) for name, fields in there["runs"].items()}
         runs = [
-            PlannedRun(name, fields, config_lib.from_flat(there["base"] | fields))
-            for name, fields in there["runs"].items()
+            PlannedRun(name, there["runs"][name], config, config_lib.fingerprint(config))
+            for name, config in configs.items()
         ]
         base = config_lib.from_flat(there["base"])
         return Sweep(there["spec"], runs, there["varied"], base, there["about"])
