@@ -17,7 +17,7 @@ from poisonjax.corpus import load_tokenizer
 from poisonjax.corpus.sources import first_texts, open_source
 
 FIRST_STEP_GOAL = 5.0  # seconds
-BUILT_MB = 20
+BUILT_MB = 60
 
 
 @register
@@ -65,8 +65,7 @@ def corpus_build(config: ml_collections.ConfigDict) -> Iterator[Result]:
     with tempfile.TemporaryDirectory() as folder:
         path, tokenizer = Path(folder) / "text.jsonl", Path(folder) / "tokenizer.json"
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        corpus.build(f"{folder}/first", [str(path)], "bpe:4096")
-        tokenizer.write_bytes((Path(folder) / "first" / "tokenizer.json").read_bytes())
+        tokenizer.write_bytes(corpus.build(f"{folder}/first", [str(path)], "bpe:4096").tokenizer.serialized())
         backend = load_tokenizer(str(tokenizer))
         stores = iter(range(1000))
         one, other, ratio = alternate(
