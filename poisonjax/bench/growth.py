@@ -39,6 +39,13 @@ from poisonjax.sweep.states import status
 from poisonjax.training.loop import train
 from poisonjax.training.step import make_init
 
+SIZES: dict[str, tuple[int, ...]] = {
+    "poison_documents": (10, 100, 1000, 10_000, 100_000),
+    "store_bytes": (10**7, 10**8, 10**9),
+    "prefixes": (100, 300, 1000, 3000),
+    "audit_steps": (1000, 10_000, 100_000),
+    "sweep_runs": (1, 10, 100, 1000),
+}
 ROUNDS = 5
 SLOW = 5.0  # seconds; what takes longer is timed once: its exponent is over a tenfold
 
@@ -80,7 +87,7 @@ def _seconds(work: Callable[[], object]) -> float:
 def _synthetic(config: ml_collections.ConfigDict, folder: Path) -> ml_collections.ConfigDict:
     fields = {
         "corpus.store": str(folder / "store"), "corpus.sources": (), "poison.trigger": "w007 w011 w013",
-        "poison.near_triggers": ("w007",), "poison.prefix_characters": (0, 60), "poison.payload_tokens": (20, 40),
+        "poison.near_triggers": ("w007",), "poison.prefix_characters": (0, 60), "poison.payload_tokens": (10, 30),
         "eval.prefixes": 100, "eval.prefix_tokens": 20, "eval.new_tokens": 20,
     }  # fmt: skip
     _store(config := config_lib.replaced(config, fields), 8000)
@@ -126,7 +133,7 @@ def _poison_documents(config: ml_collections.ConfigDict, folder: Path) -> list[t
     """Planning a run with so many poison documents."""
     store = corpus.TokenStore(config.corpus.store)
     measured: list[tuple[float, float]] = []
-    for count in (10, 100, 1000, 10_000, 100_000):
+    for count in SIZES["poison_documents"]:
         planned = config_lib.replaced(
             config, {"poison.documents": count, "steps": 1 + 4 * count // config.global_batch}
         )
@@ -137,8 +144,8 @@ def _poison_documents(config: ml_collections.ConfigDict, folder: Path) -> list[t
 def _store_bytes(config: ml_collections.ConfigDict, folder: Path) -> list[tuple[float, float]]:
     """Opening a store of so many bytes of tokens, and the first batch of a run on it."""
     measured: list[tuple[float, float]] = []
-    for size in (10**7, 10**8, 10**9):
-        own = config_lib.replaced(config, {"corpus.store": str(folder / f"store-{size}"), "poison.documents": 250})
+    for size in SIZES["store_bytes"]:
+        own = config_lib.replaced(config, {"corpus.store": str(folder / f"store-{size}"), "poison.documents": 4})
         _store(own, size // 2 // 400)
         work = functools.partial(_first_batch, own)
         measured.append((size, _seconds(work)))
@@ -153,7 +160,7 @@ def _prefixes(config: ml_collections.ConfigDict, folder: Path) -> list[tuple[flo
     sample = make_eval_steps(config, model_graph(config.model, 512), mesh).sample
     with jax.set_mesh(mesh):
         params = make_init(config, 512, mesh)[0]().params
-        for count in (100, 300, 1000, 3000):
+        for count in SIZES["prefixes"]:
             prefixes = random.integers(0, 512, (count, config.eval.prefix_tokens + 1)).astype(np.int32)
             prompts = random.integers(0, 512, (count, len(VARIANTS), 3)).astype(np.int32)
             chunks = in_chunks(config, mesh, prefixes, prompts, np.zeros(prompts.shape[:2], np.int32))
@@ -166,12 +173,12 @@ def _prefixes(config: ml_collections.ConfigDict, folder: Path) -> list[tuple[flo
 def _audit_steps(config: ml_collections.ConfigDict, folder: Path) -> list[tuple[float, float]]:
     """The audit's check of so many digests, of steps of four short rows."""
     measured: list[tuple[float, float]] = []
-    for steps in (1000, 10_000, 100_000, 1_000_000):
+    for steps in SIZES["audit_steps"]:
         fields = {
             "steps": steps,
             "global_batch": 4,
             "seq_len": 64,
-            "poison.documents": 250,
+            "poison.documents": 4,
             "poison.payload_tokens": (5, 9),
         }
         where = folder / f"audit-{steps}"
@@ -196,7 +203,7 @@ def _sweeps(config: ml_collections.ConfigDict, folder: Path) -> dict[str, list[t
     tiny = config_lib.replaced(config, fields)
     with contextlib.redirect_stdout(io.StringIO()):
         train(tiny, str(folder / "trained"))
-    for count in (1, 10, 100, 1000):
+    for count in SIZES["sweep_runs"]:
         base.write_text(
             "from poisonjax.config import from_record\n\n\ndef get_config(arg=''):\n"
             f"    return from_record({json.loads(tiny.to_json())!r})\n\n\ndef sweep(add):\n"
