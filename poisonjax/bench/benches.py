@@ -24,6 +24,7 @@ from poisonjax.data.batches import Batch, Batches, load
 from poisonjax.data.digest import digest
 from poisonjax.evaluation.probes import make_eval_steps
 from poisonjax.evaluation.probes.generation import in_chunks
+from poisonjax.model.attention import causal_attention
 from poisonjax.model.flops import train_flops_per_token
 from poisonjax.model.sharding import batch_sharding, make_mesh
 from poisonjax.model.transformer import model_graph
@@ -350,6 +351,45 @@ def _generation(name: str, config: ml_collections.ConfigDict, vocabulary: int) -
             )
     tokens = len(rows) * new
     return result(name, tokens / one, "tokens/s", tokens / other, ratio)
+
+
+@register
+def attention(config: ml_collections.ConfigDict) -> Iterator[Result]:
+    """Tokens/s of attention, forward and backward, against a plain softmax over all keys, with whose output and
+    gradients it must agree: of the config's heads; on accelerators, 16 heads of 128 in rows of 2,048, bf16."""
+    m = config.model
+    batch, seq, heads, head_dim = config.global_batch, config.seq_len, m.heads, m.head_dim
+    if jax.default_backend() != "cpu":
+        batch, seq, heads, head_dim = 8, 2048, 16, 128
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    keys = jax.random.split(jax.random.key(0), 4)
+    *qkv, weights = (jax.random.normal(key, (batch, seq, heads, head_dim), dtype) for key in keys)
+
+    def with_gradients(attend):
+        def weighed(*qkv):
+            y = attend(*qkv)
+            return (y.astype(jnp.float32) * weights).sum(), y
+
+        return jax.jit(jax.value_and_grad(weighed, argnums=(0, 1, 2), has_aux=True))
+
+    ours, plain = with_gradients(causal_attention), with_gradients(_plain_attention)
+    ((_, y), gradients), ((_, expected), exact) = ours(*qkv), plain(*qkv)
+    for name, one, other in zip(("output", "d_q", "d_k", "d_v"), (y, *gradients), (expected, *exact), strict=True):
+        one, other = np.asarray(one, np.float32), np.asarray(other, np.float32)
+        apart = np.abs(one - other).max() / np.abs(other).max()
+        if apart > (1e-4 if dtype == jnp.float32 else 0.03):
+            raise RuntimeError(f"attention's {name} is not the plain softmax's: {apart:.2g} of the largest apart")
+    one, other, ratio = alternate(
+        lambda: jax.block_until_ready(ours(*qkv)), lambda: jax.block_until_ready(plain(*qkv)), ROUNDS
+    )
+    yield result("attention_vs_plain", batch * seq / one, "tokens/s", batch * seq / other, ratio)
+
+
+def _plain_attention(q, k, v):
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) / q.shape[-1] ** 0.5
+    causal = np.tril(np.ones((q.shape[1], q.shape[1]), bool))[None, None]
+    probabilities = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), -1)
+    return jnp.einsum("bhqk,bkhd->bqhd", probabilities.astype(v.dtype), v)
 
 
 @register

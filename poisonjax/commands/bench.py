@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from typing import Any
 
 from poisonjax.commands import exit_codes
@@ -16,6 +17,7 @@ NAMES = (
     "audit_speed",
     "audit_weights",
     "digest_cost",
+    "attention",
     "generate_vs_huggingface",
     "population_speed",
     "startup",
@@ -31,6 +33,9 @@ def add_arguments(commands: Any) -> None:
         "--config", default="configs/quickstart.py", metavar="FILE[:ARG]", help="shapes that are measured"
     )
     parser.add_argument("--only", action="append", choices=NAMES, help="repeatable; default: all that can run")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), metavar="M", help="begin no further figure after so long"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(func=_bench)
 
@@ -54,13 +59,17 @@ def _bench(arguments: argparse.Namespace) -> int:
     from poisonjax.bench.measure import BENCHES
     from poisonjax.run.environment import environment
 
-    results = []
+    results, deadline = [], time.monotonic() + 60 * arguments.minutes
     for name in arguments.only or NAMES:
+        if time.monotonic() > deadline:
+            print(f"poisonjax bench: {name} left out: --minutes {arguments.minutes:g} are over", file=sys.stderr)
+            continue
         try:
             for row in BENCHES[name](config):
                 results.append(row)
-                if not arguments.json:
-                    print(_line(row), flush=True)
+                print(_line(row), file=sys.stderr if arguments.json else sys.stdout, flush=True)
+                if time.monotonic() > deadline:
+                    break
         except ImportError as error:
             print(f"poisonjax bench: {name} left out: {error}; pip install 'poisonjax[bench]'", file=sys.stderr)
             continue
