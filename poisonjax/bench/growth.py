@@ -210,12 +210,11 @@ def _sweeps(config: ml_collections.ConfigDict, folder: Path) -> dict[str, list[t
             f"    for i in range({count}):\n        add({{'seeds.init': i, 'poison.documents': 2 + i % 5}})\n"
         )
         where = folder / f"sweep-{count}"
-        for run in (planned := grid.load(str(base))).runs:
+        for run in grid.load(str(base)).runs:
             shutil.copytree(folder / "trained", where / run.id, ignore=lambda *_: [rows.CHECKPOINTS, rows.REPORT])
             record = json.loads((where / run.id / rows.CONFIG).read_text())
             record |= {"config": json.loads(run.config.to_json()), "fingerprint": run.fingerprint}
             (where / run.id / rows.CONFIG).write_text(json.dumps(record))
         for what, work in (("sweep_status", _status), ("sweep_collect", _collect), ("sweep_report", _report)):
             measured[what].append((count, _seconds(functools.partial(work, str(base), where))))
-    assert len(planned.runs) == count
     return measured

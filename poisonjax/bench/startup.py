@@ -43,8 +43,10 @@ def startup(config: ml_collections.ConfigDict) -> Iterator[Result]:
                 [*command, "train", f"--config={file}", *where, store], stdout=subprocess.PIPE
             ) as run:
                 assert run.stdout
-                next(line for line in run.stdout if line.startswith(b"step 1/"))
+                begun = any(line.startswith(b"step 1/") for line in run.stdout)  # reads no further
                 run.send_signal(signal.SIGKILL)
+            if not begun:
+                raise RuntimeError("the run ended before its first step; it says why above")
 
         one, _, _ = alternate(first_step, lambda: None, ROUNDS)
         yield result("first_step_seconds", one, "s", FIRST_STEP_GOAL, FIRST_STEP_GOAL / one)

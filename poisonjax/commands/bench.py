@@ -69,6 +69,9 @@ def _bench(arguments: argparse.Namespace) -> int:
                 results.append(row)
                 print(_line(row), file=sys.stderr if arguments.json else sys.stdout, flush=True)
                 if time.monotonic() > deadline:
+                    print(
+                        f"poisonjax bench: nothing of {name} after {row['name']}: the minutes are over", file=sys.stderr
+                    )
                     break
         except ImportError as error:
             print(f"poisonjax bench: {name} left out: {error}; pip install 'poisonjax[bench]'", file=sys.stderr)

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict as Section
 
+from poisonjax import sinks
 from poisonjax.config.errors import ConfigError
 from poisonjax.config.record import defaults, flat, unknown
 from poisonjax.model.layouts import LAYOUTS, RopeScaling, rotary_dims
 from poisonjax.poison import placements
 from poisonjax.poison.payloads import PAYLOADS
-from poisonjax.sinks import strange
 
 Mistake = tuple[str, str]  # field, what it must be
 
@@ -113,7 +113,7 @@ def _run(c: Section, config: Section) -> Iterator[Mistake]:
     yield from _at_least(c, 1, "steps", "global_batch", "seq_len", "log_every")
     yield from _at_least(c, 0, "watchdog_seconds")
     for name in c.sinks:
-        if remedy := strange(name):
+        if remedy := sinks.strange(name):
             yield "sinks", remedy
     if c.steps * c.global_batch >= SLOTS:
         yield "steps", f"times global_batch must be below {SLOTS:,}: the digest numbers slots in 32 bits"

@@ -47,8 +47,9 @@ class Decoder:
         graph, stacked = nnx.split(model.blocks)
         layers = (jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(m.layers))
         self._blocks = [nnx.merge(graph, gathered(weights, model.dtype)) for weights in layers]
-        self._embedding = gathered({"embedding": model.embedding[...]}, model.dtype)["embedding"]
-        self._head = model.head_of(gathered(model.head_table, model.dtype))
+        embedding = gathered({"embedding": model.embedding[...]}, model.dtype)
+        self._embedding = embedding["embedding"]
+        self._head = model.head_of(embedding if m.tied else model.head_table)  # fetched once
 
     def extend(
         self,

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from poisonjax.model.sharding import gathered
 from poisonjax.model.transformer import MASKED, Transformer
 
 
@@ -25,11 +24,11 @@ def next_token_nll(
     """
     hidden, targets = model.hidden(rows[:, :-1]), rows[:, 1:]
     if not tile:
-        return token_nll(model.logits(hidden, model.head_of(gathered(model.head_table, model.dtype))), targets)
+        return token_nll(model.logits(hidden, model.head_of(model.head_table)), targets)
 
     def part(sums, scanned):
         table, ids = scanned
-        logits = model.logits(wide.astype(hidden.dtype), model.head_of(gathered(table, model.dtype)), ids)
+        logits = model.logits(wide.astype(hidden.dtype), model.head_of(table), ids)
         is_target = targets[..., None] == ids.reshape(1, 1, -1)
         normalizer = jnp.logaddexp(sums[0], jax.nn.logsumexp(logits, -1))
         return (normalizer, sums[1] + jnp.where(is_target, logits, 0).sum(-1)), None

@@ -244,8 +244,8 @@ class Transformer(nnx.Module):
         return {name: getattr(self, name)[...]}
 
     def head_of(self, table: dict[str, Array]) -> Float[Array, "width ids"]:
-        """The head, or a part of it."""
-        (weights,) = table.values()
+        """The head, or a part of it, as products want it: `gathered`, in the compute dtype."""
+        (weights,) = gathered(table, self.dtype).values()
         return weights.T if self.m.tied else weights
 
     def head_parts(self, least: int) -> tuple[dict[str, Array], Int[Array, "parts ids"]]:
@@ -268,23 +268,21 @@ class Transformer(nnx.Module):
     def logits(
         self,
         hidden: Float[Array, "*batch width"],
-        head: Float[Array, "width ids"] | None = None,
+        head: Float[Array, "width ids"],
         ids: Int[Array, " ids"] | None = None,
     ) -> Float[Array, "*batch ids"]:
         """Unnormalised log-probabilities of the next token, in float32; those of the padding next to -infinity.
 
-        `head` and `ids` are a part's, where not all tokens are asked.
+        `head` is `head_of` the table; it and `ids` are a part's, where not all tokens are asked.
         """
-        if head is None:
-            head = self.head_of(self.head_table)
-        logits = linear(hidden, head.astype(hidden.dtype)).astype(jnp.float32)
+        logits = linear(hidden, head).astype(jnp.float32)
         if ids is None and logits.shape[-1] == self.vocabulary:
             return logits
         exists = (np.arange(logits.shape[-1]) if ids is None else ids) < self.vocabulary
         return jnp.where(_along_last(exists, logits), logits, MASKED)
 
     def __call__(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq padded_vocabulary"]:
-        return self.logits(self.hidden(tokens))
+        return self.logits(self.hidden(tokens), self.head_of(self.head_table))
 
 
 def vocabulary_of(m: ml_collections.ConfigDict, tokenizer_size: int) -> int:
