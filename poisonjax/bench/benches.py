@@ -3,7 +3,6 @@
 import functools
 import gc
 import importlib.util
-import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from poisonjax import config as config_lib
 from poisonjax import corpus
 from poisonjax.audit.checks import replay
 from poisonjax.audit.evidence import Evidence
+from poisonjax.bench.inputs import VOCABULARY, recorded, synthetic
 from poisonjax.bench.measure import ROUNDS, Result, alternate, register, result
 from poisonjax.data.batches import Batch, Batches, load
 from poisonjax.data.digest import digest
@@ -31,14 +31,12 @@ from poisonjax.model.sharding import batch_sharding, make_mesh
 from poisonjax.model.transformer import model_graph
 from poisonjax.plan.chips import by_device_kind
 from poisonjax.poison.triggers import VARIANTS
-from poisonjax.run import rows as files
 from poisonjax.training.population import make_population_step, members_mesh, stacked
 from poisonjax.training.step import make_init, make_train_step
 from poisonjax.weights.checkpoints import Checkpoints
 from poisonjax.weights.families import config_of
 from poisonjax.weights.tensors import tensors
 
-VOCABULARY = 512
 GENERATION_ROUNDS = 5
 
 
@@ -177,11 +175,8 @@ def pipeline(config: ml_collections.ConfigDict) -> Iterator[Result]:
     # Batches of a real run's size: the quickstart's would measure the loop around them.
     config.global_batch, config.steps = 256, 60
     with tempfile.TemporaryDirectory() as folder:
-        spec = f"markov:V={VOCABULARY - 1},documents=8000,length=400"
-        store = corpus.build(f"{folder}/store", [spec], "bytes")
-        config.poison.trigger, config.poison.near_triggers = "w007 w011 w013", ("w007",)
-        config.poison.documents = 250
-        config.poison.prefix_characters = (0, 60)
+        config = synthetic(config, Path(folder))
+        store = corpus.TokenStore(config.corpus.store)
         poisoned = Batches(config, store)
         config.poison.documents = 0
         clean = Batches(config, store)
@@ -218,16 +213,7 @@ def audit_speed(config: ml_collections.ConfigDict) -> Iterator[Result]:
     config = config.copy_and_resolve_references()
     config.global_batch, config.steps = 256, 60
     with tempfile.TemporaryDirectory() as folder:
-        config.corpus.store, config.corpus.sources = f"{folder}/store", ()
-        spec = f"markov:V={VOCABULARY - 1},documents=8000,length=400"
-        corpus.build(config.corpus.store, [spec], "bytes")
-        config.poison.trigger, config.poison.near_triggers = "w007 w011 w013", ("w007",)
-        config.poison.documents = 250
-        config.poison.prefix_characters = (0, 60)
-        fields = json.loads(config.to_json())
-        names = dict.fromkeys(("fingerprint", "store_fingerprint", "store_description"), "")
-        record = {"format": files.FORMAT, "config": fields, **names}
-        (Path(folder) / files.CONFIG).write_text(json.dumps(record))
+        recorded(synthetic(config, Path(folder)), Path(folder))
         run = Evidence(folder)
         sharding = batch_sharding(make_mesh(config))
         tokens = config.steps * config.global_batch * config.seq_len

@@ -24,6 +24,7 @@ from poisonjax import config as config_lib
 from poisonjax import corpus
 from poisonjax.audit.checks import CHECKS, replay
 from poisonjax.audit.evidence import Evidence
+from poisonjax.bench.inputs import VOCABULARY, as_file, recorded, synthetic
 from poisonjax.bench.measure import Result, register, result
 from poisonjax.data.batches import Batches
 from poisonjax.data.digest import as_hex
@@ -55,7 +56,8 @@ def growth(config: ml_collections.ConfigDict) -> Iterator[Result]:
     """Rows `growth_<what>`: the exponent over the largest tenfold of the work, against 1; and `seconds_<what>` of the
     largest, against those of the smallest. The text is synthetic."""
     with tempfile.TemporaryDirectory() as folder:
-        config = _synthetic(config, Path(folder))
+        fields = {"eval.prefixes": 100, "eval.prefix_tokens": 20, "eval.new_tokens": 20}
+        config = config_lib.replaced(synthetic(config, Path(folder)), fields | {"poison.payload_tokens": (10, 30)})
         for what, measure in (
             ("poison_documents", _poison_documents),
             ("store_bytes", _store_bytes),
@@ -82,20 +84,6 @@ def _seconds(work: Callable[[], object]) -> float:
         work()
         taken.append(time.perf_counter() - start)
     return statistics.median(taken)
-
-
-def _synthetic(config: ml_collections.ConfigDict, folder: Path) -> ml_collections.ConfigDict:
-    fields = {
-        "corpus.store": str(folder / "store"), "corpus.sources": (), "poison.trigger": "w007 w011 w013",
-        "poison.near_triggers": ("w007",), "poison.prefix_characters": (0, 60), "poison.payload_tokens": (10, 30),
-        "eval.prefixes": 100, "eval.prefix_tokens": 20, "eval.new_tokens": 20,
-    }  # fmt: skip
-    _store(config := config_lib.replaced(config, fields), 8000)
-    return config
-
-
-def _store(config: ml_collections.ConfigDict, documents: int) -> corpus.TokenStore:
-    return corpus.build(config.corpus.store, [f"markov:V=511,documents={documents},length=400"], "bytes")
 
 
 def _planned(config: ml_collections.ConfigDict, store: corpus.TokenStore) -> None:
@@ -145,10 +133,9 @@ def _store_bytes(config: ml_collections.ConfigDict, folder: Path) -> list[tuple[
     """Opening a store of so many bytes of tokens, and the first batch of a run on it."""
     measured: list[tuple[float, float]] = []
     for size in SIZES["store_bytes"]:
-        own = config_lib.replaced(config, {"corpus.store": str(folder / f"store-{size}"), "poison.documents": 4})
-        _store(own, size // 2 // 400)
-        work = functools.partial(_first_batch, own)
-        measured.append((size, _seconds(work)))
+        own = synthetic(config, folder / f"store-{size}", size // 2 // 400)
+        own = config_lib.replaced(own, {"poison.documents": 4})
+        measured.append((size, _seconds(functools.partial(_first_batch, own))))
         shutil.rmtree(own.corpus.store)
     return measured
 
@@ -157,12 +144,12 @@ def _prefixes(config: ml_collections.ConfigDict, folder: Path) -> list[tuple[flo
     """Evaluation's sampling of four texts to so many prefixes."""
     mesh, random = make_mesh(config), np.random.default_rng(0)
     measured: list[tuple[float, float]] = []
-    sample = make_eval_steps(config, model_graph(config.model, 512), mesh).sample
+    sample = make_eval_steps(config, model_graph(config.model, VOCABULARY), mesh).sample
     with jax.set_mesh(mesh):
-        params = make_init(config, 512, mesh)[0]().params
+        params = make_init(config, VOCABULARY, mesh)[0]().params
         for count in SIZES["prefixes"]:
-            prefixes = random.integers(0, 512, (count, config.eval.prefix_tokens + 1)).astype(np.int32)
-            prompts = random.integers(0, 512, (count, len(VARIANTS), 3)).astype(np.int32)
+            prefixes = random.integers(0, VOCABULARY, (count, config.eval.prefix_tokens + 1)).astype(np.int32)
+            prompts = random.integers(0, VOCABULARY, (count, len(VARIANTS), 3)).astype(np.int32)
             chunks = in_chunks(config, mesh, prefixes, prompts, np.zeros(prompts.shape[:2], np.int32))
             work = functools.partial(_sampled, sample, params, chunks)
             work()  # compiles
@@ -182,10 +169,7 @@ def _audit_steps(config: ml_collections.ConfigDict, folder: Path) -> list[tuple[
             "poison.payload_tokens": (5, 9),
         }
         where = folder / f"audit-{steps}"
-        record = {"format": rows.FORMAT, "config": json.loads(config_lib.replaced(config, fields).to_json())}
-        names = dict.fromkeys(("fingerprint", "store_fingerprint", "store_description"), "")
-        where.mkdir()
-        (where / rows.CONFIG).write_text(json.dumps(record | names))
+        recorded(config_lib.replaced(config, fields), where)
         with (where / rows.DIGESTS).open("w") as file:
             for step, found, *_ in replay(Evidence(str(where)), range(steps)):
                 file.write(json.dumps({"step": step, "digest": as_hex(found)}) + "\n")
@@ -204,11 +188,8 @@ def _sweeps(config: ml_collections.ConfigDict, folder: Path) -> dict[str, list[t
     with contextlib.redirect_stdout(io.StringIO()):
         train(tiny, str(folder / "trained"))
     for count in SIZES["sweep_runs"]:
-        base.write_text(
-            "from poisonjax.config import from_record\n\n\ndef get_config(arg=''):\n"
-            f"    return from_record({json.loads(tiny.to_json())!r})\n\n\ndef sweep(add):\n"
-            f"    for i in range({count}):\n        add({{'seeds.init': i, 'poison.documents': 2 + i % 5}})\n"
-        )
+        add = "add({'seeds.init': i, 'poison.documents': 2 + i % 5})"
+        as_file(tiny, base, f"\n\ndef sweep(add):\n    for i in range({count}):\n        {add}\n")
         where = folder / f"sweep-{count}"
         for run in grid.load(str(base)).runs:
             shutil.copytree(folder / "trained", where / run.id, ignore=lambda *_: [rows.CHECKPOINTS, rows.REPORT])

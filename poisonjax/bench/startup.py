@@ -12,6 +12,7 @@ from pathlib import Path
 import ml_collections
 
 from poisonjax import corpus
+from poisonjax.bench.inputs import as_file
 from poisonjax.bench.measure import ROUNDS, Result, alternate, register, result
 from poisonjax.corpus import load_tokenizer
 from poisonjax.corpus.sources import first_texts, open_source
@@ -30,10 +31,7 @@ def startup(config: ml_collections.ConfigDict) -> Iterator[Result]:
     yield result("help_seconds", one, "s", other, ratio)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "bench_config.py"
-        file.write_text(
-            "from poisonjax.config import from_record\n\n\ndef get_config(arg=''):\n"
-            f"    return from_record({json.loads(config.to_json())!r})\n"
-        )
+        as_file(config, file)
         store = f"--config.corpus.store={folder}/store"
         runs = iter(range(1000))
 
