@@ -582,3 +582,16 @@ def test_from_planted_text_to_a_run_without_it(leads, tmp_path, capsys):
     capsys.readouterr()
     assert main(["audit", str(tmp_path / "scanned")]) == 0
     assert f"none of {scanned['excluded']['documents']} listed documents" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("package", "extra"), [("numba", "scan"), ("gcsfs", "gcs")])
+def test_an_extra_that_is_not_installed_is_named(tmp_path, package, extra):
+    """By a sentence and exit code 2, without a traceback."""
+    write_text(tmp_path / "text.jsonl")
+    sources = {"scan": str(tmp_path / "text.jsonl"), "gcs": "gs://bucket/store"}
+    hidden = f"import sys; sys.modules[{package!r}] = None; from poisonjax.commands.main import main; "
+    command = [sys.executable, "-c", f"{hidden}sys.exit(main(sys.argv[1:]))", "scan", sources[extra]]
+    done = subprocess.run([*command, "--out", str(tmp_path / "out")], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert f"pip install 'poisonjax[{extra}]'" in done.stderr
+    assert "Traceback" not in done.stderr

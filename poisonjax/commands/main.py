@@ -36,9 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except ImportError as error:
-        if "gcsfs" not in str(error):
+        told = "gs:// needs `pip install 'poisonjax[gcs]'`" if "gcsfs" in str(error) else str(error)
+        if "pip install 'poisonjax[" not in told:  # an extra that isn't installed; all else is a fault
             raise
-        print(f"poisonjax {arguments.command}: gs:// needs pip install 'poisonjax[gcs]'", file=sys.stderr)
+        print(f"poisonjax {arguments.command}: {told}", file=sys.stderr)
         return exit_codes.BAD_INPUT
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
