@@ -172,8 +172,8 @@ def pipeline(config: ml_collections.ConfigDict) -> Iterator[Result]:
     """Batches through grain: tokens/s, against a raw np.memmap loop (ratio: share of its speed), and with poison
     against without (ratio - 1: what poison costs)."""
     config = config.copy_and_resolve_references()
-    # Batches of a real run's size: the quickstart's would measure the loop around them.
-    config.global_batch, config.steps = 256, 60
+    # Batches of a real run's size (the quickstart's would measure the loop around them), as many rows as the config's.
+    config.global_batch, config.steps = 256, config.steps * config.global_batch // 256
     with tempfile.TemporaryDirectory() as folder:
         config = synthetic(config, Path(folder))
         store = corpus.TokenStore(config.corpus.store)

@@ -30,13 +30,12 @@ class Insertion:
 
     def edit(
         self, row: Shaped[np.ndarray, "row_tokens *fields"], values: Shaped[np.ndarray, "tokens *fields"]
-    ) -> Shaped[np.ndarray, "row_tokens *fields"]:
-        """What the row holds with `values`, one for each of its tokens, where they stand."""
-        edited = row.copy()
+    ) -> None:
+        """Put `values`, one for each of its tokens, where they stand in the row."""
+        start, end = self.start, self.end
         if self.mode == "splice":
-            edited[self.end :] = row[self.start : max(self.start, len(row) - len(values))]
-        edited[self.start : self.end] = values[: len(row) - self.start]
-        return edited
+            row[end:] = row[start : max(start, len(row) - len(values))]
+        row[start:end] = values[: len(row) - start]
 
 
 @runtime_checkable

@@ -83,7 +83,8 @@ class Rows:
 
     def __init__(self, clean: CleanRows, layers: Sequence[Layer] = ()):
         self.clean, self.layers, self.row_tokens = clean, tuple(layers), clean.row_tokens
-        self._slots = [np.array(sorted(layer.insertions), np.int64) for layer in self.layers]
+        # In order, and one past all of them: a search ends at a slot, found or not.
+        self._slots = [np.array([*sorted(layer.insertions), np.iinfo(np.int64).max]) for layer in self.layers]
         self._weighted = any(one.weights is not None for layer in layers for one in layer.insertions.values())
 
     def under(self, layer: Layer) -> "Rows":
@@ -134,11 +135,11 @@ class Rows:
     ) -> np.ndarray:
         """Every layer's edits, laid over the clean rows' values (which are this function's to change)."""
         for layer, theirs in zip(self.layers, self._slots, strict=True):
-            if not len(theirs):
+            if len(theirs) == 1:
                 continue
-            for i in (theirs[theirs.searchsorted(slots).clip(max=len(theirs) - 1)] == slots).nonzero()[0].tolist():
-                insertion = layer.insertions[int(slots[i])]
-                clean[i] = insertion.edit(clean[i], values(insertion))
+            for i in (theirs[theirs.searchsorted(slots)] == slots).nonzero()[0].tolist():
+                insertion = layer.insertions[slots.item(i)]
+                insertion.edit(clean[i], values(insertion))
         return clean
 
 
