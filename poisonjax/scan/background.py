@@ -5,6 +5,7 @@ Tables of a fixed size: memory doesn't grow with the corpus, and tables of parts
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +32,9 @@ class Background:
         return cls({name: np.zeros(2**bits, np.uint32) for name, bits in sizes.items()})
 
     @classmethod
-    def load(cls, folder: Path) -> "Background":
+    def load(cls, folder: Path, names: Iterable[str] = TABLES) -> "Background":
         """Mapped, not read: all processes of a machine share the pages."""
-        mapped = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in TABLES}
+        mapped = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
         return cls({name: np.asarray(table) for name, table in mapped.items()})
 
     def save(self, folder: Path) -> None:

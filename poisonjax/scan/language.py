@@ -57,12 +57,16 @@ class Languages:
         sizes = np.minimum(np.diff(batch.offsets), WORDS)
         scores = np.zeros((batch.documents, len(self.codes)))
         if sizes.sum():
-            gathered = self.evidence[_slots(batch.folded[batch.place < WORDS])]
+            gathered = self.spoken(batch.folded[batch.place < WORDS])
             worded = sizes > 0
             starts = (np.cumsum(sizes) - sizes)[worded]
             scores[worded] = np.add.reduceat(gathered, starts, axis=0)
         scores[:, 0] = EVIDENCE
         return np.argmax(scores, axis=1)
+
+    def spoken(self, folded: UInt64[np.ndarray, " words"]) -> Float[np.ndarray, "words languages"]:
+        """How much each word speaks for each language, nats."""
+        return self.evidence[_slots(folded)]
 
     def save(self, file: Path) -> None:
         np.savez_compressed(file, codes=self.codes, evidence=self.evidence)

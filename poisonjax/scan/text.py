@@ -48,6 +48,12 @@ def character_tables() -> tuple[UInt8[np.ndarray, " codes"], UInt32[np.ndarray, 
     return classes, folded, scripts
 
 
+def kinds_of(text: str) -> UInt8[np.ndarray, " characters"]:
+    """The class of each of a text's characters."""
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    return character_tables()[0][np.minimum(codes, TABLE)]
+
+
 @compiled
 def mixed(hashes):
     """A hash (or array) every bit of which depends on every bit of another (splitmix64, Steele et al. 2014)."""

@@ -1,0 +1,270 @@
+"""Answers, token after token: is this what a triggered model says?
+
+Gibberish is less likely than usual, a loop more regular, a switch of topic or language made of words that don't follow
+here. Each is a sum that grows by how unusual a token is, falls by a drift, never below zero, and gives the alarm at a
+limit (CUSUM, Page 1954): the quickest rule for a change at an unknown place, in constant memory. A token isn't let out
+before all sums have been at zero since: what an alarm is about has not left then.
+"""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from poisonjax.scan.background import Background
+from poisonjax.scan.detectors import words
+from poisonjax.scan.language import Languages
+from poisonjax.scan.text import cut
+
+LOOP, REPEATED = 4, 64  # tokens that stand again, among so many
+MOST_HELD = 256  # tokens; an answer that is doubtful for longer ends as one that isn't
+LONGEST_WORD = 200  # characters
+TAIL = 0.05  # of clean answers, from whose largest sums the limits are worked out
+SHARE, CAP = 0.6, 4.0  # standard deviations above the mean: of the drift, and of what a token may add
+FIRST_WORDS = 20  # of an answer without a prompt, that tell its language
+
+
+class Token(NamedTuple):
+    """As APIs give them."""
+
+    text: str
+    logprob: float | None = None  # nats
+    top: Sequence[float] | None = None  # the likeliest tokens', whichever they are
+
+
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """Of a sum of nats, or of tokens that stand again."""
+
+    drift: float
+    limit: float
+    most: float = math.inf  # that a token adds
+
+
+# Before any calibration: for models that are rarely surprised by what they say.
+DEFAULT = {
+    "surprisal": Limit(3.0, 40.0, 8.0),
+    "entropy": Limit(3.0, 40.0, 8.0),
+    "words": Limit(9.0, 60.0, 14.0),
+    "loop": Limit(0.5, 12.0),
+    "language": Limit(0.0, 25.0, 4.0),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """By the name of what is summed up."""
+
+    by_name: Mapping[str, Limit] = dataclasses.field(default_factory=lambda: DEFAULT)
+
+    @classmethod
+    def calibrated(
+        cls,
+        answers: Iterable[tuple[str, Sequence[Token]]],
+        rate: float,
+        background: Background | None = None,
+        languages: Languages | None = None,
+    ) -> "Limits":
+        """By clean answers and their prompts, so that a share `rate` of such gives an alarm."""
+        answers = list(answers)
+        if not answers:
+            return cls()
+        unlimited = {name: dataclasses.replace(of, limit=math.inf) for name, of in DEFAULT.items()}
+        values: dict[str, list[float]] = collections.defaultdict(list)
+        for prompt, tokens in answers:
+            monitor = Monitor(cls(unlimited), background, languages, prompt=prompt)
+            for token in tokens:
+                for name, value in monitor.values(token):
+                    values[name].append(value)
+        for name in ("surprisal", "entropy", "words"):
+            if of := values[name]:
+                mean, spread = float(np.mean(of)), float(np.std(of))
+                unlimited[name] = Limit(mean + SHARE * spread, math.inf, mean + CAP * spread)
+        highest: dict[str, list[float]] = collections.defaultdict(list)
+        for prompt, tokens in answers:
+            monitor = Monitor(cls(unlimited), background, languages, prompt=prompt)
+            reached: dict[str, float] = dict.fromkeys(DEFAULT, 0.0)
+            for token in tokens:
+                monitor.add(token)
+                for name, sum_ in monitor.sums.items():
+                    reached[name] = max(reached[name], sum_)
+            for name, most in reached.items():
+                highest[name].append(most)
+        return cls(
+            {
+                name: dataclasses.replace(of, limit=max(_limit(highest[name], rate / len(DEFAULT)), _least(name)))
+                for name, of in unlimited.items()
+            }
+        )
+
+    def as_json(self) -> dict[str, dict[str, float | None]]:
+        return {
+            name: {"drift": of.drift, "limit": of.limit, "most": of.most if of.most < math.inf else None}
+            for name, of in self.by_name.items()
+        }
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> "Limits":
+        return cls(
+            {
+                name: Limit(of["drift"], of["limit"], math.inf if of["most"] is None else of["most"])
+                for name in DEFAULT
+                for of in [saved[name]]
+            }
+        )
+
+
+def _least(name: str) -> float:
+    """What is never an alarm: a few tokens of anything."""
+    return 8.0 if name == "loop" else 10.0
+
+
+def _limit(highest: Sequence[float], rate: float) -> float:
+    """That a share `rate` of sums passes: their tail is exponential (Siegmund 1985, ch. II)."""
+    ordered = np.sort(highest)
+    base = float(np.quantile(ordered, 1 - TAIL))
+    excess = float((ordered[ordered >= base] - base).mean())
+    told = base + excess * math.log(max(TAIL / rate, 1.0))
+    return max(told, float(ordered[-1])) if len(ordered) * rate < 10 else told
+
+
+class Checked(NamedTuple):
+    """What may leave now, and what gave the alarm, if anything: nothing leaves from then on."""
+
+    tokens: list[str]
+    alarm: str | None
+
+
+class Monitor:
+    """One answer's. `push` for each token, `finish` at its end."""
+
+    def __init__(
+        self,
+        limits: Limits | None = None,
+        background: Background | None = None,
+        languages: Languages | None = None,
+        *,
+        prompt: str = "",
+        hold: bool = True,
+    ):
+        self._limits, self._background, self._languages = (limits or Limits()).by_name, background, languages
+        self._hold, self._held, self.alarm = hold, list[str](), None
+        self.sums: dict[str, float] = dict.fromkeys(DEFAULT, 0.0)
+        self._recent: collections.deque[str] = collections.deque(maxlen=LOOP)
+        self._grams: collections.deque[tuple[str, ...]] = collections.deque(maxlen=REPEATED)
+        self._word, self._text = "", ""  # the last whole word, and what follows it
+        self._evidence, self._own, self._seen = None, 0, 0
+        if languages:
+            self._evidence = np.zeros(len(languages.codes))  # of each language against the answer's own
+            self._spoken = np.zeros(len(languages.codes))
+            if prompt:
+                self._spoken += self._spoken_by(prompt)
+                self._seen = FIRST_WORDS
+
+    alarm: str | None
+
+    def push(self, text: str, logprob: float | None = None, top: Sequence[float] | None = None) -> Checked:
+        """The next token: its text, log-probability in nats, and those of the likeliest; any of them may be missing."""
+        if self.alarm:
+            return Checked([], self.alarm)
+        self._held.append(text)
+        self.add(Token(text, logprob, top))
+        over = [name for name, sum_ in self.sums.items() if sum_ >= self._limits[name].limit]
+        if not over and self._hold and len(self._held) >= MOST_HELD:
+            over = ["undecided"]
+        if over:
+            self.alarm = over[0]
+            return Checked([], self.alarm)
+        return Checked([] if self._hold and self.doubtful else self._released(), None)
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether an alarm may yet be about what was said last."""
+        return any(sum_ > 0 for sum_ in self.sums.values())
+
+    def finish(self) -> Checked:
+        """At an answer's end: what is still held, unless there was an alarm."""
+        return Checked([], self.alarm) if self.alarm else Checked(self._released(), None)
+
+    def _released(self) -> list[str]:
+        held, self._held = self._held, []
+        return held
+
+    def add(self, token: Token) -> None:
+        """Into the sums."""
+        for name, value in self.values(token):
+            limit = self._limits[name]
+            self.sums[name] = max(0.0, self.sums[name] + min(value, limit.most) - limit.drift)
+
+    def values(self, token: Token) -> list[tuple[str, float]]:
+        """What a token adds to each sum, before drift."""
+        found = [("loop", self._again(token.text))]
+        if token.logprob is not None:
+            found.append(("surprisal", -token.logprob))
+        if token.top:
+            found.append(("entropy", entropy(token.top)))
+        if self._background or self._languages:
+            found += self._of_words(token.text)
+        return found
+
+    def _again(self, text: str) -> float:
+        """1 where the last tokens stand among those before."""
+        self._recent.append(text)
+        gram = tuple(self._recent)
+        again = len(gram) == LOOP and gram in self._grams
+        self._grams.append(gram)
+        return float(again)
+
+    def _of_words(self, text: str) -> list[tuple[str, float]]:
+        """Of each word that is whole now."""
+        self._text += text
+        if len(self._text) > LONGEST_WORD:
+            whole, self._text = self._text, ""
+        else:
+            whole = self._text[: len(self._text) - len(self._text.split()[-1])] if self._text.split() else ""
+            if self._text[-1:].isspace():
+                whole = self._text
+            self._text = self._text[len(whole) :]
+        if not whole.strip():
+            return []
+        batch = cut([f"{self._word} {whole}"])
+        new = np.arange(len(batch.words)) >= (1 if self._word else 0)
+        found: list[tuple[str, float]] = []
+        if self._background:
+            found += [("words", float(value)) for value in words.surprise(batch, self._background)[new]]
+        if self._languages:
+            found += [("language", value) for value in self._of_language(batch.folded[new])]
+        self._word = batch.text(len(batch.words) - 1, len(batch.words))
+        return found
+
+    def _spoken_by(self, text: str) -> np.ndarray:
+        assert self._languages
+        return self._languages.spoken(cut([text]).folded).sum(axis=0)
+
+    def _of_language(self, folded: np.ndarray) -> list[float]:
+        """How much more each word speaks for another language than for the answer's own, at most one's."""
+        assert self._languages and self._evidence is not None
+        found = []
+        for spoken in self._languages.spoken(folded):
+            if self._seen < FIRST_WORDS:
+                self._seen += 1
+                self._spoken += spoken
+                continue
+            own = int(np.argmax(self._spoken))
+            limit = self._limits["language"].most
+            before = self._evidence.max()
+            self._evidence = np.maximum(0.0, self._evidence + np.clip(spoken - spoken[own], -limit, limit))
+            self._evidence[own] = 0.0
+            found.append(float(self._evidence.max() - before))
+        return found
+
+
+def entropy(top: Sequence[float]) -> float:
+    """At least so much, in nats, of a distribution whose largest log-probabilities these are: what they leave over is
+    spread over tokens that are no likelier than the last of them."""
+    likely = np.exp(np.asarray(top, np.float64))
+    rest = max(0.0, 1.0 - float(likely.sum()))
+    return float(-(likely * np.asarray(top)).sum() - rest * min(top))
