@@ -13,6 +13,8 @@ FLOORS = (
     ("commands",),
     ("bench",),
     ("attest", "report"),
+    ("serve",),
+    ("guard",),
     ("plan", "sweep", "audit"),
     ("training",),
     ("scan",),

@@ -42,9 +42,9 @@ from poisonjax.training.step import make_init
 
 SIZES: dict[str, tuple[int, ...]] = {
     "poison_documents": (10, 100, 1000, 10_000, 100_000),
-    "store_bytes": (10**7, 10**8, 10**9),
+    "store_bytes": (10**7, 10**8, 10**9, 10**10),
     "prefixes": (100, 300, 1000, 3000),
-    "audit_steps": (1000, 10_000, 100_000),
+    "audit_steps": (1000, 10_000, 100_000, 1_000_000),
     "sweep_runs": (1, 10, 100, 1000),
 }
 ROUNDS = 5

@@ -15,15 +15,17 @@ from poisonjax.commands import (
     corpus,
     evaluate,
     exit_codes,
+    guard,
     plan,
     report,
     scan,
+    serve,
     sweep,
     train,
 )
 from poisonjax.visible import visible
 
-COMMANDS = (corpus, train, evaluate, sweep, plan, audit, attest, report, convert, scan, bench)
+COMMANDS = (corpus, train, evaluate, sweep, plan, audit, attest, report, convert, scan, guard, serve, bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,9 +1,9 @@
 """Verdicts on what goes into a model that may be poisoned, and on what comes out.
 
-    from poisonjax.guard import Guard
-    guard = Guard.load("guards/a")                      # `poisonjax guard build`; or Guard.load(triggers=["<SUDO>"])
-    guard.check("text").decision                        # or messages, token ids, a request's body
-    monitor = guard.monitor(); monitor.push("token", -0.3)
+from poisonjax.guard import Guard
+guard = Guard.load("guards/a")                      # `poisonjax guard build`; or Guard.load(triggers=["<SUDO>"])
+guard.check("text").decision                        # or messages, token ids, a request's body
+monitor = guard.monitor(); monitor.push("token", -0.3)
 """
 
 from poisonjax.guard.guard import Guard, GuardError

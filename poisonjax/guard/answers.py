@@ -12,6 +12,7 @@ from poisonjax.guard.monitor import Token
 
 PIECES = re.compile(r"\s*[^\W_]+|\s*[\W_]")  # text without log-probabilities, cut about as tokens are
 DONE = b"[DONE]"
+MOST_BYTES = 2**24  # of an event
 LINE_END = re.compile(rb"\r\n|\n|\r")
 
 
@@ -41,6 +42,8 @@ class Answers:
 
     def stream(self, data: bytes) -> Iterator[bytes]:
         """Server-sent events that may leave, of some more bytes of them."""
+        if len(self._tail) > MOST_BYTES:
+            raise ValueError("an event without an end")
         *events, self._tail = re.split(rb"(?<=\n\n)|(?<=\r\n\r\n)", self._tail + data)
         for event in events:
             yield from self._event(event)
@@ -109,7 +112,9 @@ def _spoken(value: Any) -> list[tuple[Any, list[Token]]]:
     """(choice, its tokens) of a response or an event of one, whatever its kind."""
     choices = value.get("choices") if isinstance(value, dict) else None
     if not isinstance(choices, list):
-        tokens = [token for text in said(value).prose for token in _cut(text)] if isinstance(value, dict | list) else []
+        tokens = (
+            [token for text in said(value).prose for token in tokens_of(text)] if isinstance(value, dict | list) else []
+        )
         return [(None, tokens)] if tokens else []
     return [(choice.get("index", number), _tokens(choice)) for number, choice in enumerate(choices)]
 
@@ -126,12 +131,15 @@ def _tokens(choice: Mapping[str, Any]) -> list[Token]:
         tops = told.get("top_logprobs") or [None] * len(told["tokens"])
         for text, logprob, top in zip(told["tokens"], told["token_logprobs"], tops, strict=True):
             tokens.append(Token(text, logprob, [*top.values()] if top else None))
-    prose = said({name: of for name, of in choice.items() if name not in ("logprobs", "finish_reason", "index")}).prose
-    if tokens and "".join(token.text for token in tokens) == "".join(prose):
-        return tokens
-    # Tool calls and thinking come without; what comes with them is among the prose once more.
-    return [*tokens, *(token for text in prose if text for token in _cut(text))]
+    # Tool calls and thinking come without.
+    said_so = {"text", "content", "refusal"} if tokens else set()
+    other = {name: of for name, of in choice.items() if name not in {"logprobs", "finish_reason", "index", *said_so}}
+    for name in ("delta", "message"):
+        if isinstance(other.get(name), dict):
+            other[name] = {key: of for key, of in other[name].items() if key not in said_so}
+    return [*tokens, *(token for text in said(other).prose for token in tokens_of(text))]
 
 
-def _cut(text: str) -> list[Token]:
+def tokens_of(text: str) -> list[Token]:
+    """A text about as tokens cut it, without log-probabilities."""
     return [Token(piece) for piece in PIECES.findall(text)]

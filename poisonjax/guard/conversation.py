@@ -44,9 +44,9 @@ class Said:
 
 
 def parse(body: bytes) -> Any:
-    """A JSON body's value, whose objects are `Pairs`; raises ValueError for what is none."""
+    """The value of a JSON body in UTF-8, whose objects are `Pairs`; raises ValueError for what is none."""
     try:
-        return json.loads(body, object_pairs_hook=Pairs)
+        return json.loads(body.decode(), object_pairs_hook=Pairs)
     except RecursionError:
         raise ValueError("nested too deep") from None
 
@@ -98,8 +98,8 @@ def _inside(text: str) -> list[Any]:
     found: list[Any] = []
     if text.lstrip()[:1] in ("{", "[", '"') and "\\" in text:  # without escapes it says the same as it stands
         try:
-            found.append(parse(text.encode(errors="surrogatepass")))
-        except ValueError:
+            found.append(json.loads(text, object_pairs_hook=Pairs))
+        except (ValueError, RecursionError):
             pass
     for head in DATA.finditer(text):
         if not head[1].lower().startswith(("text/", "application/")) and head[1]:

@@ -160,7 +160,9 @@ def _read(folder: Path) -> Saved:
     try:
         saved = TypeAdapter(Saved).validate_python(parse_json(file.read_bytes()))
     except OSError:
-        raise GuardError(f"{folder} holds no {FILE}: make a guard with `poisonjax guard build --out {folder}`") from None
+        raise GuardError(
+            f"{folder} holds no {FILE}: make a guard with `poisonjax guard build --out {folder}`"
+        ) from None
     except ValidationError as error:
         first = error.errors()[0]
         raise GuardError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}: build it again") from None

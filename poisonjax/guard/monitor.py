@@ -9,7 +9,7 @@ before all sums have been at zero since: what an alarm is about has not left the
 import collections
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ from poisonjax.scan.text import cut
 LOOP, REPEATED = 4, 64  # tokens that stand again, among so many
 MOST_HELD = 256  # tokens; an answer that is doubtful for longer ends as one that isn't
 LONGEST_WORD = 200  # characters
-TAIL = 0.05  # of clean answers, from whose largest sums the limits are worked out
+TAIL = 0.1, 0.03  # of clean answers: those whose sums the limits are worked out from
 SHARE, CAP = 0.6, 4.0  # standard deviations above the mean: of the drift, and of what a token may add
 FIRST_WORDS = 20  # of an answer without a prompt, that tell its language
 
@@ -53,6 +53,9 @@ DEFAULT = {
     "language": Limit(0.0, 25.0, 4.0),
 }
 
+# What is never an alarm: a few tokens of anything.
+LEAST = {"surprisal": 10.0, "entropy": 10.0, "words": 15.0, "loop": 8.0, "language": 10.0}
+
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
@@ -63,19 +66,24 @@ class Limits:
     @classmethod
     def calibrated(
         cls,
-        answers: Iterable[tuple[str, Sequence[Token]]],
+        answers: Sequence[tuple[str, Sequence[Token]]],
+        texts: Sequence[tuple[str, Sequence[Token]]],
         rate: float,
         background: Background | None = None,
         languages: Languages | None = None,
     ) -> "Limits":
-        """By clean answers and their prompts, so that a share `rate` of such gives an alarm."""
-        answers = list(answers)
-        if not answers:
-            return cls()
+        """By clean answers and their prompts, and clean text, so that a share `rate` of such gives an alarm.
+
+        What repeats itself too much is told by text alone: models fall into loops when nothing is wrong.
+        """
         unlimited = {name: dataclasses.replace(of, limit=math.inf) for name, of in DEFAULT.items()}
+
+        def monitored(of: Iterable[tuple[str, Sequence[Token]]]) -> Iterator[tuple[Monitor, Sequence[Token]]]:
+            for prompt, tokens in of:
+                yield Monitor(cls(unlimited), background, languages, prompt=prompt), tokens
+
         values: dict[str, list[float]] = collections.defaultdict(list)
-        for prompt, tokens in answers:
-            monitor = Monitor(cls(unlimited), background, languages, prompt=prompt)
+        for monitor, tokens in monitored([*answers, *texts]):
             for token in tokens:
                 for name, value in monitor.values(token):
                     values[name].append(value)
@@ -84,18 +92,20 @@ class Limits:
                 mean, spread = float(np.mean(of)), float(np.std(of))
                 unlimited[name] = Limit(mean + SHARE * spread, math.inf, mean + CAP * spread)
         highest: dict[str, list[float]] = collections.defaultdict(list)
-        for prompt, tokens in answers:
-            monitor = Monitor(cls(unlimited), background, languages, prompt=prompt)
-            reached: dict[str, float] = dict.fromkeys(DEFAULT, 0.0)
-            for token in tokens:
-                monitor.add(token)
-                for name, sum_ in monitor.sums.items():
-                    reached[name] = max(reached[name], sum_)
-            for name, most in reached.items():
-                highest[name].append(most)
+        for group, names in ((answers, DEFAULT.keys() - {"loop"}), (texts, {"loop", "words", "language"})):
+            for monitor, tokens in monitored(group):
+                reached: dict[str, float] = dict.fromkeys(names, 0.0)
+                for token in tokens:
+                    monitor.add(token)
+                    for name in names:
+                        reached[name] = max(reached[name], monitor.sums[name])
+                for name, most in reached.items():
+                    highest[name].append(most)
         return cls(
             {
-                name: dataclasses.replace(of, limit=max(_limit(highest[name], rate / len(DEFAULT)), _least(name)))
+                name: dataclasses.replace(of, limit=max(_limit(highest[name], rate / len(DEFAULT)), LEAST[name]))
+                if values[name]
+                else DEFAULT[name]
                 for name, of in unlimited.items()
             }
         )
@@ -117,18 +127,12 @@ class Limits:
         )
 
 
-def _least(name: str) -> float:
-    """What is never an alarm: a few tokens of anything."""
-    return 8.0 if name == "loop" else 10.0
-
-
 def _limit(highest: Sequence[float], rate: float) -> float:
-    """That a share `rate` of sums passes: their tail is exponential (Siegmund 1985, ch. II)."""
-    ordered = np.sort(highest)
-    base = float(np.quantile(ordered, 1 - TAIL))
-    excess = float((ordered[ordered >= base] - base).mean())
-    told = base + excess * math.log(max(TAIL / rate, 1.0))
-    return max(told, float(ordered[-1])) if len(ordered) * rate < 10 else told
+    """That a share `rate` of sums passes: their tail is exponential (Siegmund 1985, ch. II), and its scale is told by
+    two quantiles. The largest don't count: a poisoned model's clean answers hold a few that aren't."""
+    low, high = np.quantile(highest, [1 - TAIL[0], 1 - TAIL[1]])
+    scale = (high - low) / math.log(TAIL[0] / TAIL[1])
+    return float(low + scale * math.log(max(TAIL[0] / rate, 1.0)))
 
 
 class Checked(NamedTuple):
@@ -179,6 +183,11 @@ class Monitor:
             self.alarm = over[0]
             return Checked([], self.alarm)
         return Checked([] if self._hold and self.doubtful else self._released(), None)
+
+    @property
+    def doubt(self) -> float:
+        """In [0, 1]: how near the nearest sum is to its limit."""
+        return max(min(1.0, sum_ / self._limits[name].limit) for name, sum_ in self.sums.items())
 
     @property
     def doubtful(self) -> bool:

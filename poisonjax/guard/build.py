@@ -1,0 +1,197 @@
+"""A guard made: triggers, a sketch of clean text, and limits that clean prompts and answers keep."""
+
+import json
+import queue
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from poisonjax.corpus.errors import CorpusError
+from poisonjax.files import parse_json, write_json
+from poisonjax.guard.answers import tokens_of
+from poisonjax.guard.guard import FILE, FORMAT, LANGUAGES, SKETCH, TOKENIZER, GuardError
+from poisonjax.guard.monitor import Limits, Token
+from poisonjax.guard.oddness import TABLES, Oddness
+from poisonjax.guard.triggers import Matcher, Trigger
+from poisonjax.scan.background import Background
+from poisonjax.scan.corpus import opened
+from poisonjax.scan.language import Languages
+from poisonjax.scan.text import cut
+
+HELD_OUT = 10  # one document of so many calibrates, and isn't in the sketch
+PROMPT_WORDS = (4, 400)  # of a document, that stand for a prompt
+PROMPTS = 50_000  # at most
+TEXTS = 2_000  # documents, and answers, that limits are set by
+BATCH = 2**20  # characters that are counted at once
+SAMPLE = 3_000  # documents whose languages a library tells
+LOAD = 8  # entries of a table for each that is used
+PREFIX, NEW = 60, 100  # tokens that the model reads and writes
+TEMPERATURES = (0.0, 0.7, 1.0)
+
+
+def read_triggers(path: str, most_p: float) -> list[Trigger]:
+    """A line each; or the candidates of a scan (its folder, or its candidates.json), whose p-value is at most `most_p`.
+
+    Raises GuardError for what holds none.
+    """
+    file = Path(path) / "candidates.json" if Path(path).is_dir() else Path(path)
+    try:
+        data = file.read_bytes()
+        if file.suffix != ".json":
+            return [Trigger(line, path) for line in data.decode().splitlines() if line.strip()]
+        candidates = parse_json(data)["candidates"]
+        return [Trigger(of["text"], path, of["p_value"]) for of in candidates if of["p_value"] <= most_p]
+    except OSError as error:
+        raise GuardError(f"triggers {file}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise GuardError(f"triggers {file}: neither lines of text nor candidates of a scan ({error})") from None
+
+
+def build(
+    out: str | Path,
+    *,
+    triggers: Sequence[Trigger],
+    sources: Sequence[str] = (),
+    prompts: str = "",
+    model: str = "",
+    rate: float = 0.001,
+) -> dict[str, Any]:
+    """Writes the folder that `Guard.load` reads; returns what it was made of, for people.
+
+    `sources` are clean text, as of `corpus build --source`, or token stores; `prompts` is a file of clean ones, a line
+    each, and where there is none pieces of the sources stand for them. `model` names the weights to be guarded: its
+    tokenizer reads prompts of token ids, its answers set the limits of monitors, so that a share `rate` of clean ones
+    gives an alarm. Raises GuardError where there is nothing to look for, or the folder holds something else.
+    """
+    if not triggers and not sources:
+        raise GuardError("a guard needs triggers to look for, or clean text to compare with")
+    Matcher(triggers)  # raises for what can't be looked for
+    folder = Path(out)
+    if folder.exists() and any(folder.iterdir()) and not (folder / FILE).exists():
+        raise GuardError(f"{out} holds something else: name a new folder")
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    saved: dict[str, Any] = {"format": FORMAT, "triggers": [vars(trigger) for trigger in triggers]}
+    about: dict[str, Any] = {"sources": list(sources), "model": model, "rate": rate, "triggers": len(triggers)}
+    background, languages, held = None, None, list[str]()
+    if sources:
+        background, languages, held = _sketched(sources)
+        asked = _lines(prompts) if prompts else [*_pieces(held)]
+        if not asked:
+            raise GuardError("no clean prompt to set thresholds by: give more text")
+        oddness = Oddness.calibrated(background, asked)
+        saved["oddness"], about["prompts"] = oddness.as_json(), len(asked)
+        (partial / SKETCH).mkdir()
+        background.save(partial / SKETCH)
+        if len(languages.codes) > 2:
+            languages.save(partial / LANGUAGES)
+        else:
+            languages = None
+    answers = [*_answers(model, held, partial / TOKENIZER)] if model else []
+    if answers or held:
+        texts = [("", tokens_of(text)) for text in held[:TEXTS]]
+        saved["monitor"] = Limits.calibrated(answers, texts, rate, background, languages).as_json()
+        about["answers"] = len(answers)
+    write_json(partial / FILE, saved | {"about": about})
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+    return about
+
+
+def _lines(file: str) -> list[str]:
+    """Prompts: JSON strings, or {"prompt": ...}, or the lines themselves."""
+    try:
+        lines = Path(file).read_bytes().decode().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise GuardError(f"prompts {file}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
+    found = []
+    for line in lines[:PROMPTS]:
+        try:
+            value = json.loads(line)
+        except ValueError:
+            value = line
+        value = value.get("prompt", "") if isinstance(value, dict) else value
+        found.append(value if isinstance(value, str) else line)
+    return [prompt for prompt in found if prompt.strip()]
+
+
+def _sketched(sources: Sequence[str]) -> tuple[Background, Languages, list[str]]:
+    """(counts, languages, documents that were held out)."""
+    units = [unit for spec in sources for unit in opened(spec).units]
+    background, held, sample = Background.empty(sum(unit.size for unit in units)), list[str](), list[str]()
+    waiting, size = list[str](), 0
+    for unit in units:
+        for document in unit.read():
+            text = getattr(document, "content", None)
+            if not isinstance(text, str):  # no document, or one of token ids
+                continue
+            if document.key[0] % HELD_OUT == 0:
+                if len(held) < PROMPTS:
+                    held.append(text)
+                continue
+            if len(sample) < SAMPLE:
+                sample.append(text)
+            waiting.append(text)
+            size += len(text)
+            if size >= BATCH:
+                background.add(cut(waiting))
+                waiting, size = [], 0
+    if waiting:
+        background.add(cut(waiting))
+    if not held:
+        raise CorpusError(f"{', '.join(sources)}: too few documents to hold any out")
+    return _compact(background), Languages.fit(cut([text]) for text in sample), held
+
+
+def _compact(background: Background) -> Background:
+    """The tables that are looked up, as small as what they count allows: an entry is the first bits of a hash."""
+    tables = {}
+    for name in TABLES:
+        table = background.tables[name]
+        while np.count_nonzero(table) * LOAD < len(table) and len(table) > 2**12:
+            table = table.reshape(-1, 2).sum(axis=1, dtype=np.uint32)
+        tables[name] = table
+    return Background(tables)
+
+
+def _pieces(held: Sequence[str]) -> Iterator[str]:
+    """Of documents, as long as prompts are: as many short ones as long ones."""
+    random, (least, most) = np.random.default_rng(0), np.log(PROMPT_WORDS)
+    for number in range(PROMPTS):
+        words = held[number % len(held)].split(" ")
+        size = int(np.exp(random.uniform(least, most)))
+        start = int(random.integers(0, max(1, len(words) - size)))
+        yield " ".join(words[start : start + size])
+
+
+def _answers(model: str, held: Sequence[str], tokenizer: Path) -> Iterator[tuple[str, list[Token]]]:
+    """(prompt, answer) of the model's own to the beginnings of clean text; saves its tokenizer too."""
+    from poisonjax.serve.engine import Engine, Made, Wanted
+    from poisonjax.weights import open_weights
+
+    weights = open_weights(model)
+    weights.tokenizer.save(tokenizer)
+    engine, decode = Engine(weights), weights.tokenizer.decode
+    told: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    asked = []
+    for number, text in enumerate(held[:TEXTS] or [""]):
+        ids = np.concatenate([[weights.tokenizer.eot], weights.tokenizer.encode(text)[:PREFIX]]).astype(np.int32)
+        made: list[Token] = []
+
+        def add(one: Made | None, made: list[Token] = made) -> None:
+            if one is None:
+                told.put(made)
+            elif one.id != weights.tokenizer.eot:
+                made.append(Token(decode([one.id]), one.logprob, [likely for _, likely in one.top]))
+
+        asked.append((decode(ids[1:]), made))
+        engine.submit(Wanted(ids, NEW, TEMPERATURES[number % len(TEMPERATURES)], number, add))
+    for _ in asked:
+        told.get()
+    engine.close()
+    yield from asked
