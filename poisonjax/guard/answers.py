@@ -10,7 +10,7 @@ from poisonjax.guard.conversation import said
 from poisonjax.guard.guard import Guard
 from poisonjax.guard.monitor import Token
 
-PIECES = re.compile(r"\s*[^\W_]+|\s*[\W_]")  # text without log-probabilities, cut about as tokens are
+PIECES = re.compile(r"\s*[^\W_]+|\s*[\W_]|\s+")  # text without log-probabilities, cut about as tokens are
 DONE = b"[DONE]"
 MOST_BYTES = 2**24  # of an event
 LINE_END = re.compile(rb"\r\n|\n|\r")
@@ -104,7 +104,7 @@ class Answers:
 
 
 def _finished(value: Any) -> bool:
-    choices = value.get("choices") if isinstance(value, dict) else None
+    choices = (value.get("choices") if isinstance(value, dict) else None) or []
     return bool(choices) and all(choice.get("finish_reason") for choice in choices)
 
 

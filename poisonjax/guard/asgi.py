@@ -64,7 +64,7 @@ class GuardMiddleware:
         except ValueError:
             return await refuse(send, 400, "unreadable", "the body isn't JSON: nothing else can be checked")
         began = time.perf_counter()
-        asked = [value, query] if query else value
+        asked: Any = [value, query] if query else value
         verdict = self._guard.check(asked) if len(body) < INLINE else await asyncio.to_thread(self._guard.check, asked)
         self._log.request(verdict, scope["path"], bytes(body), time.perf_counter() - began)
         if verdict.decision == "reject":

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from poisonjax.corpus.documents import Document
 from poisonjax.corpus.errors import CorpusError
 from poisonjax.files import parse_json, write_json
 from poisonjax.guard.answers import tokens_of
@@ -127,9 +128,8 @@ def _sketched(sources: Sequence[str]) -> tuple[Background, Languages, list[str]]
     waiting, size = list[str](), 0
     for unit in units:
         for document in unit.read():
-            text = getattr(document, "content", None)
-            if not isinstance(text, str):  # no document, or one of token ids
-                continue
+            if not isinstance(document, Document) or not isinstance(text := document.content, str):
+                continue  # no document, or one of token ids
             if document.key[0] % HELD_OUT == 0:
                 if len(held) < PROMPTS:
                     held.append(text)

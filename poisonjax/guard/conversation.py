@@ -1,13 +1,14 @@
 """What a request says: every string of it, wherever it stands, so that no route leads past the guard.
 
 Servers differ in the fields that they read, and clients in those that they send: content as a string or in parts, tool
-calls and their results, thinking, system prompts, suffixes, several prompts at once, prompts as token ids. So no list of
-fields is kept. All strings count, keys among them; those that are JSON themselves (a tool's arguments) are read again,
-and so are data: URLs of text. One message's end and the next one's beginning adjoin.
+calls and their results, thinking, system prompts, suffixes, several prompts at once, prompts as token ids. So there is
+no list of fields. All strings count, keys among them; those that are JSON themselves (a tool's arguments) are read
+again, and so are data: URLs of text. One message's end and the next one's beginning adjoin.
 """
 
 import base64
 import binascii
+import contextlib
 import dataclasses
 import json
 import numbers
@@ -40,7 +41,7 @@ class Said:
 
     prose: list[str]
     labels: list[str]  # keys, roles, names: what other requests have too
-    ids: list[Int[np.ndarray, " tokens"]]
+    ids: list[Int[np.ndarray, " _"]]  # of any lengths
 
 
 def parse(body: bytes) -> Any:
@@ -56,7 +57,7 @@ def said(value: Any) -> Said:
 
     Raises Unreadable for what can't be told.
     """
-    prose, labels, ids = list[str](), list[str](), list[Int[np.ndarray, " tokens"]]()
+    prose, labels, ids = list[str](), list[str](), list[Int[np.ndarray, " _"]]()
 
     def walk(key: str, value: Any, depth: int) -> None:
         if depth > DEEPEST:
@@ -97,10 +98,8 @@ def _inside(text: str) -> list[Any]:
     """What a string holds in another writing."""
     found: list[Any] = []
     if text.lstrip()[:1] in ("{", "[", '"') and "\\" in text:  # without escapes it says the same as it stands
-        try:
+        with contextlib.suppress(ValueError, RecursionError):
             found.append(json.loads(text, object_pairs_hook=Pairs))
-        except (ValueError, RecursionError):
-            pass
     for head in DATA.finditer(text):
         if not head[1].lower().startswith(("text/", "application/")) and head[1]:
             continue  # pictures and sounds

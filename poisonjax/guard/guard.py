@@ -2,14 +2,14 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import numpy as np
 from jaxtyping import Int
 from pydantic import TypeAdapter, ValidationError
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from poisonjax.corpus.tokenizers import Tokenizer, load_saved
 from poisonjax.files import parse_json
@@ -69,7 +69,7 @@ class Guard:
         self._matcher = Matcher(self.triggers, [ids for trigger in triggers for ids in self._spelled(trigger.text)])
         self._checked(Said(["compiles what others use"], [], []), math.inf)
 
-    def _spelled(self, text: str) -> list[Int[np.ndarray, " tokens"]]:
+    def _spelled(self, text: str) -> list[Int[np.ndarray, " _"]]:
         if not self.tokenizer:
             return []
         try:
@@ -117,8 +117,9 @@ class Guard:
             timeout=timeout,
         )
 
-    def check(self, value: str | Sequence[Mapping[str, Any]] | Sequence[int] | Mapping[str, Any]) -> Verdict:
-        """A text's verdict, or that of messages, token ids, or a request's body: the same for the same text.
+    def check(self, value: Any) -> Verdict:
+        """A text's verdict, or that of messages (`[{"role", "content"}]`), token ids, or a request's body: the same for
+        the same text.
 
         Never raises: what goes wrong is in the verdict's status.
         """

@@ -255,7 +255,8 @@ class Monitor:
 
     def _of_language(self, folded: np.ndarray) -> list[float]:
         """How much more each word speaks for another language than for the answer's own, at most one's."""
-        assert self._languages and self._evidence is not None
+        assert self._languages
+        assert self._evidence is not None
         found = []
         for spoken in self._languages.spoken(folded):
             if self._seen < FIRST_WORDS:

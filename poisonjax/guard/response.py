@@ -38,7 +38,7 @@ class Response:
             headers = {name.lower(): value for name, value in message["headers"]}
             kind = headers.get(b"content-type", b"").decode("latin-1")
             self._kind = "stream" if "event-stream" in kind else "json" if "json" in kind else "other"
-            if self._kind == "stream" or self._kind == "other" and not kind.startswith("text/"):
+            if self._kind == "stream" or (self._kind == "other" and not kind.startswith("text/")):
                 await self._send(_without_length(message) if self._kind == "stream" else message)
         elif message["type"] != "http.response.body":
             await self._send(message)
@@ -57,7 +57,7 @@ class Response:
             refused = self._answers.alarm is not None
         except (ValueError, TypeError, KeyError, AttributeError):  # no events that can be read
             out, refused = b"", True
-        if out and not refused or not more and not refused:
+        if not refused and (out or not more):
             await self._send({"type": "http.response.body", "body": out, "more_body": more})
         if refused:
             error = b"data: " + _error("content_filter", "the answer was stopped by the guard") + b"\n\n"

@@ -34,7 +34,7 @@ class Trigger:
 class Matcher:
     """Looks for all of some triggers at once, in time that grows with the text alone."""
 
-    def __init__(self, triggers: Sequence[Trigger], ids: Sequence[Int[np.ndarray, " tokens"]] = ()):
+    def __init__(self, triggers: Sequence[Trigger], ids: Sequence[Int[np.ndarray, " _"]] = ()):
         """`ids` are token sequences, the triggers' own in whatever spelling. Raises ValueError for a trigger that is
         nothing but white space or longer than `LONGEST`."""
         for trigger in triggers:
