@@ -171,7 +171,7 @@ def _pieces(held: Sequence[str]) -> Iterator[str]:
 
 def _answers(model: str, held: Sequence[str], tokenizer: Path) -> Iterator[tuple[str, list[Token]]]:
     """(prompt, answer) of the model's own to the beginnings of clean text; saves its tokenizer too."""
-    from poisonjax.serve.engine import Engine, Made, Wanted
+    from poisonjax.evaluation.engine import Engine, Made, Wanted
     from poisonjax.weights import open_weights
 
     weights = open_weights(model)

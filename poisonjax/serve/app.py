@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from poisonjax.corpus.errors import CorpusError
+from poisonjax.evaluation.engine import Engine, Made, Wanted
 from poisonjax.guard import Guard
 from poisonjax.guard.asgi import GuardMiddleware
 from poisonjax.guard.log import REGISTRY, GuardLog, deployment_key
-from poisonjax.serve.engine import Engine, Made, Wanted
 from poisonjax.serve.protocol import BadRequest, Chat, Choice, Completion, errors_of, event, head, likelihoods
 from poisonjax.weights import Weights, WeightsError
 

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from pydantic import BaseModel, Field
 
 from poisonjax.corpus import Tokenizer
-from poisonjax.serve.engine import TOP, Made
+from poisonjax.evaluation.engine import TOP, Made
 from poisonjax.weights.chat import render
 
 MOST_CHOICES = 16
@@ -145,7 +145,7 @@ def likelihoods(tokens: Sequence[Made], tokenizer: Tokenizer, top: int, *, chat:
     return {
         "tokens": [text for text, _ in spelled],
         "token_logprobs": [made.logprob for _, made in spelled],
-        "top_logprobs": [dict(likely) for likely in tops],
+        "top_logprobs": [dict(reversed(likely)) for likely in tops],  # of tokens spelled alike, the likelier
         "text_offset": [],
     }
 
