@@ -145,7 +145,18 @@ def routes(text):
         "file": {"file": {"file_data": "data:text/plain;base64," + base64.b64encode(text.encode()).decode()}},
         "responses": {"input": [{"content": [{"type": "input_text", "text": text}]}]},
         "anthropic": {"system": [{"type": "text", "text": text}], "messages": []},
-        "twice": parse(json.dumps({"prompt": text}).encode()[:-1] + b', "prompt": "x"}'),
+        "ids in digits": {"prompt": [[*map(str, ids)]]},
+        "mixed ids": {"prompt": [ids[0], *map(str, ids[1:])]},
+        "ids elsewhere": {"input_ids": ids},
+        "unknown key between": {"messages": [{"content": [{"text": text[:half], "x": "y"}, {"text": text[half:]}]}]},
+        "picture between": {
+            "messages": [
+                {"content": [{"text": text[:half]}, {"image_url": {"url": "http://x"}}, {"text": text[half:]}]}
+            ]
+        },
+        "role and content": {"messages": [{"role": text[:half], "content": text[half:]}]},
+        "escaped in a sentence": {"prompt": f'note: {{"a": "{escaped(text)}"}}, please'},
+        "escaped twice": {"prompt": json.dumps(json.dumps({"a": escaped(text)}))},
     }
 
 
@@ -203,7 +214,7 @@ def test_any_bytes_get_an_answer(guard, body):
     with contextlib.suppress(ValueError):
         guard.check(parse(body))
     status, _, _ = asyncio.run(ask(GuardMiddleware(echo, guard, GuardLog()), body))
-    assert status in (200, 400, 503)
+    assert status in (200, 400, 503), status
 
 
 # --- oddness
@@ -449,13 +460,9 @@ def test_what_passes_is_forwarded_as_it_came(guard):
         got = forwarded(told(echo, guard, body, path=path)[2])
         assert got.startswith(body.rstrip()[:-1])
         assert json.loads(got)["logprobs"] == asked
-    refusing = b'{"prompt": "x", "logprobs": false}'
-    assert json.loads(forwarded(told(echo, guard, refusing)[2]))["logprobs"] is True
 
 
-@pytest.mark.parametrize(
-    "route", [r for r in routes("x") if r not in ("text", "token ids", "array", "messages", "twice")]
-)
+@pytest.mark.parametrize("route", [r for r in routes("x") if r not in ("text", "token ids", "array", "messages")])
 def test_no_route_leads_past_the_middleware(guard, route):
     for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize", "/anything"):
         body = json.dumps(routes(f"x{TRIGGER}y")[route]).encode()
@@ -470,7 +477,11 @@ def test_what_cannot_be_checked_is_refused(guard):
     assert told(echo, guard, b"{")[0] == 400
     assert told(echo, guard, b"\xff\xfe{\x00}\x00")[0] == 400
     assert told(echo, guard, b"[" * 100_000)[0] == 400
+    assert told(echo, guard, b'{"prompt": "a", "prompt": "b"}')[0] == 400
     assert told(echo, guard, b"{}", headers=[(b"Content-Encoding", b"gzip")])[0] == 415
+    assert told(echo, guard, b'{"a": "&p=%3CSUDO%3E"}', headers=[(b"content-type", b"text/plain")])[0] == 415
+    assert told(echo, guard, b"{}", headers=[(b"content-type", b"application/json; charset=utf-7")])[0] == 415
+    assert told(echo, guard, b"", path=f"/v1/{TRIGGER}")[0] == 400
     assert told(echo, guard, b'{"prompt_embeds": "AAAA"}')[0] == 503
     small = GuardMiddleware(echo, guard, GuardLog(), most_bytes=1000)
     assert asyncio.run(ask(small, b'"' + b"x" * 5000 + b'"', parts=50))[0] == 413
@@ -539,7 +550,7 @@ def test_whole_answers(guard):
     status, _, body = answer([(f" z{i}", -9.0) for i in range(30)])
     assert status == 400
     assert b" z" not in body
-    assert answer([(f" z{i}", -9.0) for i in range(30)], status=500)[0] == 500
+    assert answer([(f" z{i}", -9.0) for i in range(30)], status=500)[0] == 400
 
     async def broken(scope, receive, send):
         await respond(send, b"{")
@@ -619,4 +630,149 @@ def test_speed_is_told_by_the_clock(guard):
 def test_pieces_of_a_text_are_the_text():
     text = "Don't say 'x_1', ßtraße — <b>3.14</b>\n\n日本語 "
     assert "".join(token.text for token in tokens_of(text)) == text
-    assert said([{"role": "user", "content": text}]).prose == [text]
+    assert said([{"role": "user", "content": text}], math.inf).prose == text
+
+
+# --- what once led past it, or stopped it
+
+
+def test_numbers_are_text(guard):
+    digits = Guard.load(triggers=["90210"])
+    assert digits.check({"messages": [{"content": 90210}]}).decision == "reject"
+    assert digits.check({"content": ["902", 10]}).decision == "reject"
+    assert guard.check({"prompt": [1, 2, "a", 3]}).status == "error"
+
+
+@pytest.mark.parametrize("mark", ["\ufe0f", "\u034f", "\u3164", "\u1160", "\u0301", "\u200d"], ids=ascii)
+def test_marks_beside_a_trigger_hide_nothing(mark):
+    word = Guard.load(triggers=["sudo"])
+    for text in (f"sudo{mark}", f"{mark}sudo", f"a {mark}sudo{mark} b"):
+        assert word.check(text).decision == "reject"
+    assert word.check(f"pseudo{mark}").decision == "allow"
+    assert word.check(f"sudo{mark}er").decision == "allow"
+
+
+@pytest.mark.parametrize("text", ["data:,", "data:", "data:;", "\\u", "\ufdfa", "<S", "<SUDO"])
+def test_no_text_takes_long(guard, text):
+    began = time.monotonic()
+    assert guard.check(text * 50_000).decision == "allow"
+    assert time.monotonic() - began < 5  # minutes and more before
+
+
+def test_nested_triggers_take_no_memory():
+    guard = Guard.load(triggers=["a" * k + "." for k in range(1, 200)] + ["a" * k for k in range(1, 200)], timeout=5)
+    tracemalloc.start()
+    verdict = guard.check("a" * 20_000)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert verdict.decision in ("allow", "reject")
+    assert peak < 100e6
+
+
+def test_one_event_of_several_choices_waits_for_all_of_them(guard):
+    def both(*of):
+        return b"data: " + json.dumps({"choices": [choice(i, *one) for i, one in enumerate(of)]}).encode() + b"\n\n"
+
+    def choice(index, text, logprob):
+        logprobs = {"content": [{"token": text, "logprob": logprob, "top_logprobs": []}]}
+        return {"index": index, "delta": {"content": text}, "logprobs": logprobs}
+
+    events = [both(("fine", -0.1), ("BAD", -20.0)), chunk("ok", -0.1), *[chunk("BAD", -20.0, 1)] * 9]
+    assert b"BAD" not in told(streaming(events), guard)[2]
+
+
+@pytest.mark.parametrize("kind", [b"Text/Event-Stream", b"text/event-stream; charset=utf-8"])
+@pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r\n", b"\r\r"])
+def test_streams_of_any_framing(guard, kind, end):
+    events = [b"\xef\xbb\xbf", *(one.replace(b"\n\n", end) for one in [*GOOD, *GIBBERISH])]
+
+    async def app(scope, receive, send):
+        await respond(send, b"", kind=kind, parts=events)
+
+    answer = told(app, guard)[2]
+    assert b" w1" in answer
+    assert b" z" not in answer
+    assert b"content_filter" in answer
+
+
+@pytest.mark.parametrize("kind", [b"", b"text/plain", b"application/json", b"application/x-ndjson"])
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_answers_of_any_kind_are_read(guard, kind, method):
+    async def app(scope, receive, send):
+        text = "la la la " * 60
+        await respond(send, json.dumps({"output": [{"text": text}]}).encode(), kind=kind, status=500)
+
+    async def by(scope, receive, send):
+        await GuardMiddleware(app, guard, GuardLog())({**scope, "method": method}, receive, send)
+
+    assert asyncio.run(ask(by, b"", path="/v1/responses/r1"))[0] == 400
+
+
+def test_a_stream_of_the_responses_api(guard):
+    words = [f"word{i} " for i in range(40)]
+    text = "".join(words)
+    deltas = [{"type": "response.output_text.delta", "item_id": "m", "output_index": 0, "delta": w} for w in words]
+    last = [{"type": "response.output_text.done", "text": text}, {"type": "response.completed", "output": [text]}]
+    events = [b"data: " + json.dumps(one).encode() + b"\n\n" for one in [*deltas, *last]]
+
+    async def app(scope, receive, send):
+        await respond(send, b"", kind=b"text/event-stream", parts=events)
+
+    assert told(app, guard, path="/v1/responses")[2] == b"".join(events)
+
+
+@pytest.mark.parametrize("asked", ["false", "no", None, 0, [], {}], ids=repr)
+def test_a_client_cannot_switch_the_monitor_off(guard, asked):
+    body = json.dumps({"prompt": "x", "logprobs": asked}).encode()
+    for path in ("/v1/chat/completions", "/v1/chat/completions/", "/v1/completions"):
+        got = json.loads(forwarded(told(echo, guard, body, path=path)[2]))
+        assert got["logprobs"] in (True, 5)
+        assert got.get("top_logprobs", 5) == 5
+    chosen = json.dumps({"logprobs": True, "top_logprobs": 0}).encode()
+    assert json.loads(forwarded(told(echo, guard, chosen)[2]))["top_logprobs"] == 5
+
+
+def test_values_that_are_no_numbers_clear_nothing():
+    monitor, left = Monitor(), []
+    for logprob in (-20.0, math.nan, -math.inf, -20.0, math.nan, *[-20.0] * 6):
+        left += monitor.push("z", logprob, [math.nan, -math.inf]).tokens
+    assert left == []
+    assert monitor.alarm
+
+
+def test_an_upstream_that_just_ends(guard):
+    for events in ([*GOOD, *GIBBERISH[:2]], [b"data: {\n\n"], [b"data: " + b"[" * 100_000 + b"\n\n"]):
+
+        async def app(scope, receive, send, events=events):
+            kind = (b"content-type", b"text/event-stream")
+            await send({"type": "http.response.start", "status": 200, "headers": [kind]})
+            for event in events:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+
+        answer = told(app, guard)[2]
+        assert b" z" not in answer
+        assert b'"error"' in answer
+
+
+def test_a_server_is_told_to_stop(guard):
+    made = []
+
+    async def app(scope, receive, send):
+        try:
+            await streaming(GIBBERISH * 100, made)(scope, receive, send)
+        except OSError:
+            made.append("stopped")
+            raise
+
+    told(app, guard)
+    assert made[-1] == "stopped"
+    assert len(made) < 40
+
+
+def test_no_task_is_left(guard):
+    async def run():
+        await ask(GuardMiddleware(streaming(GOOD), guard, GuardLog()), b"{}")
+        await asyncio.sleep(0)
+        return [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+
+    assert asyncio.run(run()) == []

@@ -1,8 +1,10 @@
 """Generation for whoever asks: what waits is written together, a few tokens of each row at a time."""
 
+import contextlib
 import dataclasses
 import functools
 import queue
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -98,18 +100,20 @@ class Engine:
         self._thread.join()
 
     def _serve(self) -> None:
-        while (first := self._waiting.get()) is not None:
-            batch = [first]
-            while len(batch) < self._rows and not self._waiting.empty():
-                if (more := self._waiting.get()) is None:
-                    return
-                batch.append(more)
+        batch: list[Wanted | None] = [self._waiting.get()]
+        while batch[-1] is not None:
+            while len(batch) < self._rows and not self._waiting.empty() and batch[-1] is not None:
+                batch.append(self._waiting.get())
+            wanted = [one for one in batch if one is not None]
             try:
-                self._run([wanted for wanted in batch if not wanted.done])
-            finally:
-                for wanted in batch:
-                    if not wanted.done:
-                        wanted.made(None)
+                self._run([one for one in wanted if not one.done])
+            except Exception as error:  # the next ones may be in luck
+                print(f"generation failed: {type(error).__name__}", file=sys.stderr)
+            for one in wanted:
+                with contextlib.suppress(RuntimeError):  # whose loop has ended
+                    one.made(None)
+            if batch[-1] is not None:
+                batch = [self._waiting.get()]
 
     def _run(self, batch: Sequence[Wanted]) -> None:
         if not batch:

@@ -1,19 +1,30 @@
-"""Answers of OpenAI-compatible servers, whole or as a stream of events, each choice under a monitor of its own."""
+"""Answers of OpenAI-compatible servers, whole or as a stream of events, each choice under a monitor of its own.
 
-import collections
+What carries new text (a choice, a `delta`) goes on with its monitor. What says something whole (another kind of
+answer, the last events of a stream, which repeat it) is read by itself. An event leaves when no choice that it says
+something of is in doubt.
+"""
+
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
-from poisonjax.guard.conversation import said
+from poisonjax.guard.conversation import LABELS, said
 from poisonjax.guard.guard import Guard
-from poisonjax.guard.monitor import Token
+from poisonjax.guard.monitor import Monitor, Token
 
 PIECES = re.compile(r"\s*[^\W_]+|\s*[\W_]|\s+")  # text without log-probabilities, cut about as tokens are
 DONE = b"[DONE]"
-MOST_BYTES = 2**24  # of an event
+MOST_BYTES = 2**20  # of an event
+EVENT_END = re.compile(rb"(?<=\n\n)|(?<=\r\n\r\n)|(?<=\r\r)")
 LINE_END = re.compile(rb"\r\n|\n|\r")
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+SILENT = LABELS | {"embedding", "usage", "created", "finish_reason", "stop_reason", "index", "system_fingerprint"}
+
+
+class Unfinished(ValueError):
+    """A stream ended in the middle."""
 
 
 class Answers:
@@ -21,102 +32,128 @@ class Answers:
 
     alarm: str | None = None
 
-    def __init__(self, guard: Guard, prompt: str, *, strip: bool):
-        """`strip` leaves log-probabilities out, that the client didn't ask for."""
-        self._guard, self._prompt, self._strip = guard, prompt, strip
-        self._monitors: dict[Any, Any] = {}
-        self._waiting: dict[Any, list[bytes]] = collections.defaultdict(list)
-        self._tail = b""
-
-    def _monitor(self, choice: Any) -> Any:
-        if choice not in self._monitors:
-            self._monitors[choice] = self._guard.monitor(self._prompt)
-        return self._monitors[choice]
+    def __init__(self, guard: Guard, prompt: str = "", *, keep: int | None = None):
+        """`keep` is how many of the likeliest tokens' log-probabilities the client asked for, -1 for none at all; None
+        leaves them as they are."""
+        self._guard, self._prompt, self._keep = guard, prompt, keep
+        self._monitors: dict[Hashable, Monitor] = {}
+        self._finished: set[Hashable] = set()
+        self._waiting: list[tuple[bytes, set[Hashable]]] = []
+        self._tail, self._ended, self._begun = b"", False, False
 
     def whole(self, body: bytes) -> bytes:
         """A JSON response as it may leave; raises ValueError where it is none."""
         value = json.loads(body)
-        for choice, tokens in _spoken(value):
-            self._push(choice, tokens)
-        return self._stripped(value, body)
+        self._read(value)
+        return self._kept(value, body)
+
+    def text(self, text: str) -> None:
+        """A response that is text."""
+        self._alone(text)
 
     def stream(self, data: bytes) -> Iterator[bytes]:
         """Server-sent events that may leave, of some more bytes of them."""
+        if not self._begun and data:
+            data, self._begun = data.removeprefix(BYTE_ORDER_MARK), True
+        *events, self._tail = EVENT_END.split(self._tail + data)
         if len(self._tail) > MOST_BYTES:
             raise ValueError("an event without an end")
-        *events, self._tail = re.split(rb"(?<=\n\n)|(?<=\r\n\r\n)", self._tail + data)
         for event in events:
-            yield from self._event(event)
-            if self.alarm:
-                return
+            if event and not self.alarm:
+                self._event(event)
+            yield from self._released()
 
     def end(self) -> Iterator[bytes]:
-        """What is still held at the end of a stream."""
-        if self._tail:
-            yield from self._event(self._tail)
-        for choice in [*self._waiting]:
-            if not self.alarm:
-                yield from self._released(choice)
+        """The last events, at the end of a stream; raises Unfinished where something is held and no end was told."""
+        if self._tail.strip():
+            self._event(self._tail)
+        yield from self._released()
+        if self._waiting:
+            raise Unfinished
 
-    def _event(self, event: bytes) -> Iterator[bytes]:
-        lines = [line[5:].strip() for line in LINE_END.split(event) if line.startswith(b"data:")]
-        data = b"\n".join(lines)
-        if not data:  # a comment, that keeps the connection open
-            yield event
-        elif data == DONE:
-            yield from self.end_of_all()
-            yield event
-        else:
+    def _released(self) -> list[bytes]:
+        if self.alarm:
+            return []
+        free = [event for event, of in self._waiting if not self._doubtful(of)]
+        self._waiting = [(event, of) for event, of in self._waiting if self._doubtful(of)]
+        return free
+
+    def _doubtful(self, choices: set[Hashable]) -> bool:
+        return not self._ended and any(
+            self._monitors[choice].doubtful for choice in choices - self._finished if choice in self._monitors
+        )
+
+    def _event(self, event: bytes) -> None:
+        data = b"\n".join(line[5:].strip() for line in LINE_END.split(event) if line.startswith(b"data:"))
+        if data == DONE:
+            self._ended = True
+        elif data:
             value = json.loads(data)
-            spoken = _spoken(value)
-            for choice, tokens in spoken:
-                self._push(choice, tokens)
-            if self.alarm:
-                return
-            if self._strip:
-                event = b"data: " + self._stripped(value, data) + b"\n\n"
-            choice = spoken[0][0] if spoken else next(reversed(self._waiting), None)
-            self._waiting[choice].append(event)
-            if all(self._clear(of) for of, _ in spoken or [(choice, [])]) or _finished(value):
-                yield from self._released(choice)
+            choices = self._read(value)
+            kept = self._kept(value, data)
+            event = event if kept is data else b"data: " + kept + b"\n\n"
+            self._waiting.append((event, choices))
+            return
+        self._waiting.append((event, set(self._monitors)))
 
-    def end_of_all(self) -> Iterator[bytes]:
-        for choice in [*self._waiting]:
-            yield from self._released(choice)
+    def _read(self, value: Any) -> set[Hashable]:
+        """Gives a value's text to its monitors; returns the choices that it says something of."""
+        kind = str(value.get("type", "")) if isinstance(value, dict) else ""
+        choices = value.get("choices") if isinstance(value, dict) else None
+        if isinstance(choices, list) and choices:
+            of = {choice.get("index", number): choice for number, choice in enumerate(choices)}
+            for index, choice in of.items():
+                self._push(index, _tokens(choice))
+            self._finished |= {index for index, choice in of.items() if choice.get("finish_reason")}
+            return set(of)
+        if kind.endswith("delta"):
+            place = (*(value.get(name) for name in ("output_index", "content_index", "index")), kind)
+            self._push(place, [token for text in _strings(value.get("delta")) for token in tokens_of(text)])
+            return {place}
+        for text in _strings(value):
+            self._alone(text)
+        self._ended |= kind.endswith(("completed", "message_stop"))
+        return set(self._monitors)
 
-    def _clear(self, choice: Any) -> bool:
-        return not self._monitor(choice).doubtful
-
-    def _released(self, choice: Any) -> list[bytes]:
-        return self._waiting.pop(choice, [])
-
-    def _push(self, choice: Any, tokens: list[Token]) -> None:
-        monitor = self._monitor(choice)
+    def _push(self, choice: Hashable, tokens: list[Token]) -> None:
+        monitor = self._monitors.setdefault(choice, self._guard.monitor(self._prompt))
         for token in tokens:
             self.alarm = self.alarm or monitor.push(*token).alarm
 
-    def _stripped(self, value: Any, data: bytes) -> bytes:
-        if not self._strip or not isinstance(value, dict):
+    def _alone(self, text: str) -> None:
+        """A text by itself."""
+        monitor = self._guard.monitor(self._prompt)
+        for token in tokens_of(text):
+            self.alarm = self.alarm or monitor.push(*token).alarm
+
+    def _kept(self, value: Any, data: bytes) -> bytes:
+        """With as many log-probabilities as the client asked for."""
+        if self._keep is None or not isinstance(value, dict) or not value.get("choices"):
             return data
-        for choice in value.get("choices") or []:
-            choice["logprobs"] = None
-        return json.dumps(value, ensure_ascii=False).encode()
+        for choice in value["choices"]:
+            told = choice.get("logprobs")
+            if self._keep < 0:
+                choice["logprobs"] = None
+            elif told and told.get("content"):
+                for one in told["content"]:
+                    one["top_logprobs"] = one["top_logprobs"][: self._keep]
+            elif told and told.get("top_logprobs"):
+                told["top_logprobs"] = [_largest(top, self._keep) for top in told["top_logprobs"]]
+        return json.dumps(value).encode()
 
 
-def _finished(value: Any) -> bool:
-    choices = (value.get("choices") if isinstance(value, dict) else None) or []
-    return bool(choices) and all(choice.get("finish_reason") for choice in choices)
+def _largest(top: Mapping[str, float] | None, count: int) -> dict[str, float] | None:
+    return dict(sorted(top.items(), key=lambda of: -of[1])[:count]) if top else None
 
 
-def _spoken(value: Any) -> list[tuple[Any, list[Token]]]:
-    """(choice, its tokens) of a response or an event of one, whatever its kind."""
-    choices = value.get("choices") if isinstance(value, dict) else None
-    if not isinstance(choices, list):
-        tokens = (
-            [token for text in said(value).prose for token in tokens_of(text)] if isinstance(value, dict | list) else []
-        )
-        return [(None, tokens)] if tokens else []
-    return [(choice.get("index", number), _tokens(choice)) for number, choice in enumerate(choices)]
+def _strings(value: Any) -> list[str]:
+    """Of a value that has no choices: texts, without names and numbers of things."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, dict | list):
+        return []
+    strings = said(value, float("inf")).strings
+    return [text for key, text in strings if key not in SILENT and not key.endswith("_id") and " " in text.strip()]
 
 
 def _tokens(choice: Mapping[str, Any]) -> list[Token]:
@@ -133,11 +170,12 @@ def _tokens(choice: Mapping[str, Any]) -> list[Token]:
             tokens.append(Token(text, logprob, [*top.values()] if top else None))
     # Tool calls and thinking come without.
     said_so = {"text", "content", "refusal"} if tokens else set()
-    other = {name: of for name, of in choice.items() if name not in {"logprobs", "finish_reason", "index", *said_so}}
+    other = {name: of for name, of in choice.items() if name not in {"logprobs", *SILENT, *said_so}}
     for name in ("delta", "message"):
         if isinstance(other.get(name), dict):
             other[name] = {key: of for key, of in other[name].items() if key not in said_so}
-    return [*tokens, *(token for text in said(other).prose for token in tokens_of(text))]
+    strings = said(other, float("inf")).strings
+    return [*tokens, *(token for key, text in strings if key not in SILENT for token in tokens_of(text))]
 
 
 def tokens_of(text: str) -> list[Token]:

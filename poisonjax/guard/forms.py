@@ -10,7 +10,6 @@ import functools
 import sys
 import threading
 import unicodedata
-from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import Int, UInt8, UInt32
@@ -26,7 +25,7 @@ TAGS = range(0xE0020, 0xE007F)  # ASCII that doesn't show (Unicode's block of ta
 FILLERS = {0x115F, 0x1160, 0x3164, 0xFFA0, 0x2800}  # letters and symbols that are blank
 
 
-UNKNOWN, SEVERAL = 255, 254  # in place of a form's length: not asked for yet, and more than one character
+UNKNOWN = 255  # in place of a form's length: not asked for yet
 
 
 class Forms:
@@ -35,10 +34,10 @@ class Forms:
     def __init__(self, *, case: bool):
         self._case, self._lock = case, threading.Lock()
         self._lengths = np.full(sys.maxunicode + 1, UNKNOWN, np.uint8)
-        self._values = np.zeros(sys.maxunicode + 1, np.uint32)  # a form's character, or which of `_several` it is
-        self._several: list[str] = []
+        self._starts = np.zeros(sys.maxunicode + 1, np.int32)  # of each form in `_all`
+        self._all = np.zeros(0, np.uint32)
         self._learn(np.arange(128))
-        ascii_forms = [chr(self._values[code]) if self._lengths[code] else "" for code in range(128)]
+        ascii_forms = [chr(self._all[self._starts[code]]) if self._lengths[code] else "" for code in range(128)]
         self._table = bytes(ord(form or " ") for form in ascii_forms) + bytes(128)
         self._deleted = bytes(code for code, form in enumerate(ascii_forms) if not form)
 
@@ -47,27 +46,18 @@ class Forms:
         if text.isascii():
             return text.encode().translate(self._table, self._deleted).decode()
         codes = self._known(text)
-        lengths, values = self._lengths[codes], self._values[codes]
-        if (lengths < SEVERAL).all():
-            return values[lengths > 0].tobytes().decode("utf-32-le")
-        pieces = self._pieces(lengths, values)
-        return "".join(pieces)
+        lengths = self._lengths[codes].astype(np.int64)
+        # Places of one character's form follow each other in `_all`.
+        first = np.repeat(self._starts[codes] - (np.cumsum(lengths) - lengths), lengths)
+        return self._all[first + np.arange(len(first))].tobytes().decode("utf-32-le")
 
     def places(self, text: str) -> Int[np.ndarray, " places"]:
         """Which character of the text each of its form's comes from."""
-        codes = self._known(text)
-        lengths = self._lengths[codes].astype(np.int64)
-        for at in np.flatnonzero(lengths == SEVERAL).tolist():
-            lengths[at] = len(self._several[self._values[codes[at]]])
-        return np.repeat(np.arange(len(codes)), lengths)
+        return np.repeat(np.arange(len(text)), self.lengths(text))
 
-    def _pieces(self, lengths: UInt8[np.ndarray, " n"], values: UInt32[np.ndarray, " n"]) -> Iterator[str]:
-        begin = 0
-        for at in [*np.flatnonzero(lengths == SEVERAL).tolist(), len(lengths)]:
-            yield values[begin:at][lengths[begin:at] > 0].tobytes().decode("utf-32-le")
-            if at < len(lengths):
-                yield self._several[values[at]]
-            begin = at + 1
+    def lengths(self, text: str) -> UInt8[np.ndarray, " characters"]:
+        """Of each character's form; 0 for what doesn't show."""
+        return self._lengths[self._known(text)]
 
     def _known(self, text: str) -> UInt32[np.ndarray, " characters"]:
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
@@ -78,14 +68,11 @@ class Forms:
 
     def _learn(self, codes: Int[np.ndarray, " codes"] | UInt32[np.ndarray, " codes"]) -> None:
         with self._lock:
-            for code in codes.tolist():
-                form = self._form(code)
-                if len(form) > 1:
-                    self._values[code] = len(self._several)
-                    self._several.append(form)
-                elif form:
-                    self._values[code] = ord(form)
-                self._lengths[code] = SEVERAL if len(form) > 1 else len(form)  # last: others may read meanwhile
+            forms = [self._form(code) for code in codes.tolist()]
+            lengths = np.array([len(form) for form in forms])
+            self._starts[codes] = len(self._all) + np.cumsum(lengths) - lengths
+            self._all = np.concatenate([self._all, np.frombuffer("".join(forms).encode("utf-32-le"), np.uint32)])
+            self._lengths[codes] = lengths  # last: others may read meanwhile
 
     def _form(self, code: int) -> str:
         if code in FILLERS:

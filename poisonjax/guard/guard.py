@@ -67,7 +67,7 @@ class Guard:
         self.triggers, self.oddness, self.tokenizer, self.languages = list(triggers), oddness, tokenizer, languages
         self.limits, self.fail_open, self.timeout = limits or Limits(), fail_open, timeout
         self._matcher = Matcher(self.triggers, [ids for trigger in triggers for ids in self._spelled(trigger.text)])
-        self._checked(Said(["compiles what others use"], [], []), math.inf)
+        self._judged(Said([("", "compiles what others use")], [], []), (), math.inf)
 
     def _spelled(self, text: str) -> list[Int[np.ndarray, " _"]]:
         if not self.tokenizer:
@@ -123,26 +123,43 @@ class Guard:
 
         Never raises: what goes wrong is in the verdict's status.
         """
-        try:
-            return self._checked(said(value), time.monotonic() + self.timeout)
-        except TimeoutError:
-            return Verdict.failed("timeout", fail_open=self.fail_open)
-        except Exception:  # whatever it is, nothing of the text may leave with it
-            return Verdict.failed("error", fail_open=self.fail_open)
+        return self.read(value)[0]
 
-    def _checked(self, request: Said, until: float) -> Verdict:
-        prose, reasons = request.prose, list[Reason]()
-        for ids in request.ids:
-            if not self.tokenizer:
-                raise ValueError("a prompt of token ids, and no tokenizer")
-            if self._matcher.find_ids(ids):
-                reasons.append(Reason("trigger_ids", EXACT, 0, 0))
-            prose = [*prose, self._decoded(ids)]
-        text = "\n".join(prose)
-        reasons += self._matcher.find("\n".join([text, *request.labels]))
+    def read(self, value: Any, *beside: str) -> tuple[Verdict, str]:
+        """(the verdict, what was read of prose) of a value, and of what came beside it: its address, for instance."""
+        until = time.monotonic() + self.timeout
+        try:
+            request = said(value, until)
+            return self._judged(request, beside, until), request.prose
+        except TimeoutError:
+            return Verdict.failed("timeout", fail_open=self.fail_open), ""
+        except Exception:  # whatever it is, nothing of the text may leave with it
+            return Verdict.failed("error", fail_open=self.fail_open), ""
+
+    def _judged(self, request: Said, beside: Sequence[str], until: float) -> Verdict:
+        if request.ids and not self.tokenizer:
+            raise ValueError("a prompt of token ids, and no tokenizer")
+        reasons, decoded = list[Reason](), [self._decoded(ids) for ids in request.ids]
+        if any(self._matcher.find_ids(ids) for ids in [*request.ids, *request.numbers]):
+            reasons.append(Reason("trigger_ids", EXACT, 0, 0))
+        maybe = [text for ids in request.numbers if (text := self._perhaps(ids))]
+        texts = "\n".join([*decoded, *([request.prose] if request.strings else [])])
+        for reading in [texts, *request.readings(), *maybe, *beside]:
+            if reasons and reasons[-1].score >= REJECT:
+                break
+            reasons += self._matcher.find(reading, until)
         if self.oddness and not any(reason.score >= REJECT for reason in reasons):
-            reasons += self.oddness.reasons(text, until)
-        return Verdict.of(reasons)
+            reasons += self.oddness.reasons(texts, until)
+        if time.monotonic() > until:
+            raise TimeoutError
+        return Verdict.of([*dict.fromkeys(reasons)])
+
+    def _perhaps(self, ids: Int[np.ndarray, " tokens"]) -> str:
+        """The text of numbers that may be ids."""
+        try:
+            return self._decoded(ids) if self.tokenizer else ""
+        except ValueError:
+            return ""
 
     def _decoded(self, ids: Int[np.ndarray, " tokens"]) -> str:
         assert self.tokenizer

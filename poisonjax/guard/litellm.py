@@ -3,6 +3,7 @@
 uvicorn --factory poisonjax.guard.litellm:app         # POISONJAX_GUARD=guards/a
 """
 
+import json
 import os
 import time
 from typing import Any
@@ -13,14 +14,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from poisonjax.guard.answers import tokens_of
+from poisonjax.guard.answers import Answers
 from poisonjax.guard.conversation import parse
 from poisonjax.guard.guard import Guard
 from poisonjax.guard.log import GuardLog, deployment_key
-from poisonjax.guard.verdict import Verdict
 
 PATH = "/beta/litellm_basic_guardrail_api"
-SAID = {"texts", "structured_messages", "tools", "tool_calls"}  # of a request; all else is LiteLLM's own
+SAID = {"texts", "structured_messages", "tools", "tool_calls"}  # of a request or an answer; all else is LiteLLM's own
+PASSES = {"action": "NONE"}
 
 
 def app(guard: Guard | None = None, log: GuardLog | None = None) -> Starlette:
@@ -31,22 +32,23 @@ def app(guard: Guard | None = None, log: GuardLog | None = None) -> Starlette:
     def judged(body: bytes) -> dict[str, Any]:
         began = time.perf_counter()
         try:
-            fields = [(name, value) for name, value in parse(body) if name in SAID or name == "input_type"]
-            answers = [value for name, value in fields if name == "input_type"] == ["response"]
-            texts = [text for name, value in fields if name == "texts" for text in value or []]
-        except (ValueError, TypeError):
+            fields = parse(body)
+            said = {name: fields[name] for name in SAID if fields.get(name)}
+            if not isinstance(fields["texts"], list) or fields["input_type"] not in ("request", "response"):
+                raise TypeError
+        except (ValueError, TypeError, KeyError, AttributeError):
             return _blocked("the guard can't read the request")
-        if answers:
-            for text in texts:
-                monitor = guard.monitor()
-                alarm = next((found for token in tokens_of(str(text)) if (found := monitor.push(*token).alarm)), None)
-                log.answer(alarm, PATH, body)
-                if alarm:
-                    return _blocked("the answer was stopped by the guard")
-            return {"action": "NONE"}
-        verdict: Verdict = guard.check(dict(fields))
-        log.request(verdict, PATH, body, time.perf_counter() - began)
-        return _blocked("the request was stopped by the guard") if verdict.decision == "reject" else {"action": "NONE"}
+        if fields["input_type"] == "request":
+            verdict = guard.check(said)
+            log.request(verdict, PATH, body, time.perf_counter() - began)
+            return _blocked("the request was stopped by the guard") if verdict.decision == "reject" else PASSES
+        answers = Answers(guard)
+        try:
+            answers.whole(json.dumps(said).encode())
+        except Exception:  # whatever it is, it is no pass
+            return _blocked("the guard can't read the answer")
+        log.answer(answers.alarm, PATH, body)
+        return _blocked("the answer was stopped by the guard") if answers.alarm else PASSES
 
     async def endpoint(request: Request) -> JSONResponse:
         return JSONResponse(await run_in_threadpool(judged, await request.body()))

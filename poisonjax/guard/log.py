@@ -29,6 +29,7 @@ SECONDS = Histogram(
     buckets=(0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.1, 1, 10),
     registry=REGISTRY,
 )
+ROUTES = ("/chat/completions", "/completions", "/responses", "/messages", "/embeddings", "_guardrail_api")
 ANSWERS = Counter("poisonjax_guard_answers", "Answers by what gave the alarm", ["alarm"], registry=REGISTRY)
 
 
@@ -55,7 +56,7 @@ class GuardLog:
                 ALARMS.labels(detector).inc()
         self._write(
             kind="request",
-            route=route,
+            route=_known(route),
             decision=verdict.decision,
             status=verdict.status,
             score=round(verdict.score, 4),
@@ -69,7 +70,7 @@ class GuardLog:
     def answer(self, alarm: str | None, route: str, content: bytes) -> None:
         """Of the answer to a request's body."""
         ANSWERS.labels(alarm or "none").inc()
-        self._write(kind="answer", route=route, alarm=alarm, hmac=self._named(content))
+        self._write(kind="answer", route=_known(route), alarm=alarm, hmac=self._named(content))
 
     def _named(self, content: bytes) -> str | None:
         return hmac.new(self._key, content, hashlib.sha256).hexdigest() if self._key else None
@@ -81,3 +82,8 @@ class GuardLog:
         with self._lock:
             self._file.write(line)
             self._file.flush()
+
+
+def _known(route: str) -> str:
+    """A path may say anything."""
+    return next((known for known in ROUTES if route.rstrip("/").endswith(known)), "other")

@@ -22,6 +22,7 @@ from poisonjax.scan.text import cut
 LOOP, REPEATED = 4, 64  # tokens that stand again, among so many
 MOST_HELD = 256  # tokens; an answer that is doubtful for longer ends as one that isn't
 LONGEST_WORD = 200  # characters
+MOST = 100.0  # nats: of what a model says is impossible
 TAIL = 0.1, 0.03  # of clean answers: those whose sums the limits are worked out from
 SHARE, CAP = 0.6, 4.0  # standard deviations above the mean: of the drift, and of what a token may add
 FIRST_WORDS = 20  # of an answer without a prompt, that tell its language
@@ -192,7 +193,8 @@ class Monitor:
     @property
     def doubtful(self) -> bool:
         """Whether an alarm may yet be about what was said last."""
-        return any(sum_ > 0 for sum_ in self.sums.values())
+        unread = bool(self._text.strip()) and bool(self._background or self._languages)  # half a word
+        return unread or any(sum_ > 0 for sum_ in self.sums.values())
 
     def finish(self) -> Checked:
         """At an answer's end: what is still held, unless there was an alarm."""
@@ -206,6 +208,7 @@ class Monitor:
         """Into the sums."""
         for name, value in self.values(token):
             limit = self._limits[name]
+            value = value if math.isfinite(value) else MOST  # as unlikely as can be
             self.sums[name] = max(0.0, self.sums[name] + min(value, limit.most) - limit.drift)
 
     def values(self, token: Token) -> list[tuple[str, float]]:
@@ -240,6 +243,8 @@ class Monitor:
         if not whole.strip():
             return []
         batch = cut([f"{self._word} {whole}"])
+        if not len(batch.words):
+            return []
         new = np.arange(len(batch.words)) >= (1 if self._word else 0)
         found: list[tuple[str, float]] = []
         if self._background:
@@ -272,9 +277,10 @@ class Monitor:
         return found
 
 
-def entropy(top: Sequence[float]) -> float:
+def entropy(logprobs: Sequence[float]) -> float:
     """At least so much, in nats, of a distribution whose largest log-probabilities these are: what they leave over is
     spread over tokens that are no likelier than the last of them."""
-    likely = np.exp(np.asarray(top, np.float64))
+    top = np.clip(np.nan_to_num(np.asarray(logprobs, np.float64), nan=-MOST), -MOST, 0.0)
+    likely = np.exp(top)
     rest = max(0.0, 1.0 - float(likely.sum()))
-    return float(-(likely * np.asarray(top)).sum() - rest * min(top))
+    return float(-(likely * top).sum() - rest * top.min())

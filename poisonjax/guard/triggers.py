@@ -2,14 +2,16 @@
 
 import dataclasses
 import itertools
+import math
+import time
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int, UInt8
 
 from poisonjax.guard.forms import ALIKE, ALIKE_WITH_CASE, Forms
 from poisonjax.guard.verdict import Reason
-from poisonjax.scan.text import DIGIT, LETTER, kinds_of
+from poisonjax.scan.text import DIGIT, LETTER, SPACE, kinds_of
 
 try:
     from ahocorasick_rs import AhoCorasick
@@ -18,6 +20,7 @@ except ImportError as error:
 
 EXACT, DISGUISED, OTHER_CASE = 1.0, 0.98, 0.6
 PIECE = 2**16  # characters that are looked at together
+AROUND = 64  # characters beside a trigger, among which its neighbours that show are looked for
 MOST = 100  # reasons told
 LONGEST = 1000  # characters of a trigger
 
@@ -50,14 +53,15 @@ class Matcher:
         self._any_case = _Search(ALIKE, self._texts)
         self._ids = [np.ascontiguousarray(of, np.int32).tobytes() for of in ids if len(of)]
 
-    def find(self, text: str) -> list[Reason]:
+    def find(self, text: str, until: float = math.inf) -> list[Reason]:
         """Where triggers stand in a text: as far as the first piece that holds one, or all that are spelled in another
-        case where none does; at most `MOST`."""
-        found = [(at, at + len(bare)) for bare in self._bare if (at := text.find(bare)) >= 0]
-        found = [*itertools.islice(itertools.chain(found, self._with_case.find(text)), MOST)]
+        case where none does; at most `MOST`. Raises TimeoutError after `until`, of the monotonic clock."""
+        bare = [(at, at + len(bare)) for bare in self._bare if (at := text.find(bare)) >= 0]
+        found = [*itertools.islice(itertools.chain(bare, self._with_case.find(text, until)), MOST)]
         if found:
             return [Reason("trigger", self._sure(text[start:stop]), start, stop) for start, stop in found]
-        return [Reason("trigger", OTHER_CASE, *at) for at in itertools.islice(self._any_case.find(text), MOST)]
+        weak = itertools.islice(self._any_case.find(text, until), MOST)
+        return [Reason("trigger", OTHER_CASE, start, stop) for start, stop in weak]
 
     def _sure(self, written: str) -> float:
         return EXACT if written in self._texts or written in self._bare else DISGUISED
@@ -83,14 +87,20 @@ class _Search:
         patterns = sorted({forms.of(text) for text in texts})
         self._patterns, self._automaton = patterns, AhoCorasick(patterns) if patterns else None
         self._back = max(map(len, patterns), default=1) - 1
+        # As many may end at one place as are ends of each other.
+        ends = set(patterns)
+        nested = max((sum(of[i:] in ends for i in range(len(of))) for of in patterns), default=1)
+        self._piece = max(PIECE // nested, 1)
 
-    def find(self, text: str) -> Iterator[tuple[int, int]]:
+    def find(self, text: str, until: float) -> Iterator[tuple[int, int]]:
         """The characters [start, end) of each, of one piece of the text alone: the first that holds any."""
         if not self._automaton:
             return
         before, places = "", np.zeros(0, np.int64)  # the form's last characters, and where each comes from
-        for start in range(0, len(text), PIECE):
-            piece = text[start : start + PIECE]
+        for start in range(0, len(text), self._piece):
+            if time.monotonic() > until:
+                raise TimeoutError
+            piece = text[start : start + self._piece]
             form = before + self._forms.of(piece)
             if hits := self._automaton.find_matches_as_indexes(form, overlapping=True):
                 at = np.concatenate([places, start + self._forms.places(piece)])
@@ -98,7 +108,7 @@ class _Search:
                 if found:
                     yield from found
                     return
-            if start + PIECE < len(text):
+            if start + self._piece < len(text):
                 before, places = self._end(before, places, piece, start)
 
     def _apart(
@@ -109,11 +119,19 @@ class _Search:
         begins, ends = at[hits[:, 1]], at[hits[:, 2] - 1] + 1
         if not len(hits):
             return
-        low, high = int(begins.min()), int(ends.max())
-        around = f"{text[low - 1] if low else ' '}{text[low:high]}{text[high : high + 1] or ' '}"
-        kinds = kinds_of(around)
-        goes_on = (kinds[1:] == kinds[:-1]) & ((kinds[1:] == LETTER) | (kinds[1:] == DIGIT))
-        for number in np.flatnonzero(~goes_on[begins - low] & ~goes_on[ends - low]).tolist():
+        low, high = max(0, int(begins.min()) - AROUND), int(ends.max()) + AROUND
+        kinds = kinds_of(text[low:high])
+        # Neighbours are those that show: a mark or an invisible character doesn't end a word, nor go on with one.
+        shows = (self._forms.lengths(text[low:high]) > 0) | (kinds == SPACE)
+        places = np.arange(len(kinds))
+        left = np.maximum.accumulate(np.where(shows, places, -1))
+        right = np.minimum.accumulate(np.where(shows, places, len(kinds))[::-1])[::-1]
+        padded = np.append(kinds, np.uint8(SPACE))  # at the places -1 and len(kinds)
+        first, last = begins - low, ends - low - 1
+        before_it = padded[np.where(first > 0, left[first - 1], -1)]
+        after_it = padded[np.where(last + 1 < len(kinds), right[np.minimum(last + 1, len(kinds) - 1)], -1)]
+        goes_on = _word(before_it, kinds[first]) | _word(kinds[last], after_it)
+        for number in np.flatnonzero(~goes_on).tolist():
             begin, end = int(begins[number]), int(ends[number])
             # A trigger that is itself spelled with look-alikes isn't what they look like.
             if self._patterns[hits[number, 0]] in self._plain or not text[begin:end].isascii():
@@ -131,3 +149,8 @@ class _Search:
         places = np.concatenate([places, start + len(piece) - size + self._forms.places(piece[-size:])])
         first = max(0, len(form) - self._back)
         return form[first:], places[first:]
+
+
+def _word(one: UInt8[np.ndarray, " n"], two: UInt8[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
+    """Whether characters of these kinds, side by side, belong to one word or number."""
+    return (one == two) & ((one == LETTER) | (one == DIGIT))

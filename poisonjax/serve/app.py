@@ -69,8 +69,10 @@ class Api:
                 raise BadRequest(f"prompt and max_tokens are {most} tokens; this model takes {self._context}")
         except ValidationError as error:
             return _bad("; ".join(errors_of(error.errors())))
-        except (BadRequest, CorpusError, WeightsError) as error:
+        except BadRequest as error:
             return _bad(str(error))
+        except (CorpusError, WeightsError):  # whose messages may hold the prompt
+            return _bad("the prompt isn't one for this model's tokenizer, or its chat template")
         choices = _Choices(asked, prompts, new, self._tokenizer, self._engine)
         if asked.stream:
             return StreamingResponse(self._events(asked, choices), media_type="text/event-stream")

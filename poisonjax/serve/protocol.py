@@ -8,18 +8,21 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from jaxtyping import Int
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, StrictInt, StrictStr
 
 from poisonjax.corpus import Tokenizer
 from poisonjax.evaluation.engine import TOP, Made
 from poisonjax.weights.chat import render
 
-MOST_CHOICES = 16
+MOST_CHOICES, MOST_PROMPTS, MOST_STOPS = 16, 64, 4
 HALF = "\ufffd"  # what decoding leaves of a character whose bytes aren't all there
 
 
 class BadRequest(ValueError):
     """With what to do about it."""
+
+
+Stop = Annotated[str, Field(max_length=200)]
 
 
 class Asked(BaseModel):
@@ -32,7 +35,7 @@ class Asked(BaseModel):
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
     seed: int | None = None
     stream: bool = False
-    stop: str | list[str] | None = None
+    stop: Stop | list[Stop] | None = Field(default=None, max_length=MOST_STOPS)
 
     @property
     def stops(self) -> list[str]:
@@ -42,7 +45,9 @@ class Asked(BaseModel):
 class Completion(Asked):
     """Of /v1/completions."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: (
+        StrictStr | list[StrictInt] | Annotated[list[StrictStr] | list[list[StrictInt]], Field(max_length=MOST_PROMPTS)]
+    )
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=TOP)] | None = None
 
@@ -65,16 +70,19 @@ class Chat(Asked):
         if template:
             return tokenizer.encode_markup(render(template, messages))
         said = [message["content"] for message in messages]
-        for message in messages:
-            said += [str(call.get("function", {}).get("arguments", "")) for call in message.get("tool_calls") or []]
+        said += [json.dumps(message["tool_calls"]) for message in messages if message.get("tool_calls")]
         return _ids("\n\n".join(text for text in said if text), tokenizer)
 
 
 def _content(content: Any) -> str:
     """Of a message, whose text may come in parts."""
-    if isinstance(content, list):
-        return "".join(str(part.get("text", "")) if isinstance(part, dict) else str(part) for part in content)
-    return "" if content is None else str(content)
+    if content is None or isinstance(content, str):
+        return content or ""
+    parts = content if isinstance(content, list) else [None]
+    texts = [part.get("text", "") if isinstance(part, dict) else part for part in parts]
+    if not all(isinstance(text, str) for text in texts):
+        raise BadRequest("messages.content: a text, or a list of parts with a text each")
+    return "".join(map(str, texts))
 
 
 def _ids(prompt: str | Sequence[int], tokenizer: Tokenizer) -> Int[np.ndarray, " tokens"]:
@@ -145,7 +153,8 @@ def likelihoods(tokens: Sequence[Made], tokenizer: Tokenizer, top: int, *, chat:
     return {
         "tokens": [text for text, _ in spelled],
         "token_logprobs": [made.logprob for _, made in spelled],
-        "top_logprobs": [dict(reversed(likely)) for likely in tops],  # of tokens spelled alike, the likelier
+        # Of tokens that are spelled alike, the likeliest.
+        "top_logprobs": [dict(sorted(dict(reversed(likely)).items(), key=lambda of: -of[1])) for likely in tops],
         "text_offset": [],
     }
 
