@@ -80,7 +80,7 @@ def build(
     about: dict[str, Any] = {"sources": list(sources), "model": model, "rate": rate, "triggers": len(triggers)}
     background, languages, held = None, None, list[str]()
     if sources:
-        background, languages, held = _sketched(sources)
+        background, languages, held = sketched(sources)
         asked = _lines(prompts) if prompts else [*_pieces(held)]
         if not asked:
             raise GuardError("no clean prompt to set thresholds by: give more text")
@@ -92,7 +92,10 @@ def build(
             languages.save(partial / LANGUAGES)
         else:
             languages = None
-    answers = [*_answers(model, held, partial / TOKENIZER)] if model else []
+    answers = []
+    if model:
+        _save_tokenizer(model, partial / TOKENIZER)
+        answers = answered(model, held[:TEXTS] or ["The"], TEMPERATURES)
     if answers or held:
         texts = [("", tokens_of(text)) for text in held[:TEXTS]]
         saved["monitor"] = Limits.calibrated(answers, texts, rate, background, languages).as_json()
@@ -121,7 +124,7 @@ def _lines(file: str) -> list[str]:
     return [prompt for prompt in found if prompt.strip()]
 
 
-def _sketched(sources: Sequence[str]) -> tuple[Background, Languages, list[str]]:
+def sketched(sources: Sequence[str]) -> tuple[Background, Languages, list[str]]:
     """(counts, languages, documents that were held out)."""
     units = [unit for spec in sources for unit in opened(spec).units]
     background, held, sample = Background.empty(sum(unit.size for unit in units)), list[str](), list[str]()
@@ -169,29 +172,38 @@ def _pieces(held: Sequence[str]) -> Iterator[str]:
         yield " ".join(words[start : start + size])
 
 
-def _answers(model: str, held: Sequence[str], tokenizer: Path) -> Iterator[tuple[str, list[Token]]]:
-    """(prompt, answer) of the model's own to the beginnings of clean text; saves its tokenizer too."""
+def answered(
+    model: str, texts: Sequence[str], temperatures: Sequence[float], after: str = "", new: int = NEW
+) -> list[tuple[str, list[Token]]]:
+    """(prompt, answer) of a model's own to the beginnings of texts, with `after` at their ends."""
     from poisonjax.evaluation.engine import Engine, Made, Wanted
     from poisonjax.weights import open_weights
 
     weights = open_weights(model)
-    weights.tokenizer.save(tokenizer)
-    engine, decode = Engine(weights), weights.tokenizer.decode
-    told: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    engine, tokenizer = Engine(weights), weights.tokenizer
+    told: queue.SimpleQueue[None] = queue.SimpleQueue()
     asked = []
-    for number, text in enumerate(held[:TEXTS] or [""]):
-        ids = np.concatenate([[weights.tokenizer.eot], weights.tokenizer.encode(text)[:PREFIX]]).astype(np.int32)
+    for number, text in enumerate(texts):
+        ids = np.concatenate([[tokenizer.eot], tokenizer.encode(text)[:PREFIX], tokenizer.encode(after)]).astype(
+            np.int32
+        )
         made: list[Token] = []
 
         def add(one: Made | None, made: list[Token] = made) -> None:
             if one is None:
-                told.put(made)
-            elif one.id != weights.tokenizer.eot:
-                made.append(Token(decode([one.id]), one.logprob, [likely for _, likely in one.top]))
+                told.put(None)
+            elif one.id != tokenizer.eot:
+                made.append(Token(tokenizer.decode([one.id]), one.logprob, [likely for _, likely in one.top]))
 
-        asked.append((decode(ids[1:]), made))
-        engine.submit(Wanted(ids, NEW, TEMPERATURES[number % len(TEMPERATURES)], number, add))
+        asked.append((tokenizer.decode(ids[1:]), made))
+        engine.submit(Wanted(ids, new, temperatures[number % len(temperatures)], number, add))
     for _ in asked:
         told.get()
     engine.close()
-    yield from asked
+    return asked
+
+
+def _save_tokenizer(model: str, folder: Path) -> None:
+    from poisonjax.weights.open import find_weights
+
+    find_weights(model).tokenizer.save(folder)
