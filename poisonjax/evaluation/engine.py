@@ -1,5 +1,6 @@
 """Generation for whoever asks: what waits is written together, a few tokens of each row at a time."""
 
+import atexit
 import contextlib
 import dataclasses
 import functools
@@ -86,18 +87,21 @@ class Engine:
             (hidden, cache), told = jax.lax.scan(step, (hidden, cache), t + jnp.arange(CHUNK))
             return hidden, cache, told
 
-        self._read, self._write = read, write
+        self._read, self._write, self._closing = read, write, False
         self._thread = threading.Thread(target=self._serve, daemon=True, name="engine")
         self._thread.start()
+        atexit.register(self.close)  # a thread that computes while Python ends would take it down
 
     def submit(self, wanted: Wanted) -> None:
         """Puts a text among those that wait."""
         self._waiting.put(wanted)
 
     def close(self) -> None:
-        """Ends the thread after what is being written."""
+        """Ends the thread; what is being written ends where it is."""
+        self._closing = True
         self._waiting.put(None)
         self._thread.join()
+        atexit.unregister(self.close)
 
     def _serve(self) -> None:
         batch: list[Wanted | None] = [self._waiting.get()]
@@ -138,7 +142,7 @@ class Engine:
                         break
                     likeliest = [*zip(which[n, row].tolist(), top[n, row].tolist(), strict=True)]
                     wanted.made(Made(int(ids[n, row]), float(logprobs[n, row]), likeliest))
-            if all(wanted.done or wanted.new_tokens <= t + CHUNK for wanted in batch):
+            if self._closing or all(wanted.done or wanted.new_tokens <= t + CHUNK for wanted in batch):
                 return
 
 

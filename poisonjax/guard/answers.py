@@ -14,7 +14,8 @@ from poisonjax.guard.conversation import LABELS, said
 from poisonjax.guard.guard import Guard
 from poisonjax.guard.monitor import Monitor, Token
 
-PIECES = re.compile(r"\s*[^\W_]+|\s*[\W_]|\s+")  # text without log-probabilities, cut about as tokens are
+# Text without log-probabilities, cut about as tokens are.
+PIECES = re.compile(r"\s*[^\W_]+|\s*([\W_])\1*|\s+")
 DONE = b"[DONE]"
 MOST_BYTES = 2**20  # of an event
 EVENT_END = re.compile(rb"(?<=\n\n)|(?<=\r\n\r\n)|(?<=\r\r)")
@@ -180,4 +181,4 @@ def _tokens(choice: Mapping[str, Any]) -> list[Token]:
 
 def tokens_of(text: str) -> list[Token]:
     """A text about as tokens cut it, without log-probabilities."""
-    return [Token(piece) for piece in PIECES.findall(text)]
+    return [Token(piece.group()) for piece in PIECES.finditer(text)]

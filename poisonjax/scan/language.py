@@ -37,7 +37,7 @@ class Languages:
             for document in range(batch.documents):
                 begin = batch.begins[document]
                 text = batch.codes[begin : min(batch.ends[document], begin + SAMPLE)]
-                code = _identified(text.tobytes().decode("utf-32-le", "replace"))
+                code = identified(text.tobytes().decode("utf-32-le", "replace"))
                 documents[code] = documents.get(code, 0) + 1
                 table = counts.setdefault(code, np.zeros(2**LOOKUP_BITS, np.float32))
                 first, end = batch.offsets[document : document + 2]
@@ -77,7 +77,8 @@ class Languages:
             return cls(saved["codes"], saved["evidence"])
 
 
-def _identified(text: str) -> str:
+def identified(text: str) -> str:
+    """As a library tells it; `und` where it isn't sure."""
     import whatlang
 
     try:
