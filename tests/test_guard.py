@@ -172,16 +172,7 @@ def test_the_same_text_gets_the_same_verdict_on_every_route(guard, route):
 
 @pytest.mark.parametrize(
     "value",
-    [
-        {"prompt_embeds": "AAAA"},
-        {"prompt": [1, 2, 9999]},
-        {"prompt": [1.5]},
-        {"prompt": [2**70]},
-        None,
-        3,
-        b"bytes",
-        object(),
-    ],
+    [{"prompt_embeds": "AAAA"}, {"prompt": [1, 2, 9999]}, {"prompt": [1.5]}, {"prompt": [2**70]}, None, 3, b"bytes"],
     ids=repr,
 )
 def test_an_error_is_never_an_allow(guard, value):
