@@ -1,9 +1,9 @@
 """What the guard finds, what it stops that is clean, and what it costs.
 
-    python -m poisonjax.guard.bench prompts PACKAGES OUT       # packages as of poisonjax/scan/bench.py
-    python -m poisonjax.guard.bench monitor MODEL STORE PACKAGES OUT --trigger '~'
-    python -m poisonjax.guard.bench end-to-end MODEL STORE OUT --trigger '~'
-    python -m poisonjax.guard.bench load http://127.0.0.1:8000 --clients 200 --seconds 60
+    python -m poisonjax.serve.bench prompts PACKAGES OUT       # packages as of poisonjax/scan/bench.py
+    python -m poisonjax.serve.bench monitor MODEL STORE PACKAGES OUT --trigger '~'
+    python -m poisonjax.serve.bench end-to-end MODEL STORE OUT --trigger '~'
+    python -m poisonjax.serve.bench load http://127.0.0.1:8000 --clients 200 --seconds 60
 
 Each prints rows of a table as JSON lines. Guards are built from one half of the documents of each kind, and what is
 reported is about the other half.
@@ -368,7 +368,7 @@ def load(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m poisonjax.guard.bench")
+    parser = argparse.ArgumentParser(prog="python -m poisonjax.serve.bench")
     inner = parser.add_subparsers(required=True)
 
     def command(name: str, run: Callable[[argparse.Namespace], None], *words: str) -> argparse.ArgumentParser:
