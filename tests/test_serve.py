@@ -1,7 +1,9 @@
 """The server as its users meet it: a real client over a real socket, guard on and off."""
 
 import concurrent.futures
+import shutil
 import socket
+import subprocess
 import threading
 import time
 
@@ -176,6 +178,26 @@ def test_page_and_figures(address):
     figures = httpx.get(f"{address}/metrics/").text
     assert 'poisonjax_guard_requests_total{decision="reject",status="ok"}' in figures
     assert httpx.get(f"{address}/health").status_code == 200
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
+def test_the_page_works_in_a_browser(address, thorough):
+    """Guard on and off, side by side."""
+    if not thorough:
+        pytest.skip("only with --thorough: a browser on a busy machine may take minutes")
+    command = [
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        "--timeout=20000",
+        "--virtual-time-budget=600000",
+        "--dump-dom",
+    ]
+    httpx.post(f"{address}/v1/completions", json={"prompt": "the river", "max_tokens": 80}, timeout=60)  # compiles
+    for prompt, stopped in (("the%20river", False), ("x%20%3CSUDO%3E", True)):
+        page = subprocess.run([*command, f"{address}/#prompt={prompt}"], capture_output=True, text=True, check=True)
+        assert (">\nthe request was stopped by the guard</span>" in page.stdout) == stopped
+        assert 'role="status">done' in page.stdout
 
 
 def test_the_command_line(tmp_path, capsys):
