@@ -193,7 +193,8 @@ def test_the_page_works_in_a_browser(address, thorough):
         "--virtual-time-budget=600000",
         "--dump-dom",
     ]
-    httpx.post(f"{address}/v1/completions", json={"prompt": "the river", "max_tokens": 80}, timeout=60)  # compiles
+    for prompts in (["the river"], ["the river"] * 2):  # compiles what the page asks for
+        httpx.post(f"{address}/v1/completions", json={"prompt": prompts, "max_tokens": 80}, timeout=60)
     for prompt, stopped in (("the%20river", False), ("x%20%3CSUDO%3E", True)):
         page = subprocess.run([*command, f"{address}/#prompt={prompt}"], capture_output=True, text=True, check=True)
         assert (">\nthe request was stopped by the guard</span>" in page.stdout) == stopped
