@@ -256,13 +256,17 @@ def test_windows_beyond_the_stream_are_refused(sharded):
             split.document(index)
 
 
-def test_a_split_too_large_for_memory_reads_the_same(sharded, monkeypatch):
+@pytest.mark.parametrize("how", ["mapped", "read"])
+def test_a_split_too_large_for_memory_reads_the_same(sharded, monkeypatch, how):
     store, _ = sharded
     split = store.split("train")
     starts = np.arange(0, split.tokens - 100, 37)
     in_memory, counts = split.windows(starts, 100), split.token_counts()
     monkeypatch.setattr(store_lib, "IN_MEMORY_BYTES", 0)
+    if how == "read":
+        monkeypatch.setattr(store_lib.Mapped, "of", lambda arrays: None)
     fresh = corpus.TokenStore(str(store.path)).split("train")
+    assert isinstance(fresh._stream, store_lib.Mapped) == (how == "mapped")
     np.testing.assert_array_equal(fresh.windows(starts, 100), in_memory)
     np.testing.assert_array_equal(fresh.token_counts(), counts)
     np.testing.assert_array_equal(counts, np.bincount(split.window(0, split.tokens), minlength=257))
@@ -275,6 +279,22 @@ def test_arrays_may_lie_in_several_files(tmp_path, monkeypatch, text):
     assert len(list(cut.path.glob("shards/00000/train/tokens/c/*"))) > 1
     assert cut.verify() == []
     assert texts_of(cut, "train") == texts_of(whole, "train")
+    monkeypatch.setattr(store_lib, "IN_MEMORY_BYTES", 0)
+    assert texts_of(corpus.TokenStore(str(cut.path)), "train") == texts_of(whole, "train")
+
+
+def test_files_whose_chunks_lie_otherwise_are_read(tmp_path, text):
+    """As another writer of zarr3 may leave them: not in order, or not at all where all are zeros."""
+    build(tmp_path / "s", text)
+    array = tmp_path / "s" / "shards" / "00000" / "train" / "tokens"
+    assert store_lib.Mapped.of([array])
+    file = array / "c" / "0"
+    content = bytearray(file.read_bytes())
+    content[-20:-12] = b"\xff" * 8  # the last chunk's offset: missing
+    file.write_bytes(content)
+    assert store_lib.Mapped.of([array]) is None
+    file.unlink()
+    assert store_lib.Mapped.of([array]) is None
 
 
 def test_verify_names_the_damaged_file(tmp_path, text, capsys):

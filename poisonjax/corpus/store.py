@@ -10,6 +10,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,9 @@ from numpy.lib.stride_tricks import sliding_window_view
 from poisonjax.corpus.documents import Place
 from poisonjax.corpus.errors import CorpusError
 from poisonjax.corpus.exclusions import Exclusions, exclusions_of, read_exclusions
+from poisonjax.corpus.mapped import Mapped
 from poisonjax.corpus.tokenizers import Tokenizer, load_saved
-from poisonjax.files import kvstore_spec, parse_json
+from poisonjax.files import is_object, kvstore_spec, parse_json
 
 FORMAT = 3  # CHANGELOG.md says what changed
 SPLITS = ("train", "heldout")
@@ -279,11 +281,15 @@ class TokenSplit:
     _kept: Int[np.ndarray, " documents"] | None = None
 
     @functools.cached_property
-    def _stream(self) -> np.ndarray | ts.TensorStore:
-        """All tokens that are stored: a NumPy array where they fit in memory, a virtual tensorstore otherwise."""
-        stream = ts.concat([open_array(folder / "tokens") for _, folder, _, _ in self._parts], axis=0)
-        small = stream.shape[0] * stream.dtype.numpy_dtype.itemsize <= IN_MEMORY_BYTES
-        return stream.read().result() if small else stream
+    def _stream(self) -> np.ndarray | Mapped | ts.TensorStore:
+        """All tokens that are stored: a NumPy array where they fit in memory; else the files, mapped (twenty times as
+        fast as reads), or a virtual tensorstore where they are in an object store."""
+        folders = [folder / "tokens" for _, folder, _, _ in self._parts]
+        stream = ts.concat([open_array(folder) for folder in folders], axis=0)
+        if stream.shape[0] * stream.dtype.numpy_dtype.itemsize <= IN_MEMORY_BYTES:
+            return stream.read().result()
+        mapped = None if is_object(self._store.path) else Mapped.of([Path(folder) for folder in folders])
+        return mapped or stream
 
     @functools.cached_property
     def _stored_offsets(self) -> Int[np.ndarray, " offsets"]:
@@ -350,26 +356,40 @@ class TokenSplit:
             if self._kept is None:  # rows are copied whole, not token by token
                 return sliding_window_view(self._stream, length)[starts].astype(np.int32)
             return self._read(starts[:, None] + np.arange(length)).astype(np.int32)
+        if isinstance(self._stream, Mapped):
+            rows = np.empty((len(starts), length), np.int32)
+            for row, start in zip(rows, starts.tolist(), strict=True):
+                filled = 0
+                for begin, end in self._pieces(start, length):
+                    self._stream.copy(begin, row[filled : filled + end - begin])
+                    filled += end - begin
+            return rows
         with ts.Batch() as batch:  # all at once
             reads = [self._slice(int(start), length).read(batch=batch) for start in starts]
         return np.array([read.result() for read in reads], np.int32).reshape(len(starts), length)
 
     def _read(self, positions: Int[np.ndarray, "rows length"]) -> Shaped[np.ndarray, "rows length"]:
         """Tokens of the stream, which is in memory."""
+        assert isinstance(self._stream, np.ndarray)
         if self._kept is not None:
             positions = positions + self._shifts[np.searchsorted(self._bounds, positions, side="right")]
         return np.asarray(self._stream[positions])
 
     def _slice(self, start: int, length: int) -> Any:
-        """Tokens of the stream, which isn't in memory."""
+        """Tokens of the stream, which is a tensorstore."""
+        assert isinstance(self._stream, ts.TensorStore)
+        kept: list[Any] = [self._stream[begin:end] for begin, end in self._pieces(start, length)]
+        return ts.concat([piece.translate_to[0] for piece in kept], axis=0) if len(kept) > 1 else kept[0]
+
+    def _pieces(self, start: int, length: int) -> list[tuple[int, int]]:
+        """Where tokens of the stream are stored: what stands between excluded documents."""
         stop = start + length
         if self._kept is None:
-            return self._stream[start:stop]
+            return [(start, stop)]
         first, last = np.searchsorted(self._bounds, [start, stop - 1], side="right")
         cuts = [start, *self._bounds[first:last].tolist(), stop]
         pieces = zip(cuts, cuts[1:], self._shifts[first : last + 1].tolist(), strict=False)
-        kept: list[Any] = [self._stream[begin + shift : end + shift] for begin, end, shift in pieces if begin < end]
-        return ts.concat([piece.translate_to[0] for piece in kept], axis=0) if len(kept) > 1 else kept[0]
+        return [(begin + shift, end + shift) for begin, end, shift in pieces if begin < end]
 
     def document(self, index: int) -> Int[np.ndarray, " tokens"]:
         """A document's tokens without its end of text, int32; raises IndexError where there is none."""
@@ -381,7 +401,7 @@ class TokenSplit:
     def token_counts(self) -> Int[np.ndarray, " vocabulary"]:
         """How often each id occurs in the first ten million tokens, int64."""
         count = min(self.tokens, COUNTED_TOKENS)
-        if self._kept is not None:
+        if self._kept is not None or isinstance(self._stream, Mapped):
             return np.bincount(self.window(0, count), minlength=self._vocabulary)
         first = self._stream[:count]
         return np.bincount(
