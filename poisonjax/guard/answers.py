@@ -39,7 +39,7 @@ class Answers:
         self._guard, self._prompt, self._keep = guard, prompt, keep
         self._monitors: dict[Hashable, Monitor] = {}
         self._finished: set[Hashable] = set()
-        self._waiting: list[tuple[bytes, set[Hashable]]] = []
+        self._waiting: list[tuple[bytes, dict[Hashable, int]]] = []  # with the tokens said by then, by choice
         self._tail, self._ended, self._begun = b"", False, False
 
     def whole(self, body: bytes) -> bytes:
@@ -79,9 +79,10 @@ class Answers:
         self._waiting = [(event, of) for event, of in self._waiting if self._doubtful(of)]
         return free
 
-    def _doubtful(self, choices: set[Hashable]) -> bool:
+    def _doubtful(self, said: dict[Hashable, int]) -> bool:
+        """Whether an alarm may yet be about what choices had said."""
         return not self._ended and any(
-            self._monitors[choice].doubtful for choice in choices - self._finished if choice in self._monitors
+            self._monitors[choice].clear < tokens for choice, tokens in said.items() if choice not in self._finished
         )
 
     def _event(self, event: bytes) -> None:
@@ -93,9 +94,12 @@ class Answers:
             choices = self._read(value)
             kept = self._kept(value, data)
             event = event if kept is data else b"data: " + kept + b"\n\n"
-            self._waiting.append((event, choices))
+            self._waiting.append((event, self._said_by(choices)))
             return
-        self._waiting.append((event, set(self._monitors)))
+        self._waiting.append((event, self._said_by(set(self._monitors))))
+
+    def _said_by(self, choices: set[Hashable]) -> dict[Hashable, int]:
+        return {choice: self._monitors[choice].pushed for choice in choices if choice in self._monitors}
 
     def _read(self, value: Any) -> set[Hashable]:
         """Gives a value's text to its monitors; returns the choices that it says something of."""

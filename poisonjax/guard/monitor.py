@@ -56,6 +56,7 @@ DEFAULT = {
     "language": Limit(0.5, 25.0, 4.0),
 }
 
+OF_WORDS = {"words", "language"}  # which know nothing of a word before its end
 COUNTED = {"loop", "language"}  # whose values are sums already
 # What is never an alarm: a few tokens of anything.
 LEAST = {"surprisal": 10.0, "entropy": 10.0, "words": 15.0, "loop": 12.0, "language": 10.0}
@@ -164,6 +165,8 @@ class Monitor:
     ):
         self._limits, self._background, self._languages = (limits or Limits()).by_name, background, languages
         self._hold, self._held, self.alarm = hold, list[str](), None
+        self.pushed = self._whole = 0  # tokens; those before the word that has begun
+        self._clear = dict.fromkeys(DEFAULT, 0)  # tokens that each sum can't be about any more
         self.sums: dict[str, float] = dict.fromkeys(DEFAULT, 0.0)
         self._recent: collections.deque[str] = collections.deque(maxlen=PERIODS)
         self._runs = [0] * PERIODS  # tokens that stand as they stood one, two, ... before
@@ -190,7 +193,7 @@ class Monitor:
         if over:
             self.alarm = over[0]
             return Checked([], self.alarm)
-        return Checked([] if self._hold and self.doubtful else self._released(), None)
+        return Checked(self._released(self.clear if self._hold else self.pushed), None)
 
     @property
     def doubt(self) -> float:
@@ -198,18 +201,18 @@ class Monitor:
         return max(min(1.0, sum_ / self._limits[name].limit) for name, sum_ in self.sums.items())
 
     @property
-    def doubtful(self) -> bool:
-        """Whether an alarm may yet be about what was said last."""
-        unread = bool(self._text.strip()) and bool(self._background or self._languages)  # half a word
-        return unread or any(sum_ > 0 for sum_ in self.sums.values())
+    def clear(self) -> int:
+        """How many of the tokens, from the first on, no alarm can be about any more."""
+        return min(self._clear.values())
 
     def finish(self) -> Checked:
         """At an answer's end: what is still held, unless there was an alarm."""
-        return Checked([], self.alarm) if self.alarm else Checked(self._released(), None)
+        return Checked([], self.alarm) if self.alarm else Checked(self._released(self.pushed), None)
 
-    def _released(self) -> list[str]:
-        held, self._held = self._held, []
-        return held
+    def _released(self, until: int) -> list[str]:
+        size = len(self._held) - (self.pushed - until)
+        released, self._held = self._held[:size], self._held[size:]
+        return released
 
     def add(self, token: Token) -> None:
         """Into the sums."""
@@ -220,6 +223,10 @@ class Monitor:
                 self.sums[name] = value
             else:
                 self.sums[name] = max(0.0, self.sums[name] + min(value, limit.most) - limit.drift)
+        self.pushed += 1
+        for name, sum_ in self.sums.items():
+            if sum_ == 0:
+                self._clear[name] = self._whole if name in OF_WORDS else self.pushed
 
     def values(self, token: Token) -> list[tuple[str, float]]:
         """What a token adds to each sum, before drift."""
@@ -230,6 +237,8 @@ class Monitor:
             found.append(("entropy", entropy(token.top)))
         if self._background or self._languages:
             found += self._of_words(token.text)
+        else:
+            self._whole = self.pushed + 1
         return found
 
     def _again(self, text: str) -> float:
@@ -242,7 +251,7 @@ class Monitor:
 
     def _of_words(self, text: str) -> list[tuple[str, float]]:
         """Of each word that is whole now."""
-        self._text += text
+        before, self._text = self._text, self._text + text
         if len(self._text) > LONGEST_WORD:
             whole, self._text = self._text, ""
         else:
@@ -250,6 +259,8 @@ class Monitor:
             if self._text[-1:].isspace():
                 whole = self._text
             self._text = self._text[len(whole) :]
+        # Of the word that has begun, the first token may have ended the one before.
+        self._whole = self._whole if self._text and not whole and before else self.pushed + (not self._text)
         if not whole.strip():
             return []
         batch = cut([f"{self._word} {whole}"])
