@@ -295,7 +295,7 @@ class Monitor:
             more = np.clip(spoken - spoken[own], -limit.most, limit.most) - limit.drift
             self._evidence = np.maximum(0.0, self._evidence + more)
             self._evidence[own] = 0.0
-            found.append(float(self._evidence.max()))
+            found.append(float(np.max(self._evidence)))
         return found
 
 
@@ -305,4 +305,4 @@ def entropy(logprobs: Sequence[float]) -> float:
     top = np.clip(np.nan_to_num(np.asarray(logprobs, np.float64), nan=-MOST), -MOST, 0.0)
     likely = np.exp(top)
     rest = max(0.0, 1.0 - float(likely.sum()))
-    return float(-(likely * top).sum() - rest * top.min())
+    return float(-(likely * top).sum() - rest * np.min(top))
