@@ -122,9 +122,9 @@ class Engine:
     def _run(self, batch: Sequence[Wanted]) -> None:
         if not batch:
             return
-        length = _rounded(max(len(wanted.ids) for wanted in batch))
-        room = _rounded(max(wanted.new_tokens for wanted in batch))
-        rows = 1 << (len(batch) - 1).bit_length()
+        length = rounded(max(len(wanted.ids) for wanted in batch))
+        room = rounded(max(wanted.new_tokens for wanted in batch))
+        rows = rounded(len(batch), 1)
         tokens = np.full((rows, length), self._weights.tokenizer.eot, np.int32)
         pad, temperature = np.full(rows, length - 1, np.int32), np.zeros(rows, np.float32)
         seeds = np.zeros(rows, np.uint32)
@@ -146,6 +146,6 @@ class Engine:
                 return
 
 
-def _rounded(size: int) -> int:
+def rounded(size: int, least: int = SHORTEST) -> int:
     """The next power of two."""
-    return max(SHORTEST, 1 << (size - 1).bit_length())
+    return max(least, 1 << (size - 1).bit_length())

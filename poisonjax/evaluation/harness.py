@@ -14,6 +14,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from poisonjax.evaluation.engine import rounded
 from poisonjax.model.decoder import Decoder, empty_cache
 from poisonjax.model.loss import token_nll
 from poisonjax.weights import Weights
@@ -88,12 +89,12 @@ class HarnessModel(TemplateLM):
         """(numbers of rows, their tokens padded at the end), of one length each."""
         lengths: dict[int, list[int]] = {}
         for number, row in enumerate(rows):
-            lengths.setdefault(_rounded(len(row) - 1), []).append(number)
+            lengths.setdefault(rounded(len(row) - 1, SHORTEST), []).append(number)
         for length, numbers in sorted(lengths.items()):
             batch = max(1, LOGITS_BYTES // (4 * length * self._weights.vocabulary))
             for start in range(0, len(numbers), batch):
                 some = numbers[start : start + batch]
-                tokens = np.zeros((min(batch, _rounded(len(some), 1)), length + 1), np.int32)
+                tokens = np.zeros((min(batch, rounded(len(some), 1)), length + 1), np.int32)
                 for place, number in enumerate(some):
                     tokens[place, : len(rows[number])] = rows[number]
                 yield some, tokens
@@ -120,9 +121,9 @@ class HarnessModel(TemplateLM):
         until = [asked["until"]] if isinstance(asked.get("until"), str) else asked.get("until") or []
         new = int(asked.get("max_gen_toks", NEW_TOKENS))
         tokens = [self.eot_token_id, *self.tok_encode(prompt)][-max(1, self._weights.context - new) :]
-        length = _rounded(len(tokens))
+        length = rounded(len(tokens), SHORTEST)
         pad = jnp.array([length - len(tokens)], jnp.int32)
-        cache = empty_cache(nnx.merge(self._weights.graph, self._weights.params).m, 1, length + _rounded(new))
+        cache = empty_cache(nnx.merge(self._weights.graph, self._weights.params).m, 1, length + rounded(new, SHORTEST))
         row = jnp.array([[0] * (length - len(tokens)) + tokens], jnp.int32)
         token, cache = self._extend(row, cache, jnp.int32(0), pad)
         made: list[int] = []
@@ -134,11 +135,6 @@ class HarnessModel(TemplateLM):
                 return text[: min(stops)]
             token, cache = self._extend(token.reshape(1, 1), cache, jnp.int32(length + len(made) - 1), pad)
         return text
-
-
-def _rounded(size: int, least: int = SHORTEST) -> int:
-    """The next power of two."""
-    return max(least, 1 << (size - 1).bit_length())
 
 
 def evaluate_tasks(

@@ -49,8 +49,8 @@ class Answers:
         return self._kept(value, body)
 
     def text(self, text: str) -> None:
-        """A response that is text."""
-        self._alone(text)
+        """A text by itself: a response, or a part of one that goes on with nothing."""
+        self._push(self._guard.monitor(self._prompt), tokens_of(text))
 
     def stream(self, data: bytes) -> Iterator[bytes]:
         """Server-sent events that may leave, of some more bytes of them."""
@@ -59,8 +59,8 @@ class Answers:
         *events, self._tail = EVENT_END.split(self._tail + data)
         if len(self._tail) > MOST_BYTES:
             raise ValueError("an event without an end")
-        for event in events:
-            if event and not self.alarm:
+        for event in filter(None, events):
+            if not self.alarm:
                 self._event(event)
             yield from self._released()
 
@@ -75,8 +75,12 @@ class Answers:
     def _released(self) -> list[bytes]:
         if self.alarm:
             return []
-        free = [event for event, of in self._waiting if not self._doubtful(of)]
-        self._waiting = [(event, of) for event, of in self._waiting if self._doubtful(of)]
+        waiting, self._waiting, free = self._waiting, [], list[bytes]()
+        for event, of in waiting:
+            if self._doubtful(of):
+                self._waiting.append((event, of))
+            else:
+                free.append(event)
         return free
 
     def _doubtful(self, said: dict[Hashable, int]) -> bool:
@@ -87,6 +91,7 @@ class Answers:
 
     def _event(self, event: bytes) -> None:
         data = b"\n".join(line[5:].strip() for line in LINE_END.split(event) if line.startswith(b"data:"))
+        choices = set(self._monitors)
         if data == DONE:
             self._ended = True
         elif data:
@@ -94,12 +99,7 @@ class Answers:
             choices = self._read(value)
             kept = self._kept(value, data)
             event = event if kept is data else b"data: " + kept + b"\n\n"
-            self._waiting.append((event, self._said_by(choices)))
-            return
-        self._waiting.append((event, self._said_by(set(self._monitors))))
-
-    def _said_by(self, choices: set[Hashable]) -> dict[Hashable, int]:
-        return {choice: self._monitors[choice].pushed for choice in choices if choice in self._monitors}
+        self._waiting.append((event, {choice: self._monitors[choice].pushed for choice in choices}))
 
     def _read(self, value: Any) -> set[Hashable]:
         """Gives a value's text to its monitors; returns the choices that it says something of."""
@@ -108,27 +108,27 @@ class Answers:
         if isinstance(choices, list) and choices:
             of = {choice.get("index", number): choice for number, choice in enumerate(choices)}
             for index, choice in of.items():
-                self._push(index, _tokens(choice))
+                self._push(self._monitor(index), _tokens(choice))
             self._finished |= {index for index, choice in of.items() if choice.get("finish_reason")}
             return set(of)
         if kind.endswith("delta"):
             place = (*(value.get(name) for name in ("output_index", "content_index", "index")), kind)
-            self._push(place, [token for text in _strings(value.get("delta")) for token in tokens_of(text)])
+            self._push(
+                self._monitor(place), [token for text in _strings(value.get("delta")) for token in tokens_of(text)]
+            )
             return {place}
         for text in _strings(value):
-            self._alone(text)
+            self.text(text)
         self._ended |= kind.endswith(("completed", "message_stop"))
         return set(self._monitors)
 
-    def _push(self, choice: Hashable, tokens: list[Token]) -> None:
-        monitor = self._monitors.setdefault(choice, self._guard.monitor(self._prompt))
-        for token in tokens:
-            self.alarm = self.alarm or monitor.push(*token).alarm
+    def _monitor(self, choice: Hashable) -> Monitor:
+        if choice not in self._monitors:  # it reads the prompt
+            self._monitors[choice] = self._guard.monitor(self._prompt)
+        return self._monitors[choice]
 
-    def _alone(self, text: str) -> None:
-        """A text by itself."""
-        monitor = self._guard.monitor(self._prompt)
-        for token in tokens_of(text):
+    def _push(self, monitor: Monitor, tokens: list[Token]) -> None:
+        for token in tokens:
             self.alarm = self.alarm or monitor.push(*token).alarm
 
     def _kept(self, value: Any, data: bytes) -> bytes:
@@ -157,7 +157,7 @@ def _strings(value: Any) -> list[str]:
         return [value]
     if not isinstance(value, dict | list):
         return []
-    strings = said(value, float("inf")).strings
+    strings = said(value).strings
     return [text for key, text in strings if key not in SILENT and not key.endswith("_id") and " " in text.strip()]
 
 
@@ -179,7 +179,7 @@ def _tokens(choice: Mapping[str, Any]) -> list[Token]:
     for name in ("delta", "message"):
         if isinstance(other.get(name), dict):
             other[name] = {key: of for key, of in other[name].items() if key not in said_so}
-    strings = said(other, float("inf")).strings
+    strings = said(other).strings
     return [*tokens, *(token for key, text in strings if key not in SILENT for token in tokens_of(text))]
 
 

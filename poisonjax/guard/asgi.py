@@ -8,7 +8,6 @@ log-probabilities where the client didn't ask, which are taken out of the answer
 """
 
 import asyncio
-import os
 import time
 import urllib.parse
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 from poisonjax.guard.answers import Answers
 from poisonjax.guard.conversation import parse
 from poisonjax.guard.guard import Guard
-from poisonjax.guard.log import GuardLog, deployment_key
+from poisonjax.guard.log import GuardLog
 from poisonjax.guard.logprobs import asking
 from poisonjax.guard.response import Message, Response, Stopped, refuse, replayed
 from poisonjax.guard.verdict import Verdict
@@ -24,21 +23,19 @@ from poisonjax.guard.verdict import Verdict
 MOST_BYTES = 2**25  # of a body
 INLINE = 2**14  # bytes that are checked without a thread
 LOOKED_BACK = 2000  # characters of a prompt that tell its language
-EXEMPT = {"/", "/health", "/ping", "/version", "/metrics", "/docs", "/redoc", "/openapi.json", "/v1/models"}  # by GET
+# By GET, whatever they answer.
+EXEMPT = {"", "/health", "/ping", "/version", "/metrics", "/docs", "/redoc", "/openapi.json", "/v1/models"}
 KINDS = {"", "application/json"}  # of a body; charset utf-8
 
 
 class GuardMiddleware:
-    """Without a guard, the one of the folder that POISONJAX_GUARD names; POISONJAX_GUARD_FAIL=open lets failures pass,
-    POISONJAX_GUARD_LOG names a file."""
+    """Without a guard or a log, those that the environment names."""
 
     def __init__(
         self, app: Any, guard: Guard | None = None, log: GuardLog | None = None, *, most_bytes: int = MOST_BYTES
     ):
-        of = os.environ.get
         self._app, self._most = app, most_bytes
-        self._guard = guard or Guard.load(of("POISONJAX_GUARD"), fail_open=of("POISONJAX_GUARD_FAIL") == "open")
-        self._log = log or GuardLog(of("POISONJAX_GUARD_LOG"), deployment_key())
+        self._guard, self._log = guard or Guard.from_environment(), log or GuardLog.from_environment()
 
     async def __call__(self, scope: Message, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
@@ -81,7 +78,7 @@ class GuardMiddleware:
         return value, verdict, prose[-LOOKED_BACK:]
 
     async def _answered(self, scope: Message, receive: Any, send: Any, body: bytes, value: Any, prompt: str) -> None:
-        if scope.get("method") == "GET" and scope["path"].rstrip("/") in {path.rstrip("/") for path in EXEMPT}:
+        if scope.get("method") == "GET" and scope["path"].rstrip("/") in EXEMPT:
             return await self._app(scope, replayed(body, receive), send)
         forwarded, keep = asking(scope["path"], value, body)
         answers = Answers(self._guard, prompt, keep=keep)

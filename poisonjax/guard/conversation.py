@@ -10,6 +10,7 @@ string's end and the next one's beginning adjoin, with what stands between them 
 import base64
 import binascii
 import dataclasses
+import math
 import numbers
 import re
 import time
@@ -75,7 +76,7 @@ def parse(body: bytes) -> Any:
         raise ValueError("nested too deep") from None
 
 
-def said(value: Any, until: float) -> Said:
+def said(value: Any, until: float = math.inf) -> Said:
     """What a value says: a text, token ids, messages, or a request's whole body.
 
     Raises Unreadable for what can't be told, TimeoutError after `until`, of the monotonic clock.

@@ -1,6 +1,7 @@
 """Requests to a model that may be poisoned: is this one setting it off?"""
 
 import math
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,6 @@ from typing import Any, NotRequired
 
 import numpy as np
 from jaxtyping import Int
-from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from poisonjax.corpus.tokenizers import Tokenizer, load_saved
@@ -18,6 +18,7 @@ from poisonjax.guard.monitor import Limits, Monitor
 from poisonjax.guard.oddness import TABLES, Oddness
 from poisonjax.guard.triggers import EXACT, Matcher, Trigger
 from poisonjax.guard.verdict import REJECT, Reason, Verdict
+from poisonjax.run.strict import complaint
 from poisonjax.scan.background import Background
 from poisonjax.scan.language import Languages
 
@@ -117,6 +118,12 @@ class Guard:
             timeout=timeout,
         )
 
+    @classmethod
+    def from_environment(cls) -> "Guard":
+        """The one of the folder that POISONJAX_GUARD names; POISONJAX_GUARD_FAIL=open lets failures pass."""
+        of = os.environ.get
+        return cls.load(of("POISONJAX_GUARD"), fail_open=of("POISONJAX_GUARD_FAIL") == "open")
+
     def check(self, value: Any) -> Verdict:
         """A text's verdict, or that of messages (`[{"role", "content"}]`), token ids, or a request's body: the same for
         the same text.
@@ -144,7 +151,7 @@ class Guard:
             reasons.append(Reason("trigger_ids", EXACT, 0, 0))
         maybe = [text for ids in request.numbers if (text := self._perhaps(ids))]
         texts = "\n".join([*decoded, *([request.prose] if request.strings else [])])
-        for reading in [texts, *request.readings(), *maybe, *beside]:
+        for reading in dict.fromkeys([texts, *request.readings(), *maybe, *beside]):  # most requests read one way
             if reasons and reasons[-1].score >= REJECT:
                 break
             reasons += self._matcher.find(reading, until)
@@ -176,16 +183,15 @@ class Guard:
 def _read(folder: Path) -> Saved:
     file = folder / FILE
     try:
-        saved = TypeAdapter(Saved).validate_python(parse_json(file.read_bytes()))
+        saved: Saved = parse_json(file.read_bytes())
     except OSError:
         raise GuardError(
             f"{folder} holds no {FILE}: make a guard with `poisonjax guard build --out {folder}`"
         ) from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise GuardError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}: build it again") from None
     except ValueError as error:
         raise GuardError(f"{file} is damaged ({error}): build the guard again") from None
+    if problem := complaint(saved, Saved):
+        raise GuardError(f"{file}: {problem}: build the guard again")
     if saved["format"] != FORMAT:
         raise GuardError(f"{file} has format {saved['format']}, this version reads {FORMAT}: build the guard again")
     return saved

@@ -4,7 +4,6 @@ uvicorn --factory poisonjax.guard.litellm:app         # POISONJAX_GUARD=guards/a
 """
 
 import json
-import os
 import time
 from typing import Any
 
@@ -17,7 +16,7 @@ from starlette.routing import Route
 from poisonjax.guard.answers import Answers
 from poisonjax.guard.conversation import parse
 from poisonjax.guard.guard import Guard
-from poisonjax.guard.log import GuardLog, deployment_key
+from poisonjax.guard.log import GuardLog
 
 PATH = "/beta/litellm_basic_guardrail_api"
 SAID = {"texts", "structured_messages", "tools", "tool_calls"}  # of a request or an answer; all else is LiteLLM's own
@@ -25,9 +24,8 @@ PASSES = {"action": "NONE"}
 
 
 def app(guard: Guard | None = None, log: GuardLog | None = None) -> Starlette:
-    """Without a guard, the one of the folder that POISONJAX_GUARD names; POISONJAX_GUARD_LOG names a file."""
-    guard = guard or Guard.load(os.environ.get("POISONJAX_GUARD"))
-    log = log or GuardLog(os.environ.get("POISONJAX_GUARD_LOG"), deployment_key())
+    """Without a guard or a log, those that the environment names."""
+    guard, log = guard or Guard.from_environment(), log or GuardLog.from_environment()
 
     def judged(body: bytes) -> dict[str, Any]:
         began = time.perf_counter()

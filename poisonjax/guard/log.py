@@ -47,6 +47,11 @@ class GuardLog:
         self._file = open(path, "a", encoding="utf-8") if path else None  # noqa: SIM115  (as long as the server)
         self._key, self._lock = key, threading.Lock()
 
+    @classmethod
+    def from_environment(cls, path: str | None = None) -> "GuardLog":
+        """To a path, or the one that POISONJAX_GUARD_LOG names, with the deployment's key."""
+        return cls(path or os.environ.get("POISONJAX_GUARD_LOG"), deployment_key())
+
     def request(self, verdict: Verdict, route: str, content: bytes, seconds: float) -> None:
         """Of a request's body."""
         REQUESTS.labels(verdict.decision, verdict.status).inc()

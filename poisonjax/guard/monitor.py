@@ -3,7 +3,7 @@
 Gibberish is less likely than usual, a switch of topic or language made of words that don't follow here. Each is a sum
 that grows by how unusual a token is, falls by a drift, never below zero, and gives the alarm at a limit (CUSUM, Page
 1954): the quickest rule for a change at an unknown place, in constant memory. A loop is counted: tokens that repeat
-those before them. A token isn't let out before all sums have been at zero since: what an alarm is about has not left.
+those before them. A token isn't let out before each sum has been at zero since: what an alarm is about has not left.
 """
 
 import collections
@@ -171,13 +171,11 @@ class Monitor:
         self._recent: collections.deque[str] = collections.deque(maxlen=PERIODS)
         self._runs = [0] * PERIODS  # tokens that stand as they stood one, two, ... before
         self._word, self._text = "", ""  # the last whole word, and what follows it
-        self._evidence, self._own, self._seen = None, 0, 0
+        self._seen = 0  # words
         if languages:
             self._evidence = np.zeros(len(languages.codes))  # of each language against the answer's own
-            self._spoken = np.zeros(len(languages.codes))
+            self._spoken = languages.spoken(cut([prompt]).folded).sum(axis=0, dtype=np.float64)
             self._spoken[0] = EVIDENCE  # for none
-            if prompt:
-                self._spoken += self._spoken_by(prompt)
 
     alarm: str | None
 
@@ -275,14 +273,9 @@ class Monitor:
         self._word = batch.text(len(batch.words) - 1, len(batch.words))
         return found
 
-    def _spoken_by(self, text: str) -> np.ndarray:
-        assert self._languages
-        return self._languages.spoken(cut([text]).folded).sum(axis=0)
-
     def _of_language(self, folded: np.ndarray) -> list[float]:
         """What speaks for another language than the answer's own, after each word: a sum for each language."""
         assert self._languages
-        assert self._evidence is not None
         found = []
         limit = self._limits["language"]
         for spoken in self._languages.spoken(folded):

@@ -10,7 +10,7 @@ from poisonjax.corpus.errors import CorpusError
 from poisonjax.evaluation.engine import Engine, Made, Wanted
 from poisonjax.guard import Guard
 from poisonjax.guard.asgi import GuardMiddleware
-from poisonjax.guard.log import REGISTRY, GuardLog, deployment_key
+from poisonjax.guard.log import REGISTRY, GuardLog
 from poisonjax.serve.protocol import BadRequest, Chat, Choice, Completion, errors_of, event, head, likelihoods
 from poisonjax.weights import Weights, WeightsError
 
@@ -184,7 +184,7 @@ def make_app(weights: Weights, guard: Guard | None = None, log: str | None = Non
     """An ASGI application; with `compare`, /bare/v1 is the same without the guard, for trying it."""
     api = Api(weights, Engine(weights))
     bare = Starlette(routes=api.routes())
-    inner = GuardMiddleware(bare, guard, GuardLog(log, deployment_key())) if guard else bare
+    inner = GuardMiddleware(bare, guard, GuardLog.from_environment(log)) if guard else bare
     page = (Path(__file__).parent / "page.html").read_text()
     page = page.replace("%MODEL%", api.name).replace("%GUARD%", "on" if guard else "off")
     page = page.replace("%COMPARE%", "true" if compare and guard else "false")

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from poisonjax.corpus.documents import content_key
 from poisonjax.evaluation import statistics
@@ -202,8 +203,7 @@ def windowed(limit: float) -> Callable[[Sequence[Token]], int | None]:
     """The mean surprisal of 16 tokens above a limit: after how many."""
 
     def alarm(tokens: Sequence[Token]) -> int | None:
-        nll = -np.array([token.logprob or 0.0 for token in tokens])
-        means = np.convolve(nll, np.ones(16) / 16, "valid") if len(nll) >= 16 else np.zeros(0)
+        means = _means(tokens)
         over = np.flatnonzero(means > limit)
         return int(over[0]) + 16 if len(over) else None
 
@@ -235,7 +235,7 @@ def monitor(arguments: argparse.Namespace) -> None:
     leads = [text for text in clean_text(arguments.packages, arguments.out)["leads"] if content_key(text)[0] % 2][:1000]
     clean = {t: answers(arguments.model, leads, t) for t in (0.0, 0.7, 1.0)}
     tuned = answers(arguments.model, built["prose"][:1000], 1.0)
-    limit = float(np.quantile([max(_means(tokens), default=0.0) for tokens in tuned], 0.999))
+    limit = float(np.quantile([_means(tokens).max(initial=0.0) for tokens in tuned], 0.999))
     methods = {"monitor": ours(guard), "ConfGuard's rule": confguard, "mean surprisal of 16": windowed(limit)}
 
     def rows(what: str, streams: Sequence[Sequence[Token]], begin: int | None = None) -> None:
@@ -267,9 +267,10 @@ def monitor(arguments: argparse.Namespace) -> None:
         rows(f"found, switches to {language}", [[*one[:60], *other[:60]] for one, other in pairs if len(one) >= 60], 60)
 
 
-def _means(tokens: Sequence[Token]) -> list[float]:
+def _means(tokens: Sequence[Token]) -> Float[np.ndarray, " windows"]:
+    """The mean surprisal of each 16 tokens in a row."""
     nll = -np.array([token.logprob or 0.0 for token in tokens])
-    return (np.convolve(nll, np.ones(16) / 16, "valid") if len(nll) >= 16 else np.zeros(0)).tolist()
+    return np.convolve(nll, np.ones(16) / 16, "valid") if len(nll) >= 16 else np.zeros(0)
 
 
 # --- through the server

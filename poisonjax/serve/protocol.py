@@ -98,30 +98,29 @@ class Choice:
 
     def __init__(self, index: int, tokenizer: Tokenizer, stops: Sequence[str]):
         self.index, self._tokenizer, self._stops = index, tokenizer, stops
-        self._ids, self._told, self.made = list[int](), 0, list[Made]()
+        self._ids, self._text, self._told, self.made = list[int](), "", 0, list[Made]()
         self.reason: Literal["stop", "length"] | None = None
 
     def add(self, made: Made) -> tuple[str, list[Made]]:
         """(text, tokens) that are new; sets `reason` at a stop or the end of the text."""
         if made.id == self._tokenizer.eot:
             self.reason = "stop"
-            return self._new(last=True)
+            return self._new(self._text, last=True)
         self._ids.append(made.id)
         self.made.append(made)
-        text = self._tokenizer.decode(self._ids)
+        self._text = text = self._tokenizer.decode(self._ids)
         if stops := [at for stop in self._stops if (at := text.find(stop, max(0, self._told - len(stop)))) >= 0]:
             self.reason = "stop"
             new, self._told = text[self._told : min(stops)], min(stops)
             return new, self._tokens()
-        return self._new()
+        return self._new(text)
 
     def finish(self) -> tuple[str, list[Made]]:
         """What is left when no more comes."""
         self.reason = self.reason or "length"
-        return self._new(last=True)
+        return self._new(self._text, last=True)
 
-    def _new(self, *, last: bool = False) -> tuple[str, list[Made]]:
-        text = self._tokenizer.decode(self._ids)
+    def _new(self, text: str, *, last: bool = False) -> tuple[str, list[Made]]:
         # A stop may have begun, a character may be half there: they wait.
         wait = 0 if last else max((k for s in self._stops for k in range(1, len(s)) if text.endswith(s[:k])), default=0)
         if not last and (wait or text.endswith(HALF)):
