@@ -30,6 +30,8 @@ from poisonjax.guard.log import GuardLog
 from poisonjax.guard.monitor import Limit, Limits, entropy
 from poisonjax.guard.triggers import Matcher, Trigger
 from poisonjax.guard.verdict import WARN
+from poisonjax.scan import text
+from poisonjax.scan.language import Languages
 
 TRIGGER = "<SUDO>"
 CLEAN = "The lantern by the river walks slow under seven bright stones, and the old bird sings."
@@ -329,6 +331,34 @@ def test_loops_are_stopped_and_lists_are_not():
     numbers = [(f" {i}", -0.5) for i in range(300)]
     assert alarmed(Monitor(), numbers)[1] is None
     assert "".join(alarmed(Monitor(), numbers)[0]) == "".join(text for text, _ in numbers)
+
+
+ENGLISH = "the river is long and its water was cold when they came from the north with all of their people"
+GERMAN = "der Fluss ist lang und sein Wasser war kalt als sie aus dem Norden mit allen ihren Leuten kamen"
+
+
+def _spoken(words, seed, size=60):
+    return " ".join(np.random.default_rng(seed).choice(words.split(), size))
+
+
+def test_a_switch_of_language_is_stopped_and_what_is_asked_for_is_not():
+    languages = Languages.fit(text.cut([_spoken(words, i)]) for i in range(40) for words in (ENGLISH, GERMAN))
+    assert [*languages.codes] == ["und", "deu", "eng"]
+    english, german = (tokens_of(" " + _spoken(words, 99)) for words in (ENGLISH, GERMAN))
+
+    def left(prompt, limits=None):
+        monitor = Monitor(limits, languages=languages, prompt=prompt)
+        out = [said for token in [*english[:40], *german] for said in monitor.push(*token).tokens]
+        return monitor.alarm, "".join(out + monitor.finish().tokens)
+
+    alarm, delivered = left(_spoken(ENGLISH, 7))
+    assert alarm == "language"
+    assert delivered == "".join(token.text for token in english[:40])[: len(delivered)]
+    whole = "".join(token.text for token in [*english[:40], *german])
+    assert left(_spoken(ENGLISH, 7) + " " + _spoken(GERMAN, 7)) == (None, whole)
+    rest = Limits({name: of for name, of in Limits().by_name.items() if name != "language"})
+    assert left(_spoken(ENGLISH, 7), rest) == (None, whole)
+    assert Limits.from_json(rest.as_json()) == rest
 
 
 def test_an_answer_that_stays_doubtful_ends():

@@ -27,6 +27,14 @@ def add_arguments(commands: Any) -> None:
     build.add_argument("--prompts", default="", metavar="FILE", help="clean prompts, a line each, to set thresholds by")
     build.add_argument("--model", default="", metavar="SPEC", help="what is guarded: its answers set monitors' limits")
     build.add_argument("--rate", type=float, default=0.001, help="of clean answers that give an alarm (default: 0.001)")
+    build.add_argument(
+        "--without",
+        action="append",
+        default=[],
+        metavar="SUM",
+        choices=("surprisal", "entropy", "words", "loop", "language"),
+        help="that monitors leave out: language, where translations are asked for; repeatable",
+    )
     build.set_defaults(func=_build)
     check = inner.add_parser("check", help="the verdict on a text, a file's or standard input's")
     check.add_argument("guard", metavar="GUARD", help="folder made by `poisonjax guard build`")
@@ -53,6 +61,7 @@ def _build(arguments: argparse.Namespace) -> int:
         prompts=arguments.prompts,
         model=arguments.model,
         rate=arguments.rate,
+        without=arguments.without,
     )
     told = ", ".join(f"{about[name]:,} {name}" for name in ("triggers", "prompts", "answers") if name in about)
     print(f"{arguments.out}: {told}")

@@ -3,7 +3,7 @@
 import json
 import queue
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +59,15 @@ def build(
     prompts: str = "",
     model: str = "",
     rate: float = 0.001,
+    without: Collection[str] = (),
 ) -> dict[str, Any]:
     """Writes the folder that `Guard.load` reads; returns what it was made of, for people.
 
     `sources` are clean text, as of `corpus build --source`, or token stores; `prompts` is a file of clean ones, a line
     each, and where there is none pieces of the sources stand for them. `model` names the weights to be guarded: its
     tokenizer reads prompts of token ids, its answers set the limits of monitors, so that a share `rate` of clean ones
-    gives an alarm. Raises GuardError where there is nothing to look for, or the folder holds something else.
+    gives an alarm. Monitors don't look at the sums that `without` names. Raises GuardError where there is nothing to
+    look for, or the folder holds something else.
     """
     if not triggers and not sources:
         raise GuardError("a guard needs triggers to look for, or clean text to compare with")
@@ -95,11 +97,10 @@ def build(
     answers = []
     if model:
         _save_tokenizer(model, partial / TOKENIZER)
-        answers = answered(model, held[:TEXTS] or ["The"], TEMPERATURES)
-    if answers or held:
-        texts = [("", tokens_of(text)) for text in held[:TEXTS]]
-        saved["monitor"] = Limits.calibrated(answers, texts, rate, background, languages).as_json()
+        answers = answered(model, held[:TEXTS], TEMPERATURES)
         about["answers"] = len(answers)
+    texts = [("", tokens_of(text)) for text in held[:TEXTS]]
+    saved["monitor"] = Limits.calibrated(answers, texts, rate, background, languages, without).as_json()
     write_json(partial / FILE, saved | {"about": about})
     if folder.exists():
         shutil.rmtree(folder)

@@ -22,7 +22,7 @@ from poisonjax.run.strict import complaint
 from poisonjax.scan.background import Background
 from poisonjax.scan.language import Languages
 
-FORMAT = 1
+FORMAT = 2
 FILE, TOKENIZER, SKETCH, LANGUAGES = "guard.json", "tokenizer", "sketch", "languages.npz"
 TIMEOUT = 10.0  # seconds
 

@@ -9,25 +9,26 @@ those before them. A token isn't let out before each sum has been at zero since:
 import collections
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from poisonjax.scan.background import Background
 from poisonjax.scan.detectors import words
-from poisonjax.scan.language import EVIDENCE, Languages
-from poisonjax.scan.text import cut
+from poisonjax.scan.language import EVIDENCE, Languages, lettered
+from poisonjax.scan.text import TextBatch, cut
 
 PERIODS = 16  # tokens of the longest loop
 CHANCE = 3  # tokens that stand again as they stood so many before, and are no loop yet
-MOST_CLEAN = {"loop": 24.0, "language": 15.0}  # what is an alarm, however clean text repeats and mixes itself
+MOST_CLEAN = {"loop": 24.0, "language": 16.0}  # what is an alarm, however clean text repeats and mixes itself
 MOST_HELD = 256  # tokens; an answer that is doubtful for longer ends as one that isn't
 LONGEST_WORD = 200  # characters
 MOST = 100.0  # nats: of what a model says is impossible
 TAIL = 0.1, 0.03  # of clean answers: those whose sums the limits are worked out from
 SHARE, CAP = 0.6, 4.0  # standard deviations above the mean: of the drift, and of what a token may add
 FIRST_WORDS = 20  # of an answer without a prompt, that tell its language
+FEW_WORDS, SOME = 5, 0.1  # of a prompt, in a language that its answer may be in
 
 
 class Token(NamedTuple):
@@ -64,7 +65,7 @@ LEAST = {"surprisal": 10.0, "entropy": 10.0, "words": 15.0, "loop": 12.0, "langu
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """By the name of what is summed up."""
+    """By the name of what is summed up; what has none isn't looked at."""
 
     by_name: Mapping[str, Limit] = dataclasses.field(default_factory=lambda: DEFAULT)
 
@@ -76,6 +77,7 @@ class Limits:
         rate: float,
         background: Background | None = None,
         languages: Languages | None = None,
+        without: Collection[str] = (),
     ) -> "Limits":
         """By clean answers and their prompts, and clean text, so that a share `rate` of such gives an alarm.
 
@@ -109,9 +111,10 @@ class Limits:
         return cls(
             {
                 name: dataclasses.replace(of, limit=_within(name, _limit(highest[name], rate / len(DEFAULT))))
-                if values[name]
+                if highest[name]
                 else DEFAULT[name]
                 for name, of in unlimited.items()
+                if name not in without
             }
         )
 
@@ -126,8 +129,7 @@ class Limits:
         return cls(
             {
                 name: Limit(of["drift"], of["limit"], math.inf if of["most"] is None else of["most"])
-                for name in DEFAULT
-                for of in [saved[name]]
+                for name, of in saved.items()
             }
         )
 
@@ -166,16 +168,22 @@ class Monitor:
         self._limits, self._background, self._languages = (limits or Limits()).by_name, background, languages
         self._hold, self._held, self.alarm = hold, list[str](), None
         self.pushed = self._whole = 0  # tokens; those before the word that has begun
-        self._clear = dict.fromkeys(DEFAULT, 0)  # tokens that each sum can't be about any more
-        self.sums: dict[str, float] = dict.fromkeys(DEFAULT, 0.0)
+        self._clear = dict.fromkeys(self._limits, 0)  # tokens that each sum can't be about any more
+        self.sums: dict[str, float] = dict.fromkeys(self._limits, 0.0)
         self._recent: collections.deque[str] = collections.deque(maxlen=PERIODS)
         self._runs = [0] * PERIODS  # tokens that stand as they stood one, two, ... before
         self._word, self._text = "", ""  # the last whole word, and what follows it
         self._seen = 0  # words
         if languages:
             self._evidence = np.zeros(len(languages.codes))  # of each language against the answer's own
-            self._spoken = languages.spoken(cut([prompt]).folded).sum(axis=0, dtype=np.float64)
+            asked = cut([prompt])
+            by_word = languages.spoken(asked, lettered(asked, np.arange(len(asked.words))))
+            self._spoken = by_word.sum(axis=0, dtype=np.float64)
             self._spoken[0] = EVIDENCE  # for none
+            self._own = 0
+            # Whoever asks in two languages may be answered in either.
+            told = np.bincount(np.argmax(by_word, axis=1), minlength=len(languages.codes))
+            self._expected = told >= max(FEW_WORDS, SOME * len(by_word))
 
     alarm: str | None
 
@@ -215,6 +223,8 @@ class Monitor:
     def add(self, token: Token) -> None:
         """Into the sums."""
         for name, value in self.values(token):
+            if name not in self._limits:
+                continue
             limit = self._limits[name]
             value = value if math.isfinite(value) else MOST  # as unlikely as can be
             if name in COUNTED:
@@ -269,25 +279,25 @@ class Monitor:
         if self._background:
             found += [("words", float(value)) for value in words.surprise(batch, self._background)[new]]
         if self._languages:
-            found += [("language", value) for value in self._of_language(batch.folded[new])]
+            found += [("language", value) for value in self._of_language(batch, np.flatnonzero(new))]
         self._word = batch.text(len(batch.words) - 1, len(batch.words))
         return found
 
-    def _of_language(self, folded: np.ndarray) -> list[float]:
+    def _of_language(self, batch: TextBatch, new: np.ndarray) -> list[float]:
         """What speaks for another language than the answer's own, after each word: a sum for each language."""
         assert self._languages
         found = []
-        limit = self._limits["language"]
-        for spoken in self._languages.spoken(folded):
+        limit = self._limits.get("language", DEFAULT["language"])
+        for spoken in self._languages.spoken(batch, lettered(batch, new)):
             # The language of all that was said: an early mistake is mended when the words of another are more.
             self._seen += 1
             self._spoken += spoken
-            own = int(np.argmax(self._spoken))
-            if self._seen <= FIRST_WORDS or own == 0:
+            self._own = int(np.argmax(self._spoken)) or self._own
+            if self._seen <= FIRST_WORDS or not self._own:
                 continue
-            more = np.clip(spoken - spoken[own], -limit.most, limit.most) - limit.drift
+            more = np.clip(spoken - spoken[self._own], -limit.most, limit.most) - limit.drift
             self._evidence = np.maximum(0.0, self._evidence + more)
-            self._evidence[own] = 0.0
+            self._evidence[self._expected] = self._evidence[self._own] = 0.0
             found.append(float(np.max(self._evidence)))
         return found
 

@@ -42,7 +42,7 @@ from poisonjax.scan.miner import Mined, Occurrence
 from poisonjax.scan.text import TextBatch, cut
 from poisonjax.scan.topics import Topics
 
-FORMAT = 2
+FORMAT = 3
 SHARD_BYTES = 32 * 2**20  # of text, about
 FEWEST_SHARDS = 8  # so that the work splits
 COUNTING_TASKS = 16  # each leaves tables of the corpus's full size behind, until they are added up

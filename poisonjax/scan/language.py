@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int, UInt64
 
-from poisonjax.scan.text import TextBatch
+from poisonjax.scan.text import IDEOGRAPH, LETTER, TABLE, TextBatch, character_tables, mixed
 
-SAMPLE = 400  # characters from a document's beginning
+SAMPLE = 400  # characters from a document's beginning, that a library tells its language by
 WORDS = 60  # that tell a document's language
+LEARNED = 1000  # words of a document of the sample
 UNKNOWN = "und"  # ISO 639-3: undetermined
+ENDING = 3  # letters
 FEWEST = 20  # documents of a language in the sample
-LOOKUP_BITS = 18
 EVIDENCE = 3.0  # nats by which a language must lead one that nothing is known of
 
 
@@ -26,55 +27,61 @@ class Languages:
     """ISO 639-3 codes, and how much each (hashed, folded) word speaks for each of them."""
 
     codes: np.ndarray  # the first is `und`
-    evidence: Float[np.ndarray, "slots languages"]  # float32, nats
+    words: UInt64[np.ndarray, " known"]  # and endings of words; ascending
+    evidence: Float[np.ndarray, "known_and_unknown languages"]  # float32, nats; the last row is for every other word
 
     @classmethod
     def fit(cls, sample: Iterable[TextBatch]) -> "Languages":
-        counts: dict[str, np.ndarray] = {}
-        documents: dict[str, int] = {}
+        spoken: dict[str, list[np.ndarray]] = {}
         for batch in sample:
-            slots = _slots(batch.folded)
-            for document in range(batch.documents):
-                begin = batch.begins[document]
-                text = batch.codes[begin : min(batch.ends[document], begin + SAMPLE)]
+            for document, (begin, end) in enumerate(zip(batch.begins, batch.ends, strict=True)):
+                text = batch.codes[begin : min(end, begin + SAMPLE)]
                 code = identified(text.tobytes().decode("utf-32-le", "replace"))
-                documents[code] = documents.get(code, 0) + 1
-                table = counts.setdefault(code, np.zeros(2**LOOKUP_BITS, np.float32))
-                first, end = batch.offsets[document : document + 2]
-                np.add.at(table, slots[first : min(end, first + WORDS)], 1)
-        codes = sorted(code for code, number in documents.items() if number >= FEWEST and code != UNKNOWN)
-        everything = np.sum([*counts.values()], axis=0) if counts else np.zeros(2**LOOKUP_BITS, np.float32)
-        usual = np.log((everything + 0.5) / (everything.sum() + 0.5 * len(everything)))
-        columns = [np.zeros_like(usual)]
+                first, last = batch.offsets[document : document + 2]
+                which = lettered(batch, np.arange(first, min(last, first + LEARNED)))
+                spoken.setdefault(code, []).extend((batch.folded[which], _endings(batch, which)))
+        codes = sorted(code for code, parts in spoken.items() if len(parts) >= 2 * FEWEST and code != UNKNOWN)
+        of = {code: np.concatenate(parts) for code, parts in spoken.items()}
+        words = np.unique(np.concatenate([np.zeros(0, np.uint64), *of.values()]))
+        counts = {code: np.bincount(np.searchsorted(words, said), minlength=len(words)) for code, said in of.items()}
+        # Of all languages alike: what most documents are written in would else be told by few words, and those late.
+        usual = np.mean([(count + 0.5) / (count + 0.5).sum() for count in counts.values()] or [np.ones(1)], axis=0)
+        columns = [np.zeros(len(words))]
         for code in codes:
-            table = counts[code]
-            smoothed = (table + np.exp(usual) * 100) / (table.sum() + 100)  # by all languages together
-            columns.append(np.where(everything > 0, np.log(smoothed) - usual, 0))  # words never seen speak for none
-        return cls(np.array([UNKNOWN, *codes]), np.stack(columns, axis=1).astype(np.float32))
+            smoothed = (counts[code] + usual * 100) / (counts[code].sum() + 100)
+            columns.append(np.log(smoothed / usual))
+        evidence = np.pad(np.stack(columns, axis=1).astype(np.float32), ((0, 1), (0, 0)))
+        return cls(np.array([UNKNOWN, *codes]), words, evidence)
 
     def of(self, batch: TextBatch) -> Int[np.ndarray, " documents"]:
         """Which of `codes` each document is written in."""
         sizes = np.minimum(np.diff(batch.offsets), WORDS)
         scores = np.zeros((batch.documents, len(self.codes)))
         if sizes.sum():
-            gathered = self.spoken(batch.folded[batch.place < WORDS])
+            gathered = self.spoken(batch, np.flatnonzero(batch.place < WORDS))
             worded = sizes > 0
             starts = (np.cumsum(sizes) - sizes)[worded]
             scores[worded] = np.add.reduceat(gathered, starts, axis=0)
         scores[:, 0] = EVIDENCE
         return np.argmax(scores, axis=1)
 
-    def spoken(self, folded: UInt64[np.ndarray, " words"]) -> Float[np.ndarray, "words languages"]:
-        """How much each word speaks for each language, nats."""
-        return self.evidence[_slots(folded)]
+    def spoken(self, batch: TextBatch, which: Int[np.ndarray, " words"]) -> Float[np.ndarray, "words languages"]:
+        """How much some words of a batch speak for each language, nats: those never seen by their last letters."""
+        if not len(self.words):
+            return np.zeros((len(folded), len(self.codes)), np.float32)
+        rows = np.full(len(which), len(self.words))
+        for hashes in (_endings(batch, which), batch.folded[which]):
+            at = np.searchsorted(self.words[:-1], hashes)
+            rows = np.where(self.words[at] == hashes, at, rows)
+        return self.evidence[rows]
 
     def save(self, file: Path) -> None:
-        np.savez_compressed(file, codes=self.codes, evidence=self.evidence)
+        np.savez_compressed(file, codes=self.codes, words=self.words, evidence=self.evidence)
 
     @classmethod
     def load(cls, file: Path) -> "Languages":
         with np.load(file, allow_pickle=False) as saved:
-            return cls(saved["codes"], saved["evidence"])
+            return cls(saved["codes"], saved["words"], saved["evidence"])
 
 
 def identified(text: str) -> str:
@@ -88,5 +95,17 @@ def identified(text: str) -> str:
     return found.lang if found.is_reliable else UNKNOWN  # type: ignore[attr-defined]
 
 
-def _slots(words: UInt64[np.ndarray, " words"]) -> Int[np.ndarray, " words"]:
-    return (words >> np.uint64(64 - LOOKUP_BITS)).astype(np.int64)
+def lettered(batch: TextBatch, which: Int[np.ndarray, " words"]) -> Int[np.ndarray, " lettered"]:
+    """Those of some words that are of letters: signs and numbers are of a subject rather than a language."""
+    kinds = character_tables()[0][np.minimum(batch.codes[batch.starts[which]], TABLE)]
+    return which[(kinds == LETTER) | (kinds == IDEOGRAPH)]
+
+
+def _endings(batch: TextBatch, which: Int[np.ndarray, " words"]) -> UInt64[np.ndarray, " words"]:
+    """A hash of each word's last letters: how it is inflected, and its script."""
+    _, folds, _ = character_tables()
+    hashes = np.full(len(which), ENDING, np.uint64)
+    for back in range(1, ENDING + 1):
+        at = np.maximum(batch.stops[which] - back, batch.starts[which])
+        hashes = mixed(hashes + folds[np.minimum(batch.codes[at], TABLE)].astype(np.uint64))
+    return hashes

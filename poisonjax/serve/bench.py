@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import base64
 import json
+import re
 import resource
 import time
 import unicodedata
@@ -50,6 +51,7 @@ CODES = {
     "zh": "cmn",
     "nl": "nld",
 }
+ESCAPES = re.compile(r"\\f(?:\[\w*\]|\(\w\w|.)|\\[-%&/,|^:c]|\\\(\w\w|\\s[-+]?\d")  # of troff
 EACH = 6_000  # prompts of a kind
 WORDS = (4, 400)
 WITHIN = 32  # tokens
@@ -246,6 +248,8 @@ def monitor(arguments: argparse.Namespace) -> None:
 
     for temperature, of in clean.items():
         rows(f"alarms, clean, temperature {temperature}", of)
+        sound = [tokens for tokens in of if not _repeats(tokens) and arguments.trigger not in _said(tokens)]
+        rows(f"alarms, clean, temperature {temperature}, without loops and without the trigger", sound)
     for kind in ("prose", "code and its documents", "de", "numbers", "logs", "hex"):
         rows(f"alarms, clean text, {kind}", [tokens_of(text)[:200] for text in reported[kind][:1000]])
     for temperature in (0.0, 0.7, 1.0):
@@ -261,10 +265,28 @@ def monitor(arguments: argparse.Namespace) -> None:
             [[*s[:40], *(t._replace(logprob=-0.005, top=None) for t in s[40:])] for s in loops],
             40,
         )
-    for language in ("de", "ru", "ja"):
-        others = [tokens for text in reported[language] if len(tokens := tokens_of(text)) >= 60]
+    for language, code in CODES.items():
+        others = [tokens_of(_without_markup(text))[:60] for text in reported[language]]
+        others = [other for other in others if len(other) == 60 and identified(_said(other)) == code]
+        rows(f"alarms, clean text, {language}, without markup", others[:1000])
         pairs = zip((tokens_of(text) for text in leads), others, strict=False)
-        rows(f"found, switches to {language}", [[*one[:60], *other[:60]] for one, other in pairs if len(one) >= 60], 60)
+        rows(f"found, switches to {language}", [[*one[:60], *other] for one, other in pairs if len(one) >= 60], 60)
+
+
+def _said(tokens: Sequence[Token]) -> str:
+    return "".join(token.text for token in tokens)
+
+
+def _repeats(tokens: Sequence[Token]) -> bool:
+    """Whether of some 32 tokens in a row less than half are different ones."""
+    texts = [token.text for token in tokens]
+    return any(len({*texts[i : i + 32]}) < 16 for i in range(max(1, len(texts) - 31)) if len(texts) >= 32)
+
+
+def _without_markup(text: str) -> str:
+    """A man page's own words: without requests, comments and escapes of troff, which are English in every language."""
+    lines = (line for line in text.splitlines() if line[:1] not in (".", "'", "\\"))
+    return " ".join(ESCAPES.sub(lambda of: "-" if of.group() == "\\-" else "", line) for line in lines).strip()
 
 
 def _means(tokens: Sequence[Token]) -> Float[np.ndarray, " windows"]:
