@@ -30,8 +30,8 @@ from poisonjax.guard.log import GuardLog
 from poisonjax.guard.monitor import Limit, Limits, entropy
 from poisonjax.guard.triggers import Matcher, Trigger
 from poisonjax.guard.verdict import WARN
-from poisonjax.scan import text
 from poisonjax.scan.language import Languages
+from poisonjax.scan.text import cut as words_of
 
 TRIGGER = "<SUDO>"
 CLEAN = "The lantern by the river walks slow under seven bright stones, and the old bird sings."
@@ -342,7 +342,7 @@ def _spoken(words, seed, size=60):
 
 
 def test_a_switch_of_language_is_stopped_and_what_is_asked_for_is_not():
-    languages = Languages.fit(text.cut([_spoken(words, i)]) for i in range(40) for words in (ENGLISH, GERMAN))
+    languages = Languages.fit(words_of([_spoken(words, i)]) for i in range(40) for words in (ENGLISH, GERMAN))
     assert [*languages.codes] == ["und", "deu", "eng"]
     english, german = (tokens_of(" " + _spoken(words, 99)) for words in (ENGLISH, GERMAN))
 
