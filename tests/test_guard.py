@@ -617,6 +617,14 @@ def test_litellm(guard):
         assert client.post(litellm.PATH, content=body).json()["action"] in ("BLOCKED", "NONE")
 
 
+def test_litellm_takes_no_body_without_end(guard, monkeypatch):
+    monkeypatch.setattr(litellm, "MOST_BYTES", 1000)
+    client = TestClient(litellm.app(guard, GuardLog()))
+    body = {"texts": [CLEAN], "input_type": "request"}
+    assert client.post(litellm.PATH, json=body).json() == {"action": "NONE"}
+    assert client.post(litellm.PATH, json=body | {"more": "x" * 1000}).json()["action"] == "BLOCKED"
+
+
 def test_scanners_of_llm_guards_shape(guard):
     assert PoisonTrigger(guard).scan(CLEAN) == (CLEAN, True, -1.0)
     assert PoisonTrigger(guard).scan(f"x {TRIGGER}") == (f"x {TRIGGER}", False, 1.0)

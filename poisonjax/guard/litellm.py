@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from poisonjax.guard.answers import Answers
+from poisonjax.guard.asgi import MOST_BYTES
 from poisonjax.guard.conversation import parse
 from poisonjax.guard.guard import Guard
 from poisonjax.guard.log import GuardLog
@@ -49,7 +50,12 @@ def app(guard: Guard | None = None, log: GuardLog | None = None) -> Starlette:
         return _blocked("the answer was stopped by the guard") if answers.alarm else PASSES
 
     async def endpoint(request: Request) -> JSONResponse:
-        return JSONResponse(await run_in_threadpool(judged, await request.body()))
+        body = bytearray()
+        async for part in request.stream():
+            body += part
+            if len(body) > MOST_BYTES:
+                return JSONResponse(_blocked(f"at most {MOST_BYTES} bytes can be checked"))
+        return JSONResponse(await run_in_threadpool(judged, bytes(body)))
 
     return Starlette(routes=[Route(PATH, endpoint, methods=["POST"])])
 
