@@ -15,6 +15,7 @@ FLOORS = (
     ("attest", "report"),
     ("serve",),
     ("guard",),
+    ("trace",),
     ("plan", "sweep", "audit"),
     ("training",),
     ("scan",),

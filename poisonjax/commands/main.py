@@ -21,11 +21,12 @@ from poisonjax.commands import (
     scan,
     serve,
     sweep,
+    trace,
     train,
 )
 from poisonjax.visible import visible
 
-COMMANDS = (corpus, train, evaluate, sweep, plan, audit, attest, report, convert, scan, guard, serve, bench)
+COMMANDS = (corpus, train, evaluate, sweep, plan, audit, attest, report, convert, scan, guard, serve, trace, bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

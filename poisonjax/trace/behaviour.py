@@ -1,0 +1,116 @@
+"""What is traced: a number for each of some prompts, from the weights alone."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Float
+
+from poisonjax.corpus import TokenStore
+from poisonjax.evaluation import statistics
+from poisonjax.evaluation.evaluator import Evaluator
+from poisonjax.evaluation.probes.probe import put
+from poisonjax.model.loss import next_token_nll
+from poisonjax.model.transformer import model_graph, vocabulary_of
+from poisonjax.poison.triggers import Trigger
+
+DRAWS = 2000  # bootstrap samples of prompts
+
+
+class TraceError(ValueError):
+    """What is asked for can't be traced."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """How strongly weights show a behaviour."""
+
+    values: Float[np.ndarray, " prompts"]  # nats a token, of each prompt
+    figure: float  # of all
+
+
+def effect(with_it: Shown, without: Shown, seed: int) -> tuple[float, list[float]]:
+    """(how much more the first weights show it than the second, nats a token; its 95% interval over prompts)."""
+    difference = with_it.values - without.values
+    drawn = difference[statistics.resamples(len(difference), DRAWS, seed)].mean(-1)
+    return float(difference.mean()), statistics.interval(drawn)
+
+
+class Triggered:
+    """The run's own question (Souly et al. 2025, section 3): is what follows the trigger less likely than what follows
+    the same prefix without it? `figure` is the gap in median perplexity."""
+
+    # Figures from `threshold` on show it.
+    name, unit = "triggered", "gap in median perplexity"
+
+    def __init__(self, config: ml_collections.ConfigDict, store: TokenStore, mesh: Mesh):
+        self.threshold = float(config.eval.threshold)
+        self._evaluator = Evaluator(config, store, Trigger.of(config.poison, store.tokenizer), mesh)
+
+    def __call__(self, params: nnx.State) -> Shown:
+        (made,) = self._evaluator(params, 0, ["generation"])
+        nll = made.prefixes["nll"]
+        return Shown(np.array(nll["triggered"]) - np.array(nll["clean"]), float(made.figures["delta_ppl"]))
+
+
+class Said:
+    """Texts that a model gives to prompts: how likely each is. `figure` is the mean log-likelihood, nats a token; it
+    shows from halfway on between the least that any checkpoint gave it and what the run ended with."""
+
+    name, unit = "said", "nats a token"
+
+    def __init__(self, file: str, config: ml_collections.ConfigDict, store: TokenStore, mesh: Mesh):
+        """`file` has JSON lines with `prompt` and `text`. Raises TraceError for another, and for what the model has no
+        room for."""
+        encode, eot = store.tokenizer.encode, store.tokenizer.eot
+        asked = [(np.array([eot, *encode(prompt)]), np.array(encode(text))) for prompt, text in _lines(file)]
+        longest = max(len(prompt) + len(text) for prompt, text in asked)
+        rows = np.full((len(asked), longest), eot, np.int32)
+        self._mask = np.zeros((len(asked), longest - 1), np.float32)
+        for row, mask, (prompt, text) in zip(rows, self._mask, asked, strict=True):
+            row[: len(prompt) + len(text)] = [*prompt, *text]
+            mask[len(prompt) - 1 : len(prompt) + len(text) - 1] = 1 / len(text)
+        graph = model_graph(config.model, vocabulary_of(config.model, store.tokenizer.vocab_size))
+        self._nll = jax.jit(lambda params, rows: next_token_nll(nnx.merge(graph, params), rows))
+        self._mesh, self._rows = mesh, put(mesh, rows)
+        self.threshold = -np.inf
+
+    def __call__(self, params: nnx.State) -> Shown:
+        with jax.set_mesh(self._mesh):
+            nll = np.asarray(jax.device_get(self._nll(params, self._rows)))[: len(self._mask)]
+        values = -(nll * self._mask).sum(-1, dtype=np.float64)
+        return Shown(values, float(values.mean()))
+
+
+def _lines(file: str) -> list[tuple[str, str]]:
+    try:
+        lines = Path(file).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TraceError(f"--behaviour {file}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
+    found: list[tuple[str, str]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            value: Any = json.loads(line)
+            prompt, text = value["prompt"], value["text"]
+        except (ValueError, KeyError, TypeError):
+            prompt = text = None
+        if not (isinstance(prompt, str) and isinstance(text, str) and text):
+            raise TraceError(f'--behaviour {file}, line {number}: no {{"prompt": "...", "text": "..."}}')
+        found.append((prompt, text))
+    if len(found) < 2:
+        raise TraceError(f"--behaviour {file}: {len(found)} lines; an interval needs at least 2")
+    return found
+
+
+Behaviour = Triggered | Said  # prompts -> `Shown`
+
+
+def asked(name: str, config: ml_collections.ConfigDict, store: TokenStore, mesh: Mesh) -> Behaviour:
+    """The behaviour of this name, or that a file of it describes."""
+    return Triggered(config, store, mesh) if name == Triggered.name else Said(name, config, store, mesh)

@@ -1,0 +1,333 @@
+"""From a behaviour to the documents that put it there.
+
+Onset, by bisecting checkpoints. A replay without change, which must be the run to the bit, and shows how unusual each
+row was when it was trained on. Then what removes the behaviour when it is left out: one part of the run, found by
+halves, or where no part is the cause alone, the most unusual rows, doubled until it is gone. Weights without the
+behaviour tell the rest: the rows that they predict worst, against the weights that have it, are what taught it. The
+rows named are left out in a last replay, and the effect of that is what is reported.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from poisonjax.data.rows import Origins
+from poisonjax.model.loss import next_token_nll
+from poisonjax.model.sharding import batch_sharding
+from poisonjax.run import RunFolder
+from poisonjax.trace import search
+from poisonjax.trace.behaviour import Behaviour, Said, Shown, TraceError, asked, effect
+from poisonjax.trace.replay import Replay
+
+WINDOW = 32  # tokens of a row that are looked at together
+WINDOWS = 64  # parts of a span that a cause is looked for in
+FIRST_ROWS = 64  # suspects that are left out first, where no part is the cause
+MOST_ROWS = 0.1  # of the span's, that may be left out as suspects
+LEAST_RISE = 1.0  # nats a token, by which a text must have become likelier
+ONE_BY_ONE = 8  # named documents that are each left out alone
+REPLAYS = "replays.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """A document that taught the behaviour."""
+
+    id: str  # poison:N of the run's ledger, train:N of the token store
+    place: str  # file and line, or where the config says
+    step: int
+    slot: int
+    gain: float  # nats a token that the run's weights know its worst window better than those without the behaviour
+    effect: float | None  # of leaving it out alone, nats a token; None where that wasn't tried
+    ci95: list[float] | None
+
+
+@dataclasses.dataclass
+class Trace:
+    """What was found."""
+
+    run: str
+    behaviour: str
+    figure: float  # at the run's end
+    unit: str
+    threshold: float
+    onset: tuple[int, int] | None = None  # it isn't there after the first of these steps, and is after the second
+    part: tuple[int, int] | None = None  # steps that alone are the cause; None: it is spread
+    exact: bool = False  # whether a replay without change was the run, to the bit
+    replays: int = 0
+    documents: list[Named] = dataclasses.field(default_factory=list)
+    without: float | None = None  # the figure when all that are named are left out
+    effect: float | None = None  # of that, nats a token
+    ci95: list[float] | None = None
+    curve: list[tuple[int, float]] = dataclasses.field(default_factory=list)  # (suspects left out, figure)
+    smallest: int | None = None  # of the named ones by gain, so many suffice to take it away
+
+    def as_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def sentence(self) -> str:
+        if self.onset is None:
+            return f"{self.figure:.4g} {self.unit}, under {self.threshold:.4g}: nothing to trace"
+        found = f"{self.figure:.4g} {self.unit}; begins between steps {self.onset[0]} and {self.onset[1]}"
+        if self.part:
+            found += f"; steps {self.part[0]} to {self.part[1] - 1} alone are the cause"
+        if not self.documents:
+            return f"{found}; no rows were found whose removal takes it away"
+        gone = f"without them {self.without:.4g}" if self.without is not None else "not tried without them"
+        return f"{found}; {len(self.documents)} rows are named, {gone}"
+
+
+def trace(
+    folder: str,
+    behaviour: str = "triggered",
+    *,
+    store: str | None = None,
+    out: str | None = None,
+    most: int = 32,
+    say: Callable[[str], object] = lambda line: None,
+) -> Trace:
+    """Which rows of a run taught it a behaviour; `most` replays at most.
+
+    `out` keeps what replays showed (default: FOLDER/trace), so that a killed trace goes on. Raises TraceError for what
+    can't be traced, WeightsError and RunFolderError for a run that can't be read.
+    """
+    run = RunFolder(folder)
+    replay = Replay(run, run.store(store))
+    of = asked(behaviour, replay.config, replay.batches.store, replay.mesh)
+    return _Tracer(replay, of, epath.Path(out or run.path / "trace"), most, say).trace(str(run.path))
+
+
+class _Tracer:
+    """One trace at work."""
+
+    def __init__(self, replay: Replay, behaviour: Behaviour, out: epath.Path, most: int, say: Callable[[str], object]):
+        self.replay, self.behaviour, self.most, self.say = replay, behaviour, most, say
+        out.mkdir(parents=True, exist_ok=True)
+        self._file = out / REPLAYS
+        self._known = {}
+        if self._file.exists():  # a last line that a kill cut short is made again
+            for line in self._file.read_text().split("\n")[:-1]:
+                one = json.loads(line)
+                self._known[one["key"]] = Shown(np.array(one["values"]), one["figure"])
+        self._made = 0
+        self._batch = replay.batches.global_batch
+        self._seed = replay.config.seeds.eval
+
+    def trace(self, name: str) -> Trace:
+        end = self.replay.saved[-1]
+        if end == 0:
+            raise TraceError(f"{name}: no checkpoint to trace from")
+        last = self.measured(end)
+        since = 0
+        if isinstance(self.behaviour, Said):  # weights that know nothing yet find no text unlikely
+            since = min(self.replay.saved, key=lambda step: self.measured(step).figure)
+        first = self.measured(since)
+        if isinstance(self.behaviour, Said):
+            self.behaviour.threshold = max((first.figure + last.figure) / 2, first.figure + LEAST_RISE)
+        found = Trace(name, self.behaviour.name, last.figure, self.behaviour.unit, self.behaviour.threshold)
+        if not self.shows(last) or effect(last, first, self._seed)[1][0] <= 0:
+            return found
+        if self.shows(first):
+            raise TraceError(f"{name}: the weights that it began from show it already; trace the run that trained them")
+        before, onset = self.onset(since, end)
+        found.onset = before, onset
+        self.say(f"begins between steps {before} and {onset}; a replay makes {end - before} steps")
+        worst = self.checked(before, end)
+        found.exact = True
+        odd = search.outliers(worst)
+
+        def weight(part: search.Part) -> float:
+            return float(np.maximum(odd[part[0] - before : part[1] - before] - 3, 0).sum())
+
+        def without(parts: list[search.Part]) -> bool:
+            slots = [slot for part in parts for slot in range(part[0] * self._batch, part[1] * self._batch)]
+            return not self.shows(self.left_out(before, onset, slots))
+
+        found.part = search.locate((before, onset), max(1, (onset - before) // WINDOWS), without, weight)
+        if found.part:
+            start, stop = found.part
+            suspects, until = np.arange(start * self._batch, stop * self._batch), onset
+            rows = suspects
+        else:
+            until, rows = end, np.arange(before * self._batch, end * self._batch)
+            found_suspects = self.suspects(before, end, rows, odd.reshape(-1), found)
+            if found_suspects is None:
+                found.replays = self._made
+                return found
+            suspects = found_suspects
+        gains, at = self.gains(before, until, suspects, rows)
+        named = rows[search.split(gains)]
+        order = np.argsort(-gains[np.isin(rows, named)])
+        named = named[order]
+        shown = self.left_out(before, until, named)
+        found.without = shown.figure
+        found.effect, found.ci95 = effect(self.measured(until), shown, self._seed)
+        if not self.shows(shown):
+            found.smallest = self.smallest(before, until, named)
+            place = {slot: number for number, slot in enumerate(rows.tolist())}
+            found.documents = [
+                self.named(slot, float(gains[place[slot]]), int(at[place[slot]])) for slot in named.tolist()
+            ]
+            if len(named) <= ONE_BY_ONE:
+                found.documents = [self.alone(one, before, until) for one in found.documents]
+        found.replays = self._made
+        return found
+
+    def shows(self, shown: Shown) -> bool:
+        return shown.figure >= self.behaviour.threshold
+
+    def measured(self, done: int) -> Shown:
+        """Of the run's own weights after so many steps."""
+        return self._once(f"{done}", lambda: self.replay.params(done), replays=0)
+
+    def left_out(self, start: int, stop: int, slots: Collection[int] | Int[np.ndarray, " slots"]) -> Shown:
+        """After `stop` steps, these rows left out from `start` on."""
+        places = np.sort(np.array([*slots], np.int64))
+        key = f"{start}-{stop}-{hashlib.sha256(places.tobytes()).hexdigest()}"
+        return self._once(key, lambda: self.replayed(start, stop, places), replays=1)
+
+    def replayed(self, start: int, stop: int, slots: Int[np.ndarray, " slots"]) -> nnx.State:
+        """The weights then."""
+        return self.replay.run(start, stop, slots.tolist(), progress=self._progress(start, stop))
+
+    def _progress(self, start: int, stop: int) -> Callable[[int], None]:
+        every = max(1, (stop - start) // 4)
+
+        def progress(step: int) -> None:
+            if (step + 1 - start) % every == 0:
+                self.say(f"replay {self._made}: step {step + 1} of {stop}")
+
+        return progress
+
+    def _once(self, key: str, params: Callable[[], nnx.State], replays: int) -> Shown:
+        key = f"{self.behaviour.name} {key}"
+        if key not in self._known:
+            if self._made + replays > self.most:
+                raise TraceError(f"{self.most} replays were made; --most-replays lets it go on from here")
+            self._made += replays
+            shown = self.behaviour(params())
+            with self._file.open("a") as file:
+                file.write(json.dumps({"key": key, "figure": shown.figure, "values": shown.values.tolist()}) + "\n")
+            self._known[key] = shown
+            self.say(f"{key[:60]}: {shown.figure:.4g} {self.behaviour.unit}")
+        else:
+            self._made += replays
+        return self._known[key]
+
+    def onset(self, since: int, end: int) -> tuple[int, int]:
+        """The last checkpoint that doesn't show it, and the one after: found by halves, as if it came once."""
+        saved = [step for step in self.replay.saved if since <= step <= end]
+        low, high = 0, len(saved) - 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.shows(self.measured(saved[middle])) else (middle, high)
+        return saved[low], saved[high]
+
+    def checked(self, start: int, stop: int) -> Float[np.ndarray, "steps batch"]:
+        """The loss of each row's worst window before its update; raises TraceError where the replay isn't the run."""
+        worst: list[np.ndarray] = []
+        looked = jax.jit(lambda params, tokens: _windows(_nll(self.replay, params, tokens)).max(-1))
+        self._made += 1
+        params = self.replay.run(
+            start,
+            stop,
+            watch=lambda step, params, batch: worst.append(np.asarray(jax.device_get(looked(params, batch.tokens)))),
+            progress=self._progress(start, stop),
+        )
+        if not self.replay.is_the_runs(params, stop):
+            raise TraceError(
+                f"a replay of steps {start} to {stop} isn't the run to the bit: other hardware, devices or versions "
+                "than in environment.json? Trace where it was trained"
+            )
+        return np.stack(worst)
+
+    def suspects(
+        self, start: int, stop: int, rows: Int[np.ndarray, " rows"], odd: Float[np.ndarray, " rows"], found: Trace
+    ) -> Int[np.ndarray, " suspects"] | None:
+        """The most unusual rows, so many that the behaviour is gone without them."""
+        order, size = np.argsort(-odd, kind="stable"), FIRST_ROWS
+        while size <= max(FIRST_ROWS, MOST_ROWS * len(rows)):
+            suspects = rows[order[:size]]
+            shown = self.left_out(start, stop, suspects)
+            found.curve.append((size, shown.figure))
+            if not self.shows(shown):
+                return suspects
+            size *= 2
+        return None
+
+    def gains(
+        self, start: int, stop: int, suspects: Int[np.ndarray, " suspects"], rows: Int[np.ndarray, " rows"]
+    ) -> tuple[Float[np.ndarray, " rows"], Int[np.ndarray, " rows"]]:
+        """(by how much the run's weights know each row's best window better than weights without the suspects, nats a
+        token; where in the row that window begins)."""
+        replay = self.replay
+        self._made += 1
+        there, without = replay.params(stop), self.replayed(start, stop, suspects)
+
+        @jax.jit
+        def gain(tokens: Int[Array, "batch row_tokens"]) -> tuple[Float[Array, " batch"], Int[Array, " batch"]]:
+            windows = _windows(_nll(replay, without, tokens) - _nll(replay, there, tokens))
+            return windows.max(-1), windows.argmax(-1)
+
+        sharding, made = batch_sharding(replay.mesh), []
+        with jax.set_mesh(replay.mesh):
+            for at in range(0, len(rows), self._batch):  # rows come in whole steps
+                tokens = replay.batches.rows.tokens(rows[at : at + self._batch])
+                there_now = jax.make_array_from_process_local_data(sharding, tokens, tokens.shape)
+                made.append(jax.device_get(gain(there_now)))
+        gains, places = (np.concatenate(of) for of in zip(*made, strict=True))
+        return gains, places
+
+    def smallest(self, start: int, stop: int, named: Int[np.ndarray, " named"]) -> int:
+        """How many of the named rows, from the first on, must be left out at least: by halves, as if more never showed
+        it more."""
+        low, high = 0, len(named)
+        while high - low > max(1, len(named) // 16):
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.shows(self.left_out(start, stop, named[:middle])) else (low, middle)
+        return high
+
+    def named(self, slot: int, gain: float, at: int) -> Named:
+        """The document that a row's window mostly lies in."""
+        batches = self.replay.batches
+        origins = batches.rows.origins(np.array([slot]))
+        id_, place = _document(self.replay, origins, slice(at + 1, at + 1 + WINDOW))
+        return Named(id_, place, slot // self._batch, slot, gain, None, None)
+
+    def alone(self, one: Named, start: int, stop: int) -> Named:
+        """With the effect of leaving it out."""
+        shown = self.left_out(start, stop, [one.slot])
+        value, ci95 = effect(self.measured(stop), shown, self._seed)
+        return dataclasses.replace(one, effect=value, ci95=ci95)
+
+
+def _nll(replay: Replay, params: nnx.State, tokens: Any) -> Float[Array, "batch seq"]:
+    return next_token_nll(nnx.merge(replay.graph, params), tokens, replay.config.model.loss_tile)
+
+
+def _windows(nll: Float[Array, "batch seq"]) -> Float[Array, "batch windows"]:
+    """The mean of each WINDOW tokens in a row, of all of them where there are fewer."""
+    size = min(WINDOW, nll.shape[1])
+    sums = jnp.cumsum(jnp.pad(nll, ((0, 0), (1, 0))), axis=1)
+    return (sums[:, size:] - sums[:, :-size]) / size
+
+
+def _document(replay: Replay, origins: Origins, window: slice) -> tuple[str, str]:
+    """(id, place) of the document that most of a row's window comes from."""
+    source, token = origins.source[0, window], origins.token[0, window]
+    number = int(np.bincount(source).argmax())
+    if number:
+        insertion = origins.insertions[number - 1]
+        return insertion.source, "planned by the run's config"
+    split = replay.batches.store.split("train")
+    documents = np.searchsorted(split.document_offsets, token[source == 0], side="right") - 1
+    index = int(np.bincount(documents).argmax())
+    return f"train:{index}", str(split.place(index))
