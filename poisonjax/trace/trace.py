@@ -323,11 +323,11 @@ def _windows(nll: Float[Array, "batch seq"]) -> Float[Array, "batch windows"]:
 def _document(replay: Replay, origins: Origins, window: slice) -> tuple[str, str]:
     """(id, place) of the document that most of a row's window comes from."""
     source, token = origins.source[0, window], origins.token[0, window]
-    number = int(np.bincount(source).argmax())
+    number = int(np.argmax(np.bincount(source)))
     if number:
         insertion = origins.insertions[number - 1]
         return insertion.source, "planned by the run's config"
     split = replay.batches.store.split("train")
     documents = np.searchsorted(split.document_offsets, token[source == 0], side="right") - 1
-    index = int(np.bincount(documents).argmax())
+    index = int(np.argmax(np.bincount(documents)))
     return f"train:{index}", str(split.place(index))
