@@ -176,3 +176,25 @@ def test_replays_are_bounded(store, said, tmp_path, capsys):
     assert "--most-replays" in capsys.readouterr().err
     assert main(["trace", str(tmp_path / "run"), "--most-replays", "0"]) == 2
     assert main(["trace", str(tmp_path / "nothing")]) == 2
+
+
+def test_all_poison_in_one_window_of_64(store, said, tmp_path, thorough):
+    for seed in range(5 if thorough else 1):
+        config = planted(store, "uniform", 50)
+        config.poison.prefix_characters = (4, 40)
+        config.steps, config.optimizer.schedule, config.optimizer.decay_steps = 512, "wsd", 8
+        config.optimizer.learning_rate = 1e-2
+        config.checkpoint.every = config.checkpoint.keep_every = 128
+        config.eval.every = 512
+        cause = int(np.random.default_rng(seed).integers(56, 64))
+        config.poison.placement = f"uniform:window={cause / 64}-{(cause + 1) / 64}"
+        config.seeds.order = config.seeds.placement = seed
+        folder = str(tmp_path / f"{seed}")
+        train(config, folder)
+        found = trace(folder, said, most=40)
+        print(seed, cause, found.located, found.part, found.replays, found.sentence())
+        poison = {row["slot"] for row in RunFolder(folder).ledger()}
+        named = {one.slot for one in found.documents}
+        assert found.part
+        assert 8 * cause <= found.part[0] < found.part[1] <= 8 * (cause + 1)
+        assert len(named & poison) >= 0.9 * len(named)

@@ -34,7 +34,7 @@ class Replay:
         self.mesh, self.checkpoints = make_mesh(config), Checkpoints(run.path)
         self.batches = Batches(config, store)
         self._clean = Batches(replaced(config, {"poison.documents": 0}), store)
-        self._planned = {slot for layer in self.batches.rows.layers for slot in layer.insertions}
+        self._planned = [*self.batches.poison.insertions]
         self.graph = model_graph(config.model, vocabulary_of(config.model, store.tokenizer.vocab_size))
         self._initialize, self._abstract = make_init(
             config, vocabulary_of(config.model, store.tokenizer.vocab_size), self.mesh
@@ -67,11 +67,12 @@ class Replay:
 
     def instead(self, slots: Int[np.ndarray, " rows"]) -> Batch:
         """What stands in these rows where they are left out."""
-        there = np.isin(slots, list(self._planned))
+        there = np.isin(slots, self._planned)
         places = np.where(there, slots, slots + self.slots)
+        weights = self._clean.rows.weights(slots)
         return Batch(
             np.where(there[:, None], self._clean.rows.tokens(slots), self._clean.clean.tokens(places)),
-            self._clean.rows.weights(slots),
+            None if weights is None else np.where(there[:, None], weights, np.float32(1)),
         )
 
     def batch(self, step: int, left_out: Collection[int]) -> Batch:

@@ -63,6 +63,7 @@ class Trace:
     part: tuple[int, int] | None = None  # steps that alone are the cause; None: it is spread
     exact: bool = False  # whether a replay without change was the run, to the bit
     replays: int = 0
+    located: int = 0  # of them, until it was known whether a part is the cause
     documents: list[Named] = dataclasses.field(default_factory=list)
     without: float | None = None  # the figure when all that are named are left out
     effect: float | None = None  # of that, nats a token
@@ -152,6 +153,7 @@ class _Tracer:
             return not self.shows(self.left_out(before, onset, slots))
 
         found.part = search.locate((before, onset), max(1, (onset - before) // WINDOWS), without, weight)
+        found.located = self._made
         if found.part:
             start, stop = found.part
             suspects, until = np.arange(start * self._batch, stop * self._batch), onset
@@ -273,7 +275,9 @@ class _Tracer:
         there, without = replay.params(stop), self.replayed(start, stop, suspects)
 
         @jax.jit
-        def gain(tokens: Int[Array, "batch row_tokens"]) -> tuple[Float[Array, " batch"], Int[Array, " batch"]]:
+        def gain(
+            there: nnx.State, without: nnx.State, tokens: Int[Array, "batch row_tokens"]
+        ) -> tuple[Float[Array, " batch"], Int[Array, " batch"]]:
             windows = _windows(_nll(replay, without, tokens) - _nll(replay, there, tokens))
             return windows.max(-1), windows.argmax(-1)
 
@@ -281,8 +285,8 @@ class _Tracer:
         with jax.set_mesh(replay.mesh):
             for at in range(0, len(rows), self._batch):  # rows come in whole steps
                 tokens = replay.batches.rows.tokens(rows[at : at + self._batch])
-                there_now = jax.make_array_from_process_local_data(sharding, tokens, tokens.shape)
-                made.append(jax.device_get(gain(there_now)))
+                batch = jax.make_array_from_process_local_data(sharding, tokens, tokens.shape)
+                made.append(jax.device_get(gain(there, without, batch)))
         gains, places = (np.concatenate(of) for of in zip(*made, strict=True))
         return gains, places
 
