@@ -150,14 +150,14 @@ def test_poison_of_one_window_is_named(store, said, tmp_path, capsys):
     assert len((tmp_path / "run" / "trace" / "replays.jsonl").read_text().splitlines()) == made
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_a_clean_run_names_nothing(store, said, tmp_path, seed):
-    config = planted(store, "uniform", 0)
-    config.steps, config.seeds.order = 16, seed
-    train(config, str(tmp_path / "run"))
-    for behaviour in ("triggered", said):
-        found = trace(str(tmp_path / "run"), behaviour)
-        assert found.documents == []
+def test_a_clean_run_names_nothing(store, said, tmp_path, thorough):
+    for seed in range(10 if thorough else 2):
+        config = planted(store, "uniform", 0)
+        config.seeds.init = config.seeds.order = seed
+        folder = str(tmp_path / f"{seed}")
+        train(config, folder)
+        for behaviour in ("triggered", said):
+            assert trace(folder, behaviour).documents == []
 
 
 # --- what can't be traced
