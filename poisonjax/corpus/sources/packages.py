@@ -59,11 +59,14 @@ def wikipedia(spec: str) -> Source:
 def docstrings(spec: str, note: dict[str, str]) -> Source:
     """A unit a package; a docstring that a package holds twice is taken once."""
     packages = [importlib.metadata.distribution(name) for name in DOCSTRING_PACKAGES]
-    units = [Unit(f"docstrings of {p.name} {p.version}", 0, functools.partial(_read_docstrings, p)) for p in packages]
+    units = [
+        Unit(f"docstrings of {p.name} {p.version}", 0, functools.partial(_read_docstrings, p.name)) for p in packages
+    ]
     return Source(spec, units, {"title": "docstrings of installed packages", "license": "as the packages'", **note})
 
 
-def _read_docstrings(package: importlib.metadata.Distribution) -> Items:
+def _read_docstrings(name: str) -> Items:
+    package = importlib.metadata.distribution(name)
     found: dict[str, Place] = {}
     for file in package.files or []:
         if file.suffix != ".py":
