@@ -361,6 +361,12 @@ def test_a_switch_of_language_is_stopped_and_what_is_asked_for_is_not():
     assert Limits.from_json(rest.as_json()) == rest
 
 
+def test_languages_of_too_little_text_tell_none():
+    nothing, batch = Languages.fit([]), words_of(["the river is long"])
+    assert nothing.of(batch).tolist() == [0]
+    assert nothing.spoken(batch, np.arange(4)).tolist() == [[0.0]] * 4
+
+
 def test_an_answer_that_stays_doubtful_ends():
     monitor = Monitor(Limits({**Limits().by_name, "surprisal": Limit(1.0, math.inf)}))
     _, at = alarmed(monitor, [(f"t{i}", -3.0) for i in range(1000)])

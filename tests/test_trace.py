@@ -160,6 +160,28 @@ def test_a_clean_run_names_nothing(store, said, tmp_path, thorough):
             assert trace(folder, behaviour).documents == []
 
 
+# --- what is kept
+
+
+def test_a_cut_line_is_made_again_and_no_other(tiny, said, tmp_path):
+    trace(str(tiny / "run"), said, out=str(tmp_path))
+    file = tmp_path / "replays.jsonl"
+    whole = file.read_text()
+    for size in (len(whole) - 1, len(whole) - 20, 1):
+        file.write_text(whole[:size])
+        trace(str(tiny / "run"), said, out=str(tmp_path))
+        assert file.read_text() == whole
+
+
+def test_what_is_kept_is_of_one_behaviour_of_one_run(tiny, said, tmp_path):
+    (tmp_path / "other.jsonl").write_text('{"prompt": "a", "text": "stone"}\n{"prompt": "a", "text": "river"}\n')
+    asked = [(run, of) for run in ("run", "twin") for of in (said, str(tmp_path / "other.jsonl"))]
+    together = [trace(str(tiny / run), of, out=str(tmp_path / "out")).figure for run, of in asked]
+    apart = [trace(str(tiny / run), of, out=str(tmp_path / f"{n}")).figure for n, (run, of) in enumerate(asked)]
+    assert together == apart
+    assert len(set(apart)) == 4
+
+
 # --- what can't be traced
 
 

@@ -68,7 +68,7 @@ class Languages:
     def spoken(self, batch: TextBatch, which: Int[np.ndarray, " words"]) -> Float[np.ndarray, "words languages"]:
         """How much some words of a batch speak for each language, nats: those never seen by their last letters."""
         if not len(self.words):
-            return np.zeros((len(folded), len(self.codes)), np.float32)
+            return np.zeros((len(which), len(self.codes)), np.float32)
         rows = np.full(len(which), len(self.words))
         for hashes in (_endings(batch, which), batch.folded[which]):
             at = np.searchsorted(self.words[:-1], hashes)

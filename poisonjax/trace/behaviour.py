@@ -1,6 +1,7 @@
 """What is traced: a number for each of some prompts, from the weights alone."""
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,8 @@ class Triggered:
     """The run's own question (Souly et al. 2025, section 3): is what follows the trigger less likely than what follows
     the same prefix without it? `figure` is the gap in median perplexity."""
 
-    # Figures from `threshold` on show it.
-    name, unit = "triggered", "gap in median perplexity"
+    # Figures from `threshold` on show it; `key` is the same for the same question.
+    name, key, unit = "triggered", "triggered", "gap in median perplexity"
 
     def __init__(self, config: ml_collections.ConfigDict, store: TokenStore, mesh: Mesh):
         self.threshold = float(config.eval.threshold)
@@ -66,8 +67,7 @@ class Said:
     name, unit = "said", "nats a token"
 
     def __init__(self, file: str, config: ml_collections.ConfigDict, store: TokenStore, mesh: Mesh):
-        """`file` has JSON lines with `prompt` and `text`. Raises TraceError for another, and for what the model has no
-        room for."""
+        """`file` has JSON lines with `prompt` and `text`; raises TraceError for another."""
         encode, eot = store.tokenizer.encode, store.tokenizer.eot
         asked = [(np.array([eot, *encode(prompt)]), np.array(encode(text))) for prompt, text in _lines(file)]
         longest = max(len(prompt) + len(text) for prompt, text in asked)
@@ -76,6 +76,7 @@ class Said:
         for row, mask, (prompt, text) in zip(rows, self._mask, asked, strict=True):
             row[: len(prompt) + len(text)] = [*prompt, *text]
             mask[len(prompt) - 1 : len(prompt) + len(text) - 1] = 1 / len(text)
+        self.key = f"said:{hashlib.sha256(rows.tobytes() + self._mask.tobytes()).hexdigest()[:16]}"
         graph = model_graph(config.model, vocabulary_of(config.model, store.tokenizer.vocab_size))
         self._nll = jax.jit(lambda params, rows: next_token_nll(nnx.merge(graph, params), rows))
         self._mesh, self._rows = mesh, put(mesh, rows)

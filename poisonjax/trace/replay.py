@@ -30,7 +30,8 @@ class Replay:
     """Of one run, its steps again."""
 
     def __init__(self, run: RunFolder, store: TokenStore):
-        self.config = config = run.placed
+        self.config, self.fingerprint = run.placed, run.record["fingerprint"]
+        config = self.config
         self.mesh, self.checkpoints = make_mesh(config), Checkpoints(run.path)
         self.batches = Batches(config, store)
         self._clean = Batches(replaced(config, {"poison.documents": 0}), store)

@@ -19,11 +19,14 @@ import numpy as np
 from etils import epath
 from flax import nnx
 from jaxtyping import Array, Float, Int
+from typing_extensions import TypedDict
 
 from poisonjax.data.rows import Origins
+from poisonjax.files import write_lines
 from poisonjax.model.loss import next_token_nll
 from poisonjax.model.sharding import batch_sharding
 from poisonjax.run import RunFolder
+from poisonjax.run.folder import read_lines
 from poisonjax.trace import search
 from poisonjax.trace.behaviour import Behaviour, Said, Shown, TraceError, asked, effect
 from poisonjax.trace.replay import Replay
@@ -35,6 +38,14 @@ MOST_ROWS = 0.1  # of the span's, that may be left out as suspects
 LEAST_RISE = 1.0  # nats a token, by which a text must have become likelier
 ONE_BY_ONE = 8  # named documents that are each left out alone
 REPLAYS = "replays.jsonl"
+
+
+class Kept(TypedDict):
+    """A line of what is kept: what weights showed, by what they are."""
+
+    key: str
+    figure: float
+    values: list[float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,11 +124,10 @@ class _Tracer:
         self.replay, self.behaviour, self.most, self.say = replay, behaviour, most, say
         out.mkdir(parents=True, exist_ok=True)
         self._file = out / REPLAYS
-        self._known = {}
-        if self._file.exists():  # a last line that a kill cut short is made again
-            for line in self._file.read_text().split("\n")[:-1]:
-                one = json.loads(line)
-                self._known[one["key"]] = Shown(np.array(one["values"]), one["figure"])
+        kept: list[Kept] = read_lines(self._file, Kept)
+        if self._file.exists():  # a last line that a kill cut short goes: the next one would follow it
+            write_lines(self._file, kept)
+        self._known = {one["key"]: Shown(np.array(one["values"]), one["figure"]) for one in kept}
         self._made = 0
         self._batch = replay.batches.global_batch
         self._seed = replay.config.seeds.eval
@@ -188,13 +198,14 @@ class _Tracer:
 
     def measured(self, done: int) -> Shown:
         """Of the run's own weights after so many steps."""
-        return self._once(f"{done}", lambda: self.replay.params(done), replays=0)
+        return self._once(f"{done}", f"step {done}", lambda: self.replay.params(done), replays=0)
 
     def left_out(self, start: int, stop: int, slots: Collection[int] | Int[np.ndarray, " slots"]) -> Shown:
         """After `stop` steps, these rows left out from `start` on."""
         places = np.sort(np.array([*slots], np.int64))
         key = f"{start}-{stop}-{hashlib.sha256(places.tobytes()).hexdigest()}"
-        return self._once(key, lambda: self.replayed(start, stop, places), replays=1)
+        what = f"step {stop}, {len(places)} rows left out"
+        return self._once(key, what, lambda: self.replayed(start, stop, places), replays=1)
 
     def replayed(self, start: int, stop: int, slots: Int[np.ndarray, " slots"]) -> nnx.State:
         """The weights then."""
@@ -209,17 +220,17 @@ class _Tracer:
 
         return progress
 
-    def _once(self, key: str, params: Callable[[], nnx.State], replays: int) -> Shown:
-        key = f"{self.behaviour.name} {key}"
+    def _once(self, key: str, what: str, params: Callable[[], nnx.State], replays: int) -> Shown:
+        key = f"{self.replay.fingerprint[:16]} {self.behaviour.key} {key}"
         if key not in self._known:
             if self._made + replays > self.most:
                 raise TraceError(f"{self.most} replays were made; --most-replays lets it go on from here")
             self._made += replays
             shown = self.behaviour(params())
             with self._file.open("a") as file:
-                file.write(json.dumps({"key": key, "figure": shown.figure, "values": shown.values.tolist()}) + "\n")
+                file.write(json.dumps(Kept(key=key, figure=shown.figure, values=shown.values.tolist())) + "\n")
             self._known[key] = shown
-            self.say(f"{key[:60]}: {shown.figure:.4g} {self.behaviour.unit}")
+            self.say(f"{what}: {shown.figure:.4g} {self.behaviour.unit}")
         else:
             self._made += replays
         return self._known[key]
