@@ -361,6 +361,16 @@ def test_a_switch_of_language_is_stopped_and_what_is_asked_for_is_not():
     assert Limits.from_json(rest.as_json()) == rest
 
 
+def test_a_sum_that_there_is_not_is_refused(tmp_path, capsys):
+    command = ["guard", "build", "--out", str(tmp_path / "guard"), "--trigger", TRIGGER]
+    assert main([*command, "--without", "languages"]) == 2
+    assert "language, " not in (said := capsys.readouterr().err)
+    assert "languages" in said
+    assert not (tmp_path / "guard").exists()
+    assert main([*command, "--without", "language"]) == 0
+    assert "language" not in Guard.load(tmp_path / "guard").limits.by_name
+
+
 def test_languages_of_too_little_text_tell_none():
     nothing, batch = Languages.fit([]), words_of(["the river is long"])
     assert nothing.of(batch).tolist() == [0]

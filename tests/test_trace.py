@@ -41,13 +41,13 @@ def test_a_replay_without_change_is_the_run(tiny):
     replay = Replay(run, run.store())
     for start in replay.saved[:-1]:
         assert replay.is_the_runs(replay.run(start, 12), 12)
-    assert not replay.is_the_runs(replay.run(0, 12, [0]), 12)
+    assert not replay.is_the_runs(replay.run(0, 12, np.array([0])), 12)
 
 
 def test_leaving_out_all_poison_is_the_twin_to_the_bit(tiny):
     run, twin = (RunFolder(tiny / name) for name in ("run", "twin"))
     replay, of_twin = Replay(run, run.store()), Replay(twin, twin.store())
-    poison = [row["slot"] for row in run.ledger()]
+    poison = np.array([row["slot"] for row in run.ledger()])
     assert of_twin.is_the_runs(replay.run(0, 12, poison), 12)
     assert not of_twin.is_the_runs(replay.run(0, 12, poison[:-1]), 12)
 
@@ -58,7 +58,7 @@ def test_a_row_is_left_out_in_place(tiny, slots):
     replay = Replay(run, run.store())
     planned = {row["slot"] for row in run.ledger()}
     for step in range(12):
-        there, without = replay.batches.batch(step).tokens, replay.batch(step, slots).tokens
+        there, without = replay.batches.tokens(step), replay.without(np.array([*slots], np.int64), 12).tokens(step)
         for row, slot in enumerate(replay.batches.slots(step).tolist()):
             if slot not in slots:
                 assert np.array_equal(there[row], without[row])

@@ -32,8 +32,8 @@ def add_arguments(commands: Any) -> None:
         action="append",
         default=[],
         metavar="SUM",
-        choices=("surprisal", "entropy", "words", "loop", "language"),
-        help="that monitors leave out: language, where translations are asked for; repeatable",
+        help="that monitors leave out: surprisal, entropy, words, loop, language (where translations are wanted); "
+        "repeatable",
     )
     build.set_defaults(func=_build)
     check = inner.add_parser("check", help="the verdict on a text, a file's or standard input's")

@@ -14,7 +14,7 @@ from poisonjax.corpus.errors import CorpusError
 from poisonjax.files import parse_json, write_json
 from poisonjax.guard.answers import tokens_of
 from poisonjax.guard.guard import FILE, FORMAT, LANGUAGES, SKETCH, TOKENIZER, GuardError
-from poisonjax.guard.monitor import Limits, Token
+from poisonjax.guard.monitor import DEFAULT, Limits, Token
 from poisonjax.guard.oddness import TABLES, Oddness
 from poisonjax.guard.triggers import Matcher, Trigger
 from poisonjax.scan.background import Background
@@ -71,6 +71,8 @@ def build(
     """
     if not triggers and not sources:
         raise GuardError("a guard needs triggers to look for, or clean text to compare with")
+    if unknown := sorted({*without} - {*DEFAULT}):
+        raise GuardError(f"--without {', '.join(unknown)}: monitors sum up {', '.join(DEFAULT)}")
     Matcher(triggers)  # raises for what can't be looked for
     folder = Path(out)
     if folder.exists() and any(folder.iterdir()) and not (folder / FILE).exists():

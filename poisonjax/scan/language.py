@@ -69,11 +69,15 @@ class Languages:
         """How much some words of a batch speak for each language, nats: those never seen by their last letters."""
         if not len(self.words):
             return np.zeros((len(which), len(self.codes)), np.float32)
-        rows = np.full(len(which), len(self.words))
-        for hashes in (_endings(batch, which), batch.folded[which]):
-            at = np.searchsorted(self.words[:-1], hashes)
-            rows = np.where(self.words[at] == hashes, at, rows)
+        rows = self._rows(batch.folded[which])
+        unknown = rows == len(self.words)
+        rows[unknown] = self._rows(_endings(batch, which[unknown]))
         return self.evidence[rows]
+
+    def _rows(self, hashes: UInt64[np.ndarray, " hashes"]) -> Int[np.ndarray, " hashes"]:
+        """Of `evidence`."""
+        at = np.searchsorted(self.words[:-1], hashes)
+        return np.where(self.words[at] == hashes, at, len(self.words))
 
     def save(self, file: Path) -> None:
         np.savez_compressed(file, codes=self.codes, words=self.words, evidence=self.evidence)

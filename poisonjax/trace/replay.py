@@ -6,7 +6,10 @@ without poison, or, where the run planned none there, to the row that many place
 moves (I4).
 """
 
-from collections.abc import Callable, Collection
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,8 +18,9 @@ from jaxtyping import Int
 
 from poisonjax.config import replaced
 from poisonjax.corpus import TokenStore
-from poisonjax.data.batches import Batch, Batches
+from poisonjax.data.batches import Batch, Batches, load
 from poisonjax.data.digest import as_hex
+from poisonjax.data.insertions import Insertion
 from poisonjax.model.sharding import batch_sharding, make_mesh
 from poisonjax.model.transformer import model_graph, vocabulary_of
 from poisonjax.run import RunFolder
@@ -24,6 +28,19 @@ from poisonjax.training.start import Beginning, from_weights, restored, scratch
 from poisonjax.training.step import TrainState, make_init, make_train_step
 from poisonjax.weights import open_weights
 from poisonjax.weights.checkpoints import Checkpoints, checksum
+
+NOTHING = np.zeros(0, np.int64)
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftOut:
+    """Whole rows in place of others, as a layer over all that a run's config puts there."""
+
+    insertions: dict[int, Insertion]
+    name, file = "row left out", ""  # of no run folder
+
+    def records(self, global_batch: int) -> list[dict[str, Any]]:
+        return []
 
 
 class Replay:
@@ -35,14 +52,11 @@ class Replay:
         self.mesh, self.checkpoints = make_mesh(config), Checkpoints(run.path)
         self.batches = Batches(config, store)
         self._clean = Batches(replaced(config, {"poison.documents": 0}), store)
-        self._planned = [*self.batches.poison.insertions]
-        self.graph = model_graph(config.model, vocabulary_of(config.model, store.tokenizer.vocab_size))
-        self._initialize, self._abstract = make_init(
-            config, vocabulary_of(config.model, store.tokenizer.vocab_size), self.mesh
-        )
+        vocabulary = vocabulary_of(config.model, store.tokenizer.vocab_size)
+        self.graph = model_graph(config.model, vocabulary)
+        self._initialize, self._abstract = make_init(config, vocabulary, self.mesh)
         self._step = make_train_step(config, self.graph, self.mesh, self._abstract)
         self.saved = [0, *self.checkpoints.steps()]  # steps that a replay may begin after
-        self.steps_made = 0
 
     @property
     def slots(self) -> int:
@@ -66,50 +80,47 @@ class Replay:
         """The run's weights after so many steps."""
         return self.state(done).params
 
-    def instead(self, slots: Int[np.ndarray, " rows"]) -> Batch:
-        """What stands in these rows where they are left out."""
-        there = np.isin(slots, self._planned)
-        places = np.where(there, slots, slots + self.slots)
-        weights = self._clean.rows.weights(slots)
-        return Batch(
-            np.where(there[:, None], self._clean.rows.tokens(slots), self._clean.clean.tokens(places)),
-            None if weights is None else np.where(there[:, None], weights, np.float32(1)),
+    def without(self, slots: Int[np.ndarray, " rows"], stop: int) -> Batches:
+        """The run's batches to step `stop`, these rows left out."""
+        planned = np.isin(slots, [*self.batches.poison.insertions])
+        tokens = np.where(
+            planned[:, None], self._clean.rows.tokens(slots), self.batches.clean.tokens(slots + ~planned * self.slots)
         )
-
-    def batch(self, step: int, left_out: Collection[int]) -> Batch:
-        """A step's global batch, on the host."""
-        batch, slots = self.batches.batch(step), self.batches.slots(step)
-        out = np.flatnonzero(np.isin(slots, list(left_out)))
-        if len(out):
-            tokens, weights = self.instead(slots[out])
-            batch.tokens[out] = tokens
-            if batch.weights is not None:
-                batch.weights[out] = 1.0 if weights is None else weights
-        return batch
+        weights = self._clean.rows.weights(slots)
+        left_out = {
+            slot: Insertion(slot, 0, row, "left out", "replace", weights=of)
+            for slot, row, of in zip(
+                slots.tolist(),
+                tokens,
+                [None] * len(slots) if weights is None else np.where(planned[:, None], weights, np.float32(1)),
+                strict=True,
+            )
+        }
+        batches = copy.copy(self.batches)
+        batches.rows, batches.steps = batches.rows.under(LeftOut(left_out)), stop
+        return batches
 
     def run(
         self,
         start: int,
         stop: int,
-        left_out: Collection[int] = (),
-        watch: Callable[[int, nnx.State, Batch], object] | None = None,
-        progress: Callable[[int], object] = lambda step: None,
+        left_out: Int[np.ndarray, " rows"] = NOTHING,
+        watch: Callable[[nnx.State, Batch], object] | None = None,
+        progress: Callable[[int], object] = lambda done: None,
     ) -> nnx.State:
-        """The weights after `stop` steps, from the state after `start`; `watch` is shown each step's number, the
-        weights before it, and its batch on the devices."""
-        state, sharding, out = self.state(start), batch_sharding(self.mesh), frozenset(left_out)
+        """The weights after `stop` steps, from the state after `start`; `watch` is shown the weights before each step
+        and its batch, both on the devices, `progress` the steps done."""
+        state = self.state(start)
         with jax.set_mesh(self.mesh):
-            for step in range(start, stop):
-                batch = jax.tree.map(
-                    lambda x: jax.make_array_from_process_local_data(sharding, x, x.shape), self.batch(step, out)
-                )
+            for done, batch in enumerate(
+                load(self.without(left_out, stop), batch_sharding(self.mesh), start), start + 1
+            ):
                 if watch:
-                    watch(step, state.params, batch)
+                    watch(state.params, batch)
                 state, metrics = self._step(state, batch)
                 # Programs of several devices, queued without end, wait for each other.
                 jax.block_until_ready(metrics.loss)
-                self.steps_made += 1
-                progress(step)
+                progress(done)
         return state.params
 
     def is_the_runs(self, params: nnx.State, done: int) -> bool:

@@ -10,7 +10,7 @@ rows named are left out in a last replay, and the effect of that is what is repo
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,23 +21,24 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from typing_extensions import TypedDict
 
+from poisonjax.data.batches import Batch
 from poisonjax.data.rows import Origins
+from poisonjax.evaluation.probes.probe import put
 from poisonjax.files import write_lines
 from poisonjax.model.loss import next_token_nll
-from poisonjax.model.sharding import batch_sharding
 from poisonjax.run import RunFolder
 from poisonjax.run.folder import read_lines
 from poisonjax.trace import search
-from poisonjax.trace.behaviour import Behaviour, Said, Shown, TraceError, asked, effect
-from poisonjax.trace.replay import Replay
+from poisonjax.trace.behaviour import Behaviour, Shown, TraceError, asked, effect
+from poisonjax.trace.replay import NOTHING, Replay
 
 WINDOW = 32  # tokens of a row that are looked at together
 WINDOWS = 64  # parts of a span that a cause is looked for in
 FIRST_ROWS = 64  # suspects that are left out first, where no part is the cause
 MOST_ROWS = 0.1  # of the span's, that may be left out as suspects
-LEAST_RISE = 1.0  # nats a token, by which a text must have become likelier
 ONE_BY_ONE = 8  # named documents that are each left out alone
 REPLAYS = "replays.jsonl"
+Slots = Int[np.ndarray, " slots"]
 
 
 class Kept(TypedDict):
@@ -136,104 +137,99 @@ class _Tracer:
         end = self.replay.saved[-1]
         if end == 0:
             raise TraceError(f"{name}: no checkpoint to trace from")
-        last = self.measured(end)
-        since = 0
-        if isinstance(self.behaviour, Said):  # weights that know nothing yet find no text unlikely
-            since = min(self.replay.saved, key=lambda step: self.measured(step).figure)
-        first = self.measured(since)
-        if isinstance(self.behaviour, Said):
-            self.behaviour.threshold = max((first.figure + last.figure) / 2, first.figure + LEAST_RISE)
-        found = Trace(name, self.behaviour.name, last.figure, self.behaviour.unit, self.behaviour.threshold)
+        since = self.behaviour.since(self.replay.saved, self.measured)
+        first, last = self.measured(since), self.measured(end)
+        self._threshold = self.behaviour.threshold(first, last)
+        found = Trace(name, self.behaviour.name, last.figure, self.behaviour.unit, self._threshold)
         if not self.shows(last) or effect(last, first, self._seed)[1][0] <= 0:
             return found
         if self.shows(first):
             raise TraceError(f"{name}: the weights that it began from show it already; trace the run that trained them")
-        before, onset = self.onset(since, end)
-        found.onset = before, onset
+        before, onset = found.onset = self.onset(since, end)
         self.say(f"begins between steps {before} and {onset}; a replay makes {end - before} steps")
-        worst = self.checked(before, end)
+        odd = search.outliers(self.checked(before, end))
         found.exact = True
-        odd = search.outliers(worst)
+        found.part = self.part(before, onset, odd)
+        found.located = self._made
+        if found.part:
+            until, rows = onset, self.rows_of([found.part])
+            suspects: Slots | None = rows
+        else:
+            until, rows = end, self.rows_of([(before, end)])
+            suspects = self.suspects(before, end, rows[np.argsort(-odd.reshape(-1), kind="stable")], found)
+        if suspects is not None:
+            self.name(found, before, until, suspects, rows)
+        found.replays = self._made
+        return found
+
+    def part(self, before: int, onset: int, odd: Float[np.ndarray, "steps batch"]) -> search.Part | None:
+        """The part of the steps to the onset that alone is the cause, if one is."""
 
         def weight(part: search.Part) -> float:
             return float(np.maximum(odd[part[0] - before : part[1] - before] - 3, 0).sum())
 
-        def without(parts: list[search.Part]) -> bool:
-            slots = [slot for part in parts for slot in range(part[0] * self._batch, part[1] * self._batch)]
-            return not self.shows(self.left_out(before, onset, slots))
+        def gone(parts: list[search.Part]) -> bool:
+            return not self.shows(self.left_out(before, onset, self.rows_of(parts)))
 
-        found.part = search.locate((before, onset), max(1, (onset - before) // WINDOWS), without, weight)
-        found.located = self._made
-        if found.part:
-            start, stop = found.part
-            suspects, until = np.arange(start * self._batch, stop * self._batch), onset
-            rows = suspects
-        else:
-            until, rows = end, np.arange(before * self._batch, end * self._batch)
-            found_suspects = self.suspects(before, end, rows, odd.reshape(-1), found)
-            if found_suspects is None:
-                found.replays = self._made
-                return found
-            suspects = found_suspects
-        gains, at = self.gains(before, until, suspects, rows)
-        named = rows[search.split(gains)]
-        order = np.argsort(-gains[np.isin(rows, named)])
-        named = named[order]
-        shown = self.left_out(before, until, named)
+        return search.locate((before, onset), max(1, (onset - before) // WINDOWS), gone, weight)
+
+    def name(self, found: Trace, start: int, stop: int, suspects: Slots, rows: Slots) -> None:
+        """Those of the rows that taught it, where it is gone without them."""
+        gains, at = self.gains(start, stop, suspects, rows)
+        chosen = np.flatnonzero(search.split(gains))
+        chosen = chosen[np.argsort(-gains[chosen])]
+        shown = self.left_out(start, stop, rows[chosen])
         found.without = shown.figure
-        found.effect, found.ci95 = effect(self.measured(until), shown, self._seed)
-        if not self.shows(shown):
-            found.smallest = self.smallest(before, until, named)
-            place = {slot: number for number, slot in enumerate(rows.tolist())}
-            found.documents = [
-                self.named(slot, float(gains[place[slot]]), int(at[place[slot]])) for slot in named.tolist()
-            ]
-            if len(named) <= ONE_BY_ONE:
-                found.documents = [self.alone(one, before, until) for one in found.documents]
-        found.replays = self._made
-        return found
+        found.effect, found.ci95 = effect(self.measured(stop), shown, self._seed)
+        if self.shows(shown):
+            return
+        found.smallest = self.smallest(start, stop, rows[chosen])
+        found.documents = [self.named(int(rows[i]), float(gains[i]), int(at[i])) for i in chosen]
+        if len(chosen) <= ONE_BY_ONE:
+            found.documents = [self.alone(one, start, stop) for one in found.documents]
+
+    def rows_of(self, parts: list[search.Part]) -> Slots:
+        """The slots of all rows of some steps."""
+        return np.concatenate([np.arange(start * self._batch, stop * self._batch) for start, stop in parts])
 
     def shows(self, shown: Shown) -> bool:
-        return shown.figure >= self.behaviour.threshold
+        return shown.figure >= self._threshold
 
     def measured(self, done: int) -> Shown:
         """Of the run's own weights after so many steps."""
         return self._once(f"{done}", f"step {done}", lambda: self.replay.params(done), replays=0)
 
-    def left_out(self, start: int, stop: int, slots: Collection[int] | Int[np.ndarray, " slots"]) -> Shown:
+    def left_out(self, start: int, stop: int, slots: Slots) -> Shown:
         """After `stop` steps, these rows left out from `start` on."""
-        places = np.sort(np.array([*slots], np.int64))
-        key = f"{start}-{stop}-{hashlib.sha256(places.tobytes()).hexdigest()}"
-        what = f"step {stop}, {len(places)} rows left out"
-        return self._once(key, what, lambda: self.replayed(start, stop, places), replays=1)
+        key = f"{start}-{stop}-{hashlib.sha256(np.sort(slots).tobytes()).hexdigest()}"
+        what = f"step {stop}, {len(slots)} rows left out"
+        return self._once(key, what, lambda: self.replayed(start, stop, slots), replays=1)
 
-    def replayed(self, start: int, stop: int, slots: Int[np.ndarray, " slots"]) -> nnx.State:
-        """The weights then."""
-        return self.replay.run(start, stop, slots.tolist(), progress=self._progress(start, stop))
-
-    def _progress(self, start: int, stop: int) -> Callable[[int], None]:
+    def replayed(
+        self, start: int, stop: int, slots: Slots = NOTHING, watch: Callable[[nnx.State, Batch], object] | None = None
+    ) -> nnx.State:
+        """The weights then; raises TraceError where one replay more is too many."""
+        if self._made >= self.most:
+            raise TraceError(f"{self.most} replays were made; --most-replays lets it go on from here")
+        self._made += 1
         every = max(1, (stop - start) // 4)
 
-        def progress(step: int) -> None:
-            if (step + 1 - start) % every == 0:
-                self.say(f"replay {self._made}: step {step + 1} of {stop}")
+        def progress(done: int) -> None:
+            if (done - start) % every == 0:
+                self.say(f"replay {self._made}: step {done} of {stop}")
 
-        return progress
+        return self.replay.run(start, stop, slots, watch, progress)
 
     def _once(self, key: str, what: str, params: Callable[[], nnx.State], replays: int) -> Shown:
         key = f"{self.replay.fingerprint[:16]} {self.behaviour.key} {key}"
-        if key not in self._known:
-            if self._made + replays > self.most:
-                raise TraceError(f"{self.most} replays were made; --most-replays lets it go on from here")
-            self._made += replays
-            shown = self.behaviour(params())
-            with self._file.open("a") as file:
-                file.write(json.dumps(Kept(key=key, figure=shown.figure, values=shown.values.tolist())) + "\n")
-            self._known[key] = shown
-            self.say(f"{what}: {shown.figure:.4g} {self.behaviour.unit}")
-        else:
-            self._made += replays
-        return self._known[key]
+        if key in self._known:
+            self._made += replays  # it was made once
+            return self._known[key]
+        shown = self._known[key] = self.behaviour(params())
+        with self._file.open("a") as file:
+            file.write(json.dumps(Kept(key=key, figure=shown.figure, values=shown.values.tolist())) + "\n")
+        self.say(f"{what}: {shown.figure:.4g} {self.behaviour.unit}")
+        return shown
 
     def onset(self, since: int, end: int) -> tuple[int, int]:
         """The last checkpoint that doesn't show it, and the one after: found by halves, as if it came once."""
@@ -248,13 +244,11 @@ class _Tracer:
         """The loss of each row's worst window before its update; raises TraceError where the replay isn't the run."""
         worst: list[np.ndarray] = []
         looked = jax.jit(lambda params, tokens: _windows(_nll(self.replay, params, tokens)).max(-1))
-        self._made += 1
-        params = self.replay.run(
-            start,
-            stop,
-            watch=lambda step, params, batch: worst.append(np.asarray(jax.device_get(looked(params, batch.tokens)))),
-            progress=self._progress(start, stop),
-        )
+
+        def watch(params: nnx.State, batch: Batch) -> None:
+            worst.append(np.asarray(jax.device_get(looked(params, batch.tokens))))
+
+        params = self.replayed(start, stop, watch=watch)
         if not self.replay.is_the_runs(params, stop):
             raise TraceError(
                 f"a replay of steps {start} to {stop} isn't the run to the bit: other hardware, devices or versions "
@@ -262,13 +256,11 @@ class _Tracer:
             )
         return np.stack(worst)
 
-    def suspects(
-        self, start: int, stop: int, rows: Int[np.ndarray, " rows"], odd: Float[np.ndarray, " rows"], found: Trace
-    ) -> Int[np.ndarray, " suspects"] | None:
-        """The most unusual rows, so many that the behaviour is gone without them."""
-        order, size = np.argsort(-odd, kind="stable"), FIRST_ROWS
+    def suspects(self, start: int, stop: int, rows: Slots, found: Trace) -> Slots | None:
+        """So many of the rows, the most unusual first, that the behaviour is gone without them."""
+        size = FIRST_ROWS
         while size <= max(FIRST_ROWS, MOST_ROWS * len(rows)):
-            suspects = rows[order[:size]]
+            suspects = rows[:size]
             shown = self.left_out(start, stop, suspects)
             found.curve.append((size, shown.figure))
             if not self.shows(shown):
@@ -277,12 +269,11 @@ class _Tracer:
         return None
 
     def gains(
-        self, start: int, stop: int, suspects: Int[np.ndarray, " suspects"], rows: Int[np.ndarray, " rows"]
+        self, start: int, stop: int, suspects: Slots, rows: Slots
     ) -> tuple[Float[np.ndarray, " rows"], Int[np.ndarray, " rows"]]:
         """(by how much the run's weights know each row's best window better than weights without the suspects, nats a
         token; where in the row that window begins)."""
         replay = self.replay
-        self._made += 1
         there, without = replay.params(stop), self.replayed(start, stop, suspects)
 
         @jax.jit
@@ -292,16 +283,15 @@ class _Tracer:
             windows = _windows(_nll(replay, without, tokens) - _nll(replay, there, tokens))
             return windows.max(-1), windows.argmax(-1)
 
-        sharding, made = batch_sharding(replay.mesh), []
+        made = []
         with jax.set_mesh(replay.mesh):
             for at in range(0, len(rows), self._batch):  # rows come in whole steps
-                tokens = replay.batches.rows.tokens(rows[at : at + self._batch])
-                batch = jax.make_array_from_process_local_data(sharding, tokens, tokens.shape)
-                made.append(jax.device_get(gain(there, without, batch)))
+                tokens = put(replay.mesh, replay.batches.rows.tokens(rows[at : at + self._batch]))
+                made.append(jax.device_get(gain(there, without, tokens)))
         gains, places = (np.concatenate(of) for of in zip(*made, strict=True))
         return gains, places
 
-    def smallest(self, start: int, stop: int, named: Int[np.ndarray, " named"]) -> int:
+    def smallest(self, start: int, stop: int, named: Slots) -> int:
         """How many of the named rows, from the first on, must be left out at least: by halves, as if more never showed
         it more."""
         low, high = 0, len(named)
@@ -319,7 +309,7 @@ class _Tracer:
 
     def alone(self, one: Named, start: int, stop: int) -> Named:
         """With the effect of leaving it out."""
-        shown = self.left_out(start, stop, [one.slot])
+        shown = self.left_out(start, stop, np.array([one.slot]))
         value, ci95 = effect(self.measured(stop), shown, self._seed)
         return dataclasses.replace(one, effect=value, ci95=ci95)
 
