@@ -5,12 +5,14 @@ occur in each of them then tells those of all documents, by naive Bayes.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int, UInt64
 
+from poisonjax.scan.compiled import compiled
 from poisonjax.scan.text import IDEOGRAPH, LETTER, TABLE, TextBatch, character_tables, mixed
 
 SAMPLE = 400  # characters from a document's beginning, that a library tells its language by
@@ -67,8 +69,6 @@ class Languages:
 
     def spoken(self, batch: TextBatch, which: Int[np.ndarray, " words"]) -> Float[np.ndarray, "words languages"]:
         """How much some words of a batch speak for each language, nats: those never seen by their last letters."""
-        if not len(self.words):
-            return np.zeros((len(which), len(self.codes)), np.float32)
         rows = self._rows(batch.folded[which])
         unknown = rows == len(self.words)
         rows[unknown] = self._rows(_endings(batch, which[unknown]))
@@ -76,8 +76,14 @@ class Languages:
 
     def _rows(self, hashes: UInt64[np.ndarray, " hashes"]) -> Int[np.ndarray, " hashes"]:
         """Of `evidence`."""
-        at = np.searchsorted(self.words[:-1], hashes)
-        return np.where(self.words[at] == hashes, at, len(self.words))
+        return _found(hashes, self.words, self._places)
+
+    @functools.cached_property
+    def _places(self) -> Int[np.ndarray, " buckets"]:
+        """Where the words of each bucket, hashes of the same first bits, begin: a word or so each."""
+        bits = max(1, int(len(self.words) - 1).bit_length())
+        edges = np.arange(2**bits, dtype=np.uint64) << np.uint64(64 - bits)
+        return np.append(np.searchsorted(self.words, edges), len(self.words))
 
     def save(self, file: Path) -> None:
         np.savez_compressed(file, codes=self.codes, words=self.words, evidence=self.evidence)
@@ -97,6 +103,21 @@ def identified(text: str) -> str:
     except ValueError:  # a text without letters
         return UNKNOWN
     return found.lang if found.is_reliable else UNKNOWN  # type: ignore[attr-defined]
+
+
+@compiled
+def _found(hashes, words, places):
+    """Where each hash stands among the words; their number for those that don't."""
+    rows, bits = np.empty(hashes.size, np.int64), 0
+    while 1 << bits < places.size - 1:
+        bits += 1
+    for i in range(hashes.size):
+        bucket = np.int64(hashes[i] >> np.uint64(64 - bits))
+        rows[i] = words.size
+        for place in range(places[bucket], places[bucket + 1]):
+            if words[place] == hashes[i]:
+                rows[i] = place
+    return rows
 
 
 def lettered(batch: TextBatch, which: Int[np.ndarray, " words"]) -> Int[np.ndarray, " lettered"]:
