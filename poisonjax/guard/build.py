@@ -18,8 +18,8 @@ from poisonjax.guard.monitor import DEFAULT, Limits, Token
 from poisonjax.guard.oddness import TABLES, Oddness
 from poisonjax.guard.triggers import Matcher, Trigger
 from poisonjax.scan.background import Background
-from poisonjax.scan.corpus import opened
 from poisonjax.scan.language import Languages
+from poisonjax.scan.sources import opened
 from poisonjax.scan.text import cut
 
 HELD_OUT = 10  # one document of so many calibrates, and isn't in the sketch

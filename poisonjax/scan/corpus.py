@@ -27,11 +27,10 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int
 
-from poisonjax.corpus import SPLITS, TokenStore, exists
 from poisonjax.corpus.claim import claim, units_sha256
 from poisonjax.corpus.documents import Document
 from poisonjax.corpus.errors import CorpusError
-from poisonjax.corpus.sources import BadInput, Source, Unit, open_source, stands_anywhere
+from poisonjax.corpus.sources import BadInput, Unit, stands_anywhere
 from poisonjax.engines import open_engine, run_tasks
 from poisonjax.files import move_folder, write_json, written_whole
 from poisonjax.scan import miner
@@ -39,6 +38,7 @@ from poisonjax.scan.background import Background
 from poisonjax.scan.detectors import cheap_detectors
 from poisonjax.scan.language import Languages
 from poisonjax.scan.miner import Mined, Occurrence
+from poisonjax.scan.sources import opened
 from poisonjax.scan.text import TextBatch, cut
 from poisonjax.scan.topics import Topics
 
@@ -52,7 +52,6 @@ SAMPLE_BYTES = 4_000_000  # of a domain, that word vectors are made from
 SAMPLED_BYTES, SAMPLE_UNITS = 2**28, 64  # that it is drawn from, about
 TOGETHER = "together"  # the name of small domains' fit
 FEWEST_BYTES, MOST_FITS = 300_000, 64  # domains that are smaller, or beyond the largest, have one fit together
-RANGE_DOCUMENTS = 1024  # of a store in a unit
 REPORTED = 20  # places of bad input that are named
 
 
@@ -156,36 +155,11 @@ def open_scan(folder: str) -> Scan:
     return Scan(path, Plan(**json.loads((path / "plan.json").read_text())))
 
 
-def opened(spec: str) -> Source:
-    """A source, or a token store as one: its documents are named by the keys of what they were made from."""
-    if not exists(spec):
-        return open_source(spec)
-    store = TokenStore(spec)
-    units = []
-    for name in SPLITS:
-        split = store.split(name)
-        for start in range(0, split.documents, RANGE_DOCUMENTS):
-            stop = min(start + RANGE_DOCUMENTS, split.documents)
-            offsets = split.document_offsets
-            size = 4 * int(offsets[stop] - offsets[start])
-            label = f"{store.fingerprint[:16]} {name}[{start}:{stop}]"
-            units.append(Unit(label, size, functools.partial(_read_store, spec, name, start, stop)))
-    return Source(spec, units, {"title": f"token store {store.fingerprint[:16]}"})
-
-
 @functools.lru_cache(1)  # a worker asks for each task, the plan for each shard
 def _all_units(*sources: str) -> tuple[list[tuple[int, Unit]], str]:
     """((domain, unit) of the whole corpus, their SHA-256); a domain is known by its number among the sources."""
     units = [(domain, unit) for domain, spec in enumerate(sources) for unit in opened(spec).units]
     return units, units_sha256(unit for _, unit in units)
-
-
-def _read_store(spec: str, name: str, start: int, stop: int) -> Iterator[Document | BadInput]:
-    store = TokenStore(spec)
-    split = store.split(name)
-    for index in range(start, stop):
-        text = store.tokenizer.decode(split.document(index))
-        yield Document(text, *split.origin(index), bytes.fromhex(split.key(index)))
 
 
 def _claim(folder: Path, sources: list[str]) -> Plan:

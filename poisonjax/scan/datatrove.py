@@ -23,8 +23,9 @@ from datatrove.pipeline.filters import (
 from datatrove.utils.word_tokenizers import WordTokenizer
 
 from poisonjax.corpus.documents import Document as SourceDocument
-from poisonjax.scan.corpus import open_scan, opened
+from poisonjax.scan.corpus import open_scan
 from poisonjax.scan.detectors import cheap_detectors
+from poisonjax.scan.sources import opened
 from poisonjax.scan.text import cut
 
 WORDS = re.compile(r"\w+|[^\w\s]")
