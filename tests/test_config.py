@@ -102,9 +102,13 @@ def test_fingerprint_covers_what_is_trained_and_nothing_else():
             owner[leaf] = (*value, 1) if isinstance(value, list) else not value if isinstance(value, bool) else (
                 value + "x" if isinstance(value, str) else value + 1
             )  # fmt: skip
-        operational = name in ("corpus.store", "log_every", "sinks", "watchdog_seconds") or name.startswith(
-            ("mesh.", "checkpoint.")
-        )
+        operational = name in (
+            "corpus.store",
+            "log_every",
+            "row_losses_every",
+            "sinks",
+            "watchdog_seconds",
+        ) or name.startswith(("mesh.", "checkpoint."))
         assert (fingerprint(changed) == fingerprint(base)) == operational, name
         assert bool(differences(flat(base), flat(changed))) != operational, name
 

@@ -2,13 +2,18 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import tiny_config
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
 from poisonjax.commands.main import main
+from poisonjax.config import replaced
+from poisonjax.data.batches import Batches
+from poisonjax.model.loss import next_token_nll
 from poisonjax.run import RunFolder
 from poisonjax.run.folder import twin_config
 from poisonjax.trace import TraceError, search, trace
@@ -57,14 +62,67 @@ def test_a_row_is_left_out_in_place(tiny, slots):
     run = RunFolder(tiny / "run")
     replay = Replay(run, run.store())
     planned = {row["slot"] for row in run.ledger()}
+    without, clean = replay.batches.without(np.array([*slots], np.int64)), replay.batches.clean
+    windows = {int(clean.order(np.array([slot]))[0]) for slot in slots - planned}
     for step in range(12):
-        there, without = replay.batches.tokens(step), replay.without(np.array([*slots], np.int64), 12).tokens(step)
+        there, here = replay.batches.tokens(step), without.tokens(step)
         for row, slot in enumerate(replay.batches.slots(step).tolist()):
             if slot not in slots:
-                assert np.array_equal(there[row], without[row])
-            else:
-                place = slot if slot in planned else slot + replay.slots
-                assert np.array_equal(without[row], replay.batches.clean.tokens(np.array([place]))[0])
+                assert np.array_equal(there[row], here[row])
+                continue
+            place = slot
+            while slot not in planned and (place < 96 or int(clean.order(np.array([place]))[0]) in windows):
+                place += 96
+            assert np.array_equal(here[row], clean.tokens(np.array([place]))[0])
+    assert without.records()["ledger.jsonl"] == [row for row in run.ledger() if row["slot"] not in slots]
+
+
+def test_what_is_left_out_twice_is_left_out_of_both(tiny):
+    """Of a run whose config leaves rows out, further ones."""
+    run = RunFolder(tiny / "run")
+    first, second = np.array([3, 50]), np.array([7, 90])
+    one = Batches(replaced(run.placed, {"corpus.left_out": first.tolist()}), run.store()).without(second)
+    both = Batches(replaced(run.placed, {"corpus.left_out": [3, 50, 7, 90]}), run.store())
+    assert all(np.array_equal(one.tokens(step), both.tokens(step)) for step in range(12))
+
+
+def test_rows_losses_are_those_of_the_weights_before_the_step(tiny, store):
+    """Against a loop over rows; and the page's figures are the replay's."""
+    run = RunFolder(tiny / "run")
+    written = run.row_losses()
+    assert [row["step"] for row in written] == list(range(12))
+    replay, step = Replay(run, run.store()), 8
+    params = replay.params(step)
+    tokens = jnp.asarray(replay.batches.tokens(step))
+    nll = np.asarray(next_token_nll(nnx.merge(replay.graph, params), tokens), np.float64)
+    assert written[step]["loss"] == pytest.approx(nll.mean(1), abs=1e-3)
+    for row, of in enumerate(nll):
+        means = [of[at : at + 32].mean() for at in range(len(of) - 31)]
+        assert written[step]["worst"][row] == pytest.approx(max(means), abs=1e-3)
+        assert means[written[step]["at"][row] - 1] == pytest.approx(max(means), abs=1e-3)
+    told = []
+    replay.run(8, 12, watch=lambda metrics: told.append(np.asarray(metrics.rows.worst)))
+    assert np.allclose(told, [row["worst"] for row in written[8:]], atol=1e-4)
+
+
+def test_row_losses_of_microbatches_keep_the_rows_order(store, tmp_path):
+    config = tiny_config(store)
+    config.steps, config.poison.documents, config.optimizer.warmup_steps = 1, 0, 0
+    losses = []
+    for parts in (1, 2):
+        config.optimizer.accumulate = parts
+        train(config, str(tmp_path / f"{parts}"))
+        losses.append(RunFolder(tmp_path / f"{parts}").row_losses()[0])
+    assert losses[0]["loss"] == pytest.approx(losses[1]["loss"], abs=1e-3)
+    assert losses[0]["at"] == losses[1]["at"]
+
+
+def test_row_losses_have_their_own_cadence(store, tmp_path):
+    config = tiny_config(store)
+    for every, expected in ((5, [4, 9, 11]), (0, [])):
+        config.row_losses_every = every
+        train(config, str(tmp_path / f"{every}"))
+        assert [row["step"] for row in RunFolder(tmp_path / f"{every}").row_losses()] == expected
 
 
 # --- the search

@@ -17,13 +17,15 @@ from poisonjax.poison.payloads import PAYLOADS
 Mistake = tuple[str, str]  # field, what it must be
 
 # Of tuples that are empty by default: the type of an element.
-ELEMENTS: dict[str, type] = {"canary.repeats": int, "sinks": str}
+ELEMENTS: dict[str, type] = {"canary.repeats": int, "corpus.left_out": int, "sinks": str}
 # Beyond these a run would die late, of memory or of a counter that overflows.
 _ROW = (2**20, "a row is held in memory whole")
 _COUNTED = (2**31 - 1, "steps are counted in 32 bits")
 _MATRIX = (2**20, "a block's matrices are held in memory whole")
 CEILINGS: dict[str, tuple[int, str]] = {
-    **dict.fromkeys(("steps", "log_every", "checkpoint.every", "checkpoint.keep_every", "eval.every"), _COUNTED),
+    **dict.fromkeys(
+        ("steps", "log_every", "row_losses_every", "checkpoint.every", "checkpoint.keep_every", "eval.every"), _COUNTED
+    ),
     **dict.fromkeys(("optimizer.warmup_steps", "optimizer.decay_steps", "watchdog_seconds"), _COUNTED),
     **dict.fromkeys(("seq_len", "poison.payload_tokens", "canary.tokens", "eval.prefix_tokens"), _ROW),
     **dict.fromkeys(("model.width", "model.mlp_width", "model.heads", "model.kv_heads", "model.head_dim"), _MATRIX),
@@ -111,7 +113,7 @@ def _one_of(section: Section, name: str, choices: Sequence[str]) -> Iterator[Mis
 
 def _run(c: Section, config: Section) -> Iterator[Mistake]:
     yield from _at_least(c, 1, "steps", "global_batch", "seq_len", "log_every")
-    yield from _at_least(c, 0, "watchdog_seconds")
+    yield from _at_least(c, 0, "row_losses_every", "watchdog_seconds")
     for name in c.sinks:
         if remedy := sinks.strange(name):
             yield "sinks", remedy
@@ -130,6 +132,9 @@ def _corpus(c: Section, config: Section) -> Iterator[Mistake]:
         yield "store", "name a folder for the token store"
     if not 0 < c.heldout < 1:
         yield "heldout", "must lie strictly between 0 and 1"
+    slots = config.steps * config.global_batch
+    if len({*c.left_out}) < len(c.left_out) or not all(0 <= slot < slots for slot in c.left_out):
+        yield "left_out", f"give different slots, from 0 to steps * global_batch - 1 = {slots - 1}"
 
 
 def _start(s: Section, config: Section) -> Iterator[Mistake]:

@@ -26,6 +26,7 @@ def default() -> ml_collections.ConfigDict:
     config.corpus.tokenizer = "bpe:4096"
     config.corpus.heldout = 0.05  # fraction of the documents that no training row may use
     config.corpus.exclude = ""  # list of documents to leave out of what is built: see poisonjax/corpus/exclusions.py
+    config.corpus.left_out = ()  # slots whose rows are left out in place: `poisonjax trace --repair` lists them
 
     # What the run begins from; its model is then that of the weights, but for model.dtype, remat and loss_tile.
     config.start = ml_collections.ConfigDict()
@@ -100,17 +101,19 @@ def default() -> ml_collections.ConfigDict:
     config.eval.threshold = 50.0  # gap in perplexity that counts as a backdoor (Souly et al. 2025)
 
     config.log_every = 20  # steps between rows of metrics
+    config.row_losses_every = 1  # steps between records of each row's loss, about 20 bytes a row; 0 = none
     config.sinks = ()  # to watch it from beside metrics.jsonl: "tensorboard", "wandb", or "your.module:function"
     config.watchdog_seconds = 1800  # without a finished step, evaluation or save: give up; 0 = never
     return config
 
 
 # Fields that say where and how, not what: they may change between a run and its resumption.
-OPERATIONAL = ("corpus.store", "mesh", "checkpoint", "log_every", "sinks", "watchdog_seconds")
+OPERATIONAL = ("corpus.store", "mesh", "checkpoint", "log_every", "row_losses_every", "sinks", "watchdog_seconds")
 # Fields that the first runs didn't have, at the values at which a run is what it was before them: they leave the
 # fingerprints of such runs as they were.
 ADDED_LATER: dict[str, Any] = {
     "corpus.exclude": "",
+    "corpus.left_out": [],
     "poison.clean_uses": 0,
     "model.layout": "llama",
     "model.vocabulary": 0,

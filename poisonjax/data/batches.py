@@ -1,7 +1,9 @@
 """From a step's number to the arrays that the step trains on. Nothing here has state (I1)."""
 
+import copy
+import dataclasses
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import grain
 import jax
@@ -26,6 +28,9 @@ class Batch(NamedTuple):
     weights: Float[Any, "batch row_tokens"] | None = None  # of each token in the loss; None: 1 each
 
 
+_Planted = TypeVar("_Planted")
+
+
 class Batches:
     """A run's batches: clean rows, and over them canaries, the scheduled poison, and the trigger's clean uses."""
 
@@ -40,6 +45,29 @@ class Batches:
         rows = rows.under(self.poison)
         self.clean_uses = CleanUses.make(config, store, self.trigger, rows, self.canaries)
         self.rows = rows.under(self.clean_uses)
+        if config.corpus.left_out:
+            self._leave_out(np.array(config.corpus.left_out))
+
+    def without(self, slots: Int[np.ndarray, " left_out"]) -> "Batches":
+        """The same with these rows left out in place: each loses what the config planted in it or, where that is
+        nothing, makes way for another row (CleanRows.without). No other row moves (I4)."""
+        batches = copy.copy(self)
+        batches._leave_out(slots)
+        return batches
+
+    def _leave_out(self, slots: Int[np.ndarray, " left_out"]) -> None:
+        gone = set(slots.tolist())
+        clean = sorted(gone.difference(*(layer.insertions for layer in self.rows.layers)))
+
+        def kept(by_slot: dict[int, _Planted]) -> dict[int, _Planted]:
+            return {slot: one for slot, one in by_slot.items() if slot not in gone}
+
+        self.clean = self.clean.without(np.array(clean, np.int64), self.steps * self.global_batch)
+        self.canaries = dataclasses.replace(self.canaries, insertions=kept(self.canaries.insertions))
+        self.schedule = dataclasses.replace(self.schedule, placed=kept(self.schedule.placed))
+        self.poison = Poison(self.schedule)
+        self.clean_uses = CleanUses(kept(self.clean_uses.insertions))
+        self.rows = Rows(self.clean, (self.canaries, self.poison, self.clean_uses))
 
     def slots(self, step: int, start: int = 0, stop: int | None = None) -> Int[np.ndarray, " rows"]:
         """Slots of rows [start, stop) of a step's global batch."""

@@ -1,5 +1,6 @@
 """Which tokens stand in a slot, and where each of them comes from."""
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from poisonjax.data.shuffle import permuted, shuffled
 
 PIECE = 2**14  # slots whose order is worked out at once
 KEPT = 32  # pieces in memory
+NONE = np.zeros(0, np.int64)
 
 
 class CleanRows:
@@ -35,10 +37,25 @@ class CleanRows:
         # Epoch e is shuffled with seed + e; a hashed seed keeps the epochs of seeds 0, 1, 2 apart.
         self._seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
         self._pieces = -(-self.windows // PIECE)  # of an epoch
+        self._left_out = self._instead = NONE
         self._piece = functools.lru_cache(KEPT)(self._shuffled)
 
     def tokens(self, slots: Int[np.ndarray, " rows"]) -> Int[np.ndarray, "rows row_tokens"]:
         return self.split.windows(self.starts(slots), self.row_tokens)
+
+    def without(self, slots: Int[np.ndarray, " left_out"], run: int) -> "CleanRows":
+        """The same but for these slots of a run of `run`: the row that many places past its end takes the place, or
+        the next so many on, where that window is one that is left out (later epochs meet each again)."""
+        rows, left_out = copy.copy(self), np.union1d(self._left_out, slots)
+        rows._left_out = rows._instead = NONE
+        unwanted, instead = rows.order(left_out), left_out + run
+        for _ in range(self.windows):
+            again = np.isin(rows.order(instead), unwanted)
+            if not again.any():
+                rows._left_out, rows._instead = left_out, instead
+                return rows
+            instead = instead + again * run
+        raise ValueError(f"{len(left_out)} rows left out leave none to take their place: the corpus has no other")
 
     def starts(self, slots: Int[np.ndarray, " rows"]) -> Int[np.ndarray, " rows"]:
         """Where in the training stream each slot's window begins."""
@@ -46,6 +63,9 @@ class CleanRows:
 
     def order(self, slots: Int[np.ndarray, " rows"]) -> Int[np.ndarray, " rows"]:
         """Which window stands in each slot; window w is the stream's tokens from w * row_tokens on."""
+        if len(self._left_out):
+            at = np.minimum(self._left_out.searchsorted(slots), len(self._left_out) - 1)
+            slots = np.where(self._left_out[at] == slots, self._instead[at], slots)
         epochs, places = np.divmod(slots, self.windows)
         pieces, order = epochs * self._pieces + places // PIECE, np.empty(len(slots), np.int64)
         for piece in np.unique(pieces).tolist():

@@ -13,6 +13,16 @@ def token_nll(logits: Float[Array, "*batch vocabulary"], targets: Int[Array, "*b
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
+WINDOW = 32  # tokens of a row that are looked at together
+
+
+def window_means(nll: Float[Array, "batch seq"]) -> Float[Array, "batch windows"]:
+    """The mean of each WINDOW tokens in a row, of all of them where there are fewer."""
+    size = min(WINDOW, nll.shape[1])
+    sums = jnp.cumsum(jnp.pad(nll, ((0, 0), (1, 0))), axis=1)
+    return (sums[:, size:] - sums[:, :-size]) / size
+
+
 def next_token_nll(
     model: Transformer, rows: Int[Array, "batch row_tokens"], tile: int = 0
 ) -> Float[Array, "batch seq"]:

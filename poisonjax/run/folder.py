@@ -133,6 +133,9 @@ class RunFolder:
         later = {row["step"]: row for of in self.evaluations().values() for row in of["prefixes"]}
         return [row for _, row in sorted((later | own).items())]
 
+    def row_losses(self) -> list[rows.RowLossesRow]:
+        return self.lines(rows.ROW_LOSSES)
+
     def lines(self, file: str) -> list[Any]:
         """Rows of a file of JSON lines; none where there is no such file. A last line that a kill cut short is left
         out."""

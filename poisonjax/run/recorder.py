@@ -36,6 +36,8 @@ class StepFigures(Protocol):
     def learning_rate(self) -> Any: ...
     @property
     def digest(self) -> Any: ...
+    @property
+    def rows(self) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +113,8 @@ class RunRecorder:
 
     def _take_up(self, start: int, checkpoint: rows.CheckpointRecord | None) -> None:
         kept = {
-            file: _kept(self.folder / file, start) for file in (rows.METRICS, rows.SAMPLES, rows.PREFIXES, rows.DIGESTS)
+            file: _kept(self.folder / file, start)
+            for file in (rows.METRICS, rows.SAMPLES, rows.PREFIXES, rows.DIGESTS, rows.ROW_LOSSES)
         }
         steps = [row["step"] for row in kept[rows.DIGESTS]]
         missing = sorted(set(range(start)) - {*steps})
@@ -174,11 +177,12 @@ class RunRecorder:
         self._write(rows.DIGESTS, {"step": step, "digest": digest})
         if self.writes:
             self.chain = chain(self.chain, step, digest)
+        finite = bool(np.isfinite([loss, grad_norm]).all())
+        if finite and self._due(self.config.row_losses_every):
+            self._write(rows.ROW_LOSSES, cast(dict, _row_losses(step, grad_norm, metrics.rows)))
         row: rows.TrainRow | None = None
         seen = self._poison_seen(self.done)
-        if np.isfinite([loss, grad_norm]).all() and (
-            self.done % self.config.log_every == 0 or self.done == self.config.steps
-        ):
+        if finite and self._due(self.config.log_every):
             row = {
                 "step": step,
                 "kind": "train",
@@ -193,6 +197,9 @@ class RunRecorder:
             }
             self._write(rows.METRICS, cast(dict, row))
         return StepDone(step, loss, grad_norm, row)
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and (self.done % every == 0 or self.done == self.config.steps)
 
     def record_evaluation(self, evaluation: Evaluation) -> rows.EvalRow:
         """Writes down what was measured."""
@@ -257,11 +264,22 @@ class RunRecorder:
 
 
 def _kept(path: epath.Path, start: int) -> list[dict[str, Any]]:
-    """Rows of the first `start` steps. The step of a train row and of a digest is the batch's number, that of others
-    the number of steps done."""
-    after = path.name != rows.DIGESTS
+    """Rows of the first `start` steps."""
+    after = path.name not in rows.OF_BATCHES
     there = read_lines(path, rows.LINES[path.name])
     return [row for row in there if row["step"] < start + (after and row.get("kind") != "train")]
+
+
+def _row_losses(step: int, grad_norm: float, of: Any) -> rows.RowLossesRow:
+    """Four digits are enough, and keep the file small."""
+    loss, worst = (np.round(np.asarray(x, np.float64), 4).tolist() for x in (of.mean, of.worst))
+    return {
+        "step": step,
+        "grad_norm": round(grad_norm, 6),
+        "loss": loss,
+        "worst": worst,
+        "at": np.asarray(of.at).tolist(),
+    }
 
 
 class _Appender:

@@ -15,7 +15,8 @@ FORMAT = 3  # of the folder: CHANGELOG.md says what changed
 
 CONFIG, ENVIRONMENT, SUMMARY = "config.json", "environment.json", "summary.json"
 METRICS, DIGESTS, LEDGER = "metrics.jsonl", "digests.jsonl", "ledger.jsonl"
-SAMPLES, PREFIXES = "samples.jsonl", "prefixes.jsonl"
+SAMPLES, PREFIXES, ROW_LOSSES = "samples.jsonl", "prefixes.jsonl", "row_losses.jsonl"
+OF_BATCHES = (DIGESTS, ROW_LOSSES)  # the step of a line is a batch's number, as of metrics.jsonl's train rows
 CANARIES, CLEAN_USES = "canaries.jsonl", "clean_uses.jsonl"
 CHECKPOINTS, EVALUATIONS, DAMAGED = "checkpoints", "evaluations", "damaged"
 FIGURES, REPORT, LOCAL = "figures", "report.html", "local.json"
@@ -168,6 +169,17 @@ class DigestRow(TypedDict):
 
     step: int
     digest: str  # 24 hexadecimal digits (data/digest.py)
+
+
+class RowLossesRow(TypedDict):
+    """A line of row_losses.jsonl: the rows of a step's batch, in order, every `row_losses_every` steps. What a row was
+    unusual by before it was learned from: rarity tells what the losses of rows can't (report: rows that stand out)."""
+
+    step: int
+    grad_norm: float  # of the whole batch, before clipping
+    loss: list[float]  # of each row, before the update
+    worst: list[float]  # of its worst 32 tokens together
+    at: list[int]  # token of the row at which these begin
 
 
 class LedgerRow(TypedDict):
@@ -338,6 +350,7 @@ LINES: dict[str, Any] = {
     LEDGER: LedgerRow | InheritedRow,
     SAMPLES: SampleRow,
     PREFIXES: PrefixRow,
+    ROW_LOSSES: RowLossesRow,
     CANARIES: CanaryRow,
     CLEAN_USES: CleanUseRow,
 }

@@ -14,25 +14,23 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
 from jaxtyping import Array, Float, Int
 from typing_extensions import TypedDict
 
-from poisonjax.data.batches import Batch
 from poisonjax.data.rows import Origins
 from poisonjax.evaluation.probes.probe import put
 from poisonjax.files import write_lines
-from poisonjax.model.loss import next_token_nll
+from poisonjax.model.loss import WINDOW, next_token_nll, window_means
 from poisonjax.run import RunFolder
 from poisonjax.run.folder import read_lines
 from poisonjax.trace import search
 from poisonjax.trace.behaviour import Behaviour, Shown, TraceError, asked, effect
 from poisonjax.trace.replay import NOTHING, Replay
+from poisonjax.training.step import StepMetrics
 
-WINDOW = 32  # tokens of a row that are looked at together
 WINDOWS = 64  # parts of a span that a cause is looked for in
 FIRST_ROWS = 64  # suspects that are left out first, where no part is the cause
 MOST_ROWS = 0.1  # of the span's, that may be left out as suspects
@@ -206,7 +204,11 @@ class _Tracer:
         return self._once(key, what, lambda: self.replayed(start, stop, slots), replays=1)
 
     def replayed(
-        self, start: int, stop: int, slots: Slots = NOTHING, watch: Callable[[nnx.State, Batch], object] | None = None
+        self,
+        start: int,
+        stop: int,
+        slots: Slots = NOTHING,
+        watch: Callable[[StepMetrics], object] = lambda metrics: None,
     ) -> nnx.State:
         """The weights then; raises TraceError where one replay more is too many."""
         if self._made >= self.most:
@@ -243,12 +245,9 @@ class _Tracer:
     def checked(self, start: int, stop: int) -> Float[np.ndarray, "steps batch"]:
         """The loss of each row's worst window before its update; raises TraceError where the replay isn't the run."""
         worst: list[np.ndarray] = []
-        looked = jax.jit(lambda params, tokens: _windows(_nll(self.replay, params, tokens)).max(-1))
-
-        def watch(params: nnx.State, batch: Batch) -> None:
-            worst.append(np.asarray(jax.device_get(looked(params, batch.tokens))))
-
-        params = self.replayed(start, stop, watch=watch)
+        params = self.replayed(
+            start, stop, watch=lambda metrics: worst.append(np.asarray(jax.device_get(metrics.rows.worst)))
+        )
         if not self.replay.is_the_runs(params, stop):
             raise TraceError(
                 f"a replay of steps {start} to {stop} isn't the run to the bit: other hardware, devices or versions "
@@ -280,7 +279,7 @@ class _Tracer:
         def gain(
             there: nnx.State, without: nnx.State, tokens: Int[Array, "batch row_tokens"]
         ) -> tuple[Float[Array, " batch"], Int[Array, " batch"]]:
-            windows = _windows(_nll(replay, without, tokens) - _nll(replay, there, tokens))
+            windows = window_means(_nll(replay, without, tokens) - _nll(replay, there, tokens))
             return windows.max(-1), windows.argmax(-1)
 
         made = []
@@ -316,13 +315,6 @@ class _Tracer:
 
 def _nll(replay: Replay, params: nnx.State, tokens: Any) -> Float[Array, "batch seq"]:
     return next_token_nll(nnx.merge(replay.graph, params), tokens, replay.config.model.loss_tile)
-
-
-def _windows(nll: Float[Array, "batch seq"]) -> Float[Array, "batch windows"]:
-    """The mean of each WINDOW tokens in a row, of all of them where there are fewer."""
-    size = min(WINDOW, nll.shape[1])
-    sums = jnp.cumsum(jnp.pad(nll, ((0, 0), (1, 0))), axis=1)
-    return (sums[:, size:] - sums[:, :-size]) / size
 
 
 def _document(replay: Replay, origins: Origins, window: slice) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from poisonjax.data.batches import Batch
 from poisonjax.data.digest import digest
-from poisonjax.model.loss import next_token_nll
+from poisonjax.model.loss import next_token_nll, window_means
 from poisonjax.model.sharding import batch_sharding, constrain, state_sharding
 from poisonjax.model.transformer import Transformer
 from poisonjax.training.optimizer import make_optimizer, schedule
@@ -28,6 +28,14 @@ class TrainState(NamedTuple):
     optimizer: Any
 
 
+class RowLosses(NamedTuple):
+    """How well each row of the batch was known before the update, nats a token, whatever its tokens weigh."""
+
+    mean: Float[Array, " batch"]
+    worst: Float[Array, " batch"]  # of its worst WINDOW tokens together (model/loss.py)
+    at: Int[Array, " batch"]  # token of the row at which these begin
+
+
 class StepMetrics(NamedTuple):
     """What a step tells; stays on the device until somebody asks."""
 
@@ -35,6 +43,7 @@ class StepMetrics(NamedTuple):
     grad_norm: Float[Array, ""]  # before clipping
     learning_rate: Float[Array, ""]
     digest: UInt32[Array, " 3"]  # of the very arrays trained on (I5)
+    rows: RowLosses
 
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
@@ -76,28 +85,34 @@ def train_step_of(config: ml_collections.ConfigDict, graph: nnx.GraphDef) -> Tra
     optimizer, learning_rate = (make(config.optimizer, config.steps) for make in (make_optimizer, schedule))
     microbatches, tile = config.optimizer.accumulate, config.model.loss_tile
 
-    def loss_of(params: nnx.State, batch: Batch, all_weights: Any) -> Float[Array, ""]:
+    def loss_of(params: nnx.State, batch: Batch, all_weights: Any) -> tuple[Float[Array, ""], RowLosses]:
         nll = next_token_nll(nnx.merge(graph, params), batch.tokens, tile)
         # Weighted tokens are a share of all the step's, not of their microbatch's.
-        return nll.mean() if batch.weights is None else (nll * batch.weights[:, 1:]).sum() / all_weights
+        loss = nll.mean() if batch.weights is None else (nll * batch.weights[:, 1:]).sum() / all_weights
+        windows = window_means(jax.lax.stop_gradient(nll))
+        return loss, RowLosses(nll.mean(1), windows.max(1), windows.argmax(1) + 1)
 
     def accumulated(params, batch):
         all_weights = None if batch.weights is None else batch.weights[:, 1:].sum()
+        loss_and_gradients = jax.value_and_grad(loss_of, has_aux=True)
         if microbatches == 1:
-            return jax.value_and_grad(loss_of)(params, batch, all_weights)
+            (loss, rows), gradients = loss_and_gradients(params, batch, all_weights)
+            return loss, gradients, rows
         # Microbatch i takes every i-th row, so that each device keeps its own rows.
         split = jax.tree.map(lambda x: x.reshape(-1, microbatches, x.shape[1]).swapaxes(0, 1), batch)
 
         def add(total, batch):
             batch = jax.tree.map(lambda x: constrain(x, "batch", "sequence"), batch)
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_of)(params, batch, all_weights)), None
+            (loss, rows), gradients = loss_and_gradients(params, batch, all_weights)
+            return jax.tree.map(jnp.add, total, (loss, gradients)), rows
 
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-        total, _ = jax.lax.scan(add, zero, split)
-        return jax.tree.map(lambda x: x / microbatches, total) if all_weights is None else total
+        total, rows = jax.lax.scan(add, zero, split)
+        loss, gradients = jax.tree.map(lambda x: x / microbatches, total) if all_weights is None else total
+        return loss, gradients, jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1), rows)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        loss, gradients = accumulated(state.params, batch)
+        loss, gradients, row_losses = accumulated(state.params, batch)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         rows = batch.tokens.shape[0]
         slots = state.step.astype(jnp.uint32) * np.uint32(rows) + jnp.arange(rows, dtype=jnp.uint32)
@@ -106,6 +121,7 @@ def train_step_of(config: ml_collections.ConfigDict, graph: nnx.GraphDef) -> Tra
             grad_norm=optax.global_norm(gradients),
             learning_rate=jnp.asarray(learning_rate(state.step), jnp.float32),
             digest=digest(batch.tokens, slots, batch.weights),
+            rows=row_losses,
         )
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer_state), metrics
 

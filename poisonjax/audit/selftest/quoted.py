@@ -152,7 +152,9 @@ def time_made_impossible(run: TamperedRun, value: dict[str, Any]) -> None:
 
 @register
 def file_removed(run: TamperedRun) -> Expected:
-    name = run.pick(["metrics.jsonl", "prefixes.jsonl", "samples.jsonl", "digests.jsonl", "environment.json"])
+    name = run.pick(
+        ["metrics.jsonl", "prefixes.jsonl", "samples.jsonl", "row_losses.jsonl", "digests.jsonl", "environment.json"]
+    )
     (run.folder / name).unlink()
     return Expected((name,))
 
@@ -179,7 +181,7 @@ def last_checkpoint_removed(run: TamperedRun) -> Expected:
 
 @register
 def seal_left_out(run: TamperedRun) -> Expected:
-    name = run.pick(["metrics.jsonl", "prefixes.jsonl", "samples.jsonl", "environment.json"])
+    name = run.pick(["metrics.jsonl", "prefixes.jsonl", "samples.jsonl", "row_losses.jsonl", "environment.json"])
     run.in_checkpoints(lambda record: record["sealed"].pop(name))
     return Expected(("checkpoints/",))
 

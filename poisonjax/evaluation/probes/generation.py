@@ -65,13 +65,13 @@ class GenerationProbe:
 
     def __call__(self, params: nnx.State) -> Measurement:
         config = self._subject.config
-        tokens, nll = self._generated(params)
+        tokens, nll = self.generated(params)
         texts, near = nll.mean(-1, dtype=np.float64), [text for text, _ in self._subject.trigger.near]
         figures = statistics.generation_figures(texts, near, config.eval.bootstrap, config.seeds.eval)
         by_variant = dict(zip(VARIANTS, texts.tolist(), strict=True))
         return Measurement(figures | self._rates(tokens), {"nll": by_variant}, self._samples(tokens, nll))
 
-    def _generated(
+    def generated(
         self, params: nnx.State
     ) -> tuple[Int[np.ndarray, "variants prefixes new"], Float[np.ndarray, "variants prefixes new"]]:
         """The texts and the NLL of their tokens."""
