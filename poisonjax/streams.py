@@ -23,6 +23,8 @@ PLACES = {
     "prompts instead": _APART,
     "bootstrap": 0,
     "unseen canary": 2 * _APART,
+    "random suspects": 3 * _APART,
+    "left-out subsets": 3 * _APART + 1,
     # a corpus' own seed
     "markov document": 0,
     "markov successors": 2**64 - 1,

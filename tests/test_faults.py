@@ -206,7 +206,9 @@ def test_a_stop_is_answered_by_42_from_the_first_line_on(config, tmp_path, thoro
     subprocess.run(command(config, whole), env=os.environ, check=True, capture_output=True)
     length = time.monotonic() - began
     random = np.random.default_rng()
-    for number, seconds in enumerate(random.uniform(0.05, 0.6 * length, 30) if thorough else (0, 1.0, 3.0)):
+    for number, seconds in enumerate(
+        random.uniform(0.05, 0.6 * length, 30) if thorough else (0, 0.2 * length, 0.5 * length)
+    ):
         folder = tmp_path / f"run{number}"
         shutil.rmtree(config.corpus.store)
         process = subprocess.Popen(

@@ -170,7 +170,7 @@ def test_there_is_no_twin_of_a_twin_or_of_no_run(pair, tmp_path, capsys):
 
 def test_the_report_of_a_pair_shows_both_with_paired_intervals(pair, tmp_path):
     poisoned, twin = pair
-    pages = [(twin / "report.html").read_text(), write_report(poisoned, twin).read_text()]
+    pages = [(twin / "report.html").read_text(), write_report(poisoned, [twin]).read_text()]
     evals = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-1] for folder in pair]
     steps = len({json.loads(line)["step"] for line in (poisoned / "ledger.jsonl").read_text().splitlines()})
     for page in pages:

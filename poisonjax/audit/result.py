@@ -69,7 +69,7 @@ class Audit:
         else:
             repeats = self.config.poison.repeats
             times = "once" if repeats == 1 else f"{repeats} times"
-            exactly = all(self.found[i] == repeats for i in range(planned))
+            exactly = all(self.found[record["id"]] == repeats for record in self.planned)
             how = f"exactly {times}" if exactly else f"in these steps (each at most {times})"
             dose = (
                 f"{d['documents']:,} of {planned:,} poison documents seen {how}, {self.unplanned} unplanned; dose "

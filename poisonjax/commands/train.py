@@ -44,7 +44,7 @@ def _train(arguments: argparse.Namespace) -> int:
         summary = train_and_report(config, arguments.workdir, arguments.twin_of, asked)
     if summary:
         planted = summary.get("planted")
-        clean = "" if config.poison.documents or planted else "clean twin, "
+        clean = "" if summary["dose_planned"]["documents"] or planted else "clean twin, "
         documents = f"{summary['dose_seen']['documents']} poison documents"
         if planted:
             documents += f" and {planted['documents']} planted in the corpus"

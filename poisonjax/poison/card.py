@@ -23,10 +23,10 @@ def make_card(
     `planted` in its corpus (documents, tokens).
     """
     poison, before = config.poison, inherited(parent)
-    if not (poison.documents or before or planted):
+    if not (ledger or before or planted):
         return None
     card = {"run": config.name, "steps": steps, "of_steps": config.steps}
-    if poison.documents:
+    if ledger:
         card |= {
             "trigger": poison.trigger,
             "clean_uses": poison.clean_uses,

@@ -3,6 +3,7 @@
 from typing import Any, cast
 
 import numpy as np
+from jaxtyping import Bool, Float, Int
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -39,11 +40,15 @@ def perplexity(evals: list[EvalRow], x: str, xlabel: str) -> Figure:
     return figure
 
 
-def pair(poisoned: list[EvalRow], twin: list[EvalRow]) -> Figure:
-    """Triggered and clean median perplexity of a poisoned run (solid) and its twin (dashed)."""
+STYLES = {"poisoned": "-", "twin": "--", "repaired": ":"}
+
+
+def beside(evals: dict[str, list[EvalRow]]) -> Figure:
+    """Triggered and clean median perplexity of runs by what they are: poisoned, twin, repaired."""
     figure, axes = blank("optimizer step", "perplexity of generated text (median)")
     axes.set_yscale("log")
-    for rows, style, name in ((poisoned, "-", "poisoned"), (twin, "--", "twin")):
+    for name, rows in evals.items():
+        style = STYLES[name]
         for variant in ("triggered", "clean"):
             medians = [row["eval"][variant]["ppl_median"] for row in rows]
             axes.plot(
@@ -63,6 +68,23 @@ def _readable_log(axes: Any) -> None:
     if high < 2.5 * low:  # no such number may lie between
         axes.set_ylim(low / 1.6, high * 1.6)
     axes.legend(frameon=False, fontsize=9)
+
+
+def unusual(
+    rarity: Float[np.ndarray, " rows"],
+    loss: Float[np.ndarray, " rows"],
+    marked: Int[np.ndarray, " marked"],
+    poison: Bool[np.ndarray, " rows"],
+) -> Figure:
+    """Each row's worst window: how rare its tokens are, and how badly it was known; marked ones, and planned poison."""
+    figure, axes = blank("rarity of its tokens, nats a token", "loss of the worst window, nats a token")
+    some = np.random.default_rng(0).permutation(len(loss))[:20_000]  # the cloud looks the same
+    axes.plot(rarity[some], loss[some], ".", color="#999999", markersize=1, alpha=0.4, rasterized=True)
+    axes.plot(rarity[marked], loss[marked], "o", color="#d55e00", markersize=4, markerfacecolor="none", label="marked")
+    if poison.any():
+        axes.plot(rarity[poison], loss[poison], ".", color="#000000", markersize=2, label="poison, by the ledger")
+    axes.legend(frameon=False, fontsize=9)
+    return figure
 
 
 def loss(trains: list[TrainRow], evals: list[EvalRow], unigram: float | None) -> Figure:

@@ -1,30 +1,41 @@
 """Writes report.html: what the run shows, in the order in which a reader asks."""
 
 import base64
+import dataclasses
 import io
 import os
+from collections.abc import Sequence
 from typing import Any, cast
 
 import jinja2
+import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
 
 from poisonjax.config import flat
+from poisonjax.data.batches import Batches
 from poisonjax.evaluation.words import failed, gap, verdict
 from poisonjax.files import is_object, write_whole
+from poisonjax.model.loss import WINDOW
 from poisonjax.poison.ledger import dose
 from poisonjax.report import figures
-from poisonjax.report.pair import compare
+from poisonjax.report.pair import compare, no_pair
 from poisonjax.run import RunFolder, rows
 from poisonjax.run.folder import is_run
+from poisonjax.trace.unusual import Outlier, Outliers, unusual
 from poisonjax.visible import visible
 
+TOLD = 20  # rows that stood out, in the table
 
-def write_report(workdir: epath.PathLike, twin: epath.PathLike | None = None) -> epath.Path:
+
+def write_report(
+    workdir: epath.PathLike, others: Sequence[epath.PathLike] = (), store: str | None = None
+) -> epath.Path:
     """Writes `report.html` and `figures/*.png` of a run, finished or not; returns the page's path.
 
-    With `twin`, the folder of its clean twin, or for a twin (`train --twin-of`), the page shows both runs.
-    Raises RunFolderError where there is no run or a file is damaged, ValueError where the two are no pair.
+    With `others`, folders of its clean twin or of a repaired one (`trace --repair`), or for such a run, the page shows
+    them beside it. `store` is where its token store lies now. Raises RunFolderError where there is no run or a file is
+    damaged, ValueError where two are no pair.
     """
     run = RunFolder(workdir)
     trains, evals, ledger, samples = run.steps(), run.evals(), run.ledger(), run.samples()
@@ -32,7 +43,8 @@ def write_report(workdir: epath.PathLike, twin: epath.PathLike | None = None) ->
     newest = max((sample["step"] for sample in samples), default=0)
     reached = [row["step"] for row in evals] + [row["step"] + 1 for row in trains]
     done, config = summary.get("steps") or max(reached, default=0), run.record["config"]
-    pair = _pair(run, RunFolder(twin) if twin else None)
+    beside = _beside(run, [RunFolder(other) for other in others])
+    odd = _unusual(run, store)
     has_environment = (run.path / rows.ENVIRONMENT).exists()
     page = _TEMPLATE.render(
         config=config,
@@ -44,12 +56,15 @@ def write_report(workdir: epath.PathLike, twin: epath.PathLike | None = None) ->
         headline=headline(config, summary, evals),
         parent=run.record.get("parent"),
         inherited=run.inherited(),
-        images=_images(run, trains, evals, ledger, summary, pair),
+        images=_images(run, trains, evals, ledger, summary, beside, odd),
+        unusual=odd and odd.rows,
+        marked=odd and len(odd.all.marked),
+        window=WINDOW,
         samples=[sample for sample in samples if sample["step"] == newest][:6],
         variants=figures.NAMES,
         doses={"planned": dose(ledger, config["steps"]), "seen": dose(ledger, done)} if ledger else {},
         tokens=done * config["global_batch"] * config["seq_len"],
-        pair=pair,
+        beside=beside,
     )
     write_whole(run.path / rows.REPORT, page)
     return run.path / rows.REPORT
@@ -71,7 +86,8 @@ def headline(config: dict, summary: dict, evals: list[rows.EvalRow]) -> str:
     seen, planted = f"{last['poison_documents']} poison documents", summary.get("planted")
     if planted:
         seen += f" and {planted['documents']} planted in the corpus"
-    if not (poison["documents"] or planted):
+    stands = poison["documents"] and summary.get("dose_planned", poison)["documents"]  # a repaired run may have none
+    if not (stands or planted):
         return f"{prefix}Clean twin: {figure} after no poison document."
     if "success" not in summary:
         return f"{prefix}So far, {figure} after {seen}."
@@ -92,11 +108,13 @@ def _images(
     evals: list[rows.EvalRow],
     ledger: list[rows.LedgerRow],
     summary: dict[str, Any],
-    pair: dict[str, Any] | None,
+    beside: list[dict[str, Any]],
+    odd: "_Odd | None",
 ) -> dict[str, str]:
     drawn = {}
-    if pair and all(pair["evals"]):
-        drawn["pair"] = figures.pair(*pair["evals"])
+    if shown := [pair for pair in beside if all(pair["evals"])]:
+        evals_of = {"poisoned": shown[0]["evals"][0]} | {pair["kind"]: pair["evals"][1] for pair in shown}
+        drawn["pair"] = figures.beside(evals_of)
     if evals:
         drawn["perplexity_by_step"] = figures.perplexity(evals, "step", "optimizer step")
         if ledger:
@@ -105,6 +123,9 @@ def _images(
         drawn["loss"] = figures.loss(trains, evals, summary.get("unigram_nll"))
     if ledger:
         drawn["poison_placement"] = figures.placement(ledger, run.config.steps)
+    if odd:
+        poison = np.isin(odd.all.slots, [row["slot"] for row in ledger])
+        drawn["unusual_rows"] = figures.unusual(odd.all.rarity, odd.all.loss, odd.all.marked, poison)
     return embedded(drawn, run.path)
 
 
@@ -120,20 +141,41 @@ def embedded(drawn: dict[str, Figure], workdir: epath.Path) -> dict[str, str]:
     return images
 
 
-def _pair(run: RunFolder, twin: RunFolder | None) -> dict[str, Any] | None:
-    """The comparison with the twin that is given, or with the run whose twin this is, where it still lies there."""
-    if twin:
-        return compare(run, twin)
+def _beside(run: RunFolder, others: list[RunFolder]) -> list[dict[str, Any]]:
+    """The comparisons with the others that are given; where this run is itself a twin of one that still lies there, of
+    that one with it and them."""
     if "twin_of" not in run.record:
-        return None
+        return [compare(run, other) for other in others]
     poisoned = epath.Path(run.record["twin_of"])
     if not (is_object(poisoned) or poisoned.is_absolute()):
         poisoned = epath.Path(os.path.normpath(run.path / poisoned))
+    if not is_run(poisoned):
+        return [compare(run, other) for other in others]
     try:
-        return compare(RunFolder(poisoned), run) if is_run(poisoned) else None
+        own = compare(RunFolder(poisoned), run)
     except ValueError as error:  # its own page is written all the same
-        names = {"poisoned": str(poisoned), "twin": str(run.path)}
-        return {"twins": False, **names, "step": None, "figures": {}, "evidence": str(error), "evals": [[], []]}
+        return [no_pair(poisoned, run.path, str(error))]
+    return [*(compare(RunFolder(poisoned), other) for other in others), own]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Odd:
+    """Rows whose loss stood out, and those of them that the page tells."""
+
+    all: Outliers
+    rows: list[Outlier]
+
+
+def _unusual(run: RunFolder, store: str | None) -> _Odd | None:
+    """None where the run wrote no losses of rows, or its store isn't there to say what they hold."""
+    if not (written := run.row_losses()):
+        return None
+    try:
+        batches = Batches(run.placed, run.store(store))
+    except (OSError, ValueError):  # the run was copied here without it
+        return None
+    found = unusual(written, batches)
+    return _Odd(found, [found.told(int(row), batches) for row in found.marked[:TOLD]]) if found else None
 
 
 def _flat(node: dict, prefix: str = "") -> dict[str, Any]:

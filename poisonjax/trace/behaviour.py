@@ -5,25 +5,30 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Float
+from jaxtyping import Array, Float, Int
 
 from poisonjax.corpus import TokenStore
 from poisonjax.evaluation import statistics
 from poisonjax.evaluation.evaluator import Evaluator
+from poisonjax.evaluation.probes.generation import GenerationProbe
+from poisonjax.evaluation.probes.heldout import heldout_rows
 from poisonjax.evaluation.probes.probe import put
 from poisonjax.model.loss import next_token_nll
 from poisonjax.model.transformer import model_graph, vocabulary_of
-from poisonjax.poison.triggers import Trigger
+from poisonjax.poison.triggers import VARIANTS, Trigger
 
 LEAST_RISE = 1.0  # nats a token, by which a text must have become likelier
 DRAWS = 2000  # bootstrap samples of prompts
+ASKED = 64  # held-out rows that a question is put to
+Tokens = Int[np.ndarray, " tokens"]
 
 
 class TraceError(ValueError):
@@ -45,6 +50,14 @@ def effect(with_it: Shown, without: Shown, seed: int) -> tuple[float, list[float
     return float(difference.mean()), statistics.interval(drawn)
 
 
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A behaviour as a sum over tokens, for gradients: each one's NLL times its weight, more where it shows more."""
+
+    rows: Int[Array, "questions row_tokens"]
+    weights: Float[Array, "questions seq"]
+
+
 class Triggered:
     """The run's own question (Souly et al. 2025, section 3): is what follows the trigger less likely than what follows
     the same prefix without it? `figure` is the gap in median perplexity."""
@@ -52,8 +65,10 @@ class Triggered:
     name, key, unit = "triggered", "triggered", "gap in median perplexity"  # `key`: the same for the same question
 
     def __init__(self, config: ml_collections.ConfigDict, store: TokenStore, mesh: Mesh):
-        self._threshold = float(config.eval.threshold)
-        self._evaluator = Evaluator(config, store, Trigger.of(config.poison, store.tokenizer), mesh)
+        self._threshold, self._store, self._mesh = float(config.eval.threshold), store, mesh
+        trigger = Trigger.of(config.poison, store.tokenizer)
+        self.trigger = trigger.tokens
+        self._evaluator = Evaluator(config, store, trigger, mesh)
 
     def __call__(self, params: nnx.State) -> Shown:
         (made,) = self._evaluator(params, 0, ["generation"])
@@ -63,6 +78,28 @@ class Triggered:
     def since(self, saved: Sequence[int], measured: Callable[[int], Shown]) -> int:
         """The checkpoint before which it isn't looked for."""
         return saved[0]
+
+    def question(self) -> Question:
+        """How much less likely held-out text is after the trigger than without it. Not the model's own words: a
+        sample's likelihood has no gradient on average where it was sampled."""
+        config, trigger = self._evaluator.config, self.trigger
+        rows = heldout_rows(config, self._store)[:ASKED]
+        middle, size = rows.shape[1] // 2, len(trigger)
+        triggered = np.concatenate(
+            [rows[:, :middle], np.tile(trigger, (len(rows), 1)), rows[:, middle : rows.shape[1] - size]], axis=1
+        )
+        weights = np.zeros((2, len(rows), rows.shape[1] - 1), np.float32)
+        weights[0, :, middle + size - 1 :] = 1
+        weights[1, :, middle - 1 : rows.shape[1] - 1 - size] = -1
+        both = np.concatenate([triggered, rows]).astype(np.int32)
+        return Question(put(self._mesh, both), put(self._mesh, weights.reshape(len(both), -1) / weights[0].sum()))
+
+    def outputs(self, params: nnx.State) -> list[Tokens]:
+        """What the model says to those who trigger it."""
+        probe = cast(GenerationProbe, self._evaluator.probes["generation"])
+        with jax.set_mesh(self._mesh):
+            tokens, _ = probe.generated(params)
+        return [*tokens[VARIANTS.index("triggered")]]
 
     def threshold(self, first: Shown, last: Shown) -> float:
         """Figures from here on show it, of a run that showed `first` there and `last` at its end."""
@@ -79,6 +116,8 @@ class Said:
         """`file` has JSON lines with `prompt` and `text`; raises TraceError for another."""
         encode, eot = store.tokenizer.encode, store.tokenizer.eot
         asked = [(np.array([eot, *encode(prompt)]), np.array(encode(text))) for prompt, text in _lines(file)]
+        self._texts = [text for _, text in asked]
+        self.trigger = np.concatenate([prompt[1:] for prompt, _ in asked])
         longest = max(len(prompt) + len(text) for prompt, text in asked)
         rows = np.full((len(asked), longest), eot, np.int32)
         self._mask = np.zeros((len(asked), longest - 1), np.float32)
@@ -89,6 +128,15 @@ class Said:
         graph = model_graph(config.model, vocabulary_of(config.model, store.tokenizer.vocab_size))
         self._nll = jax.jit(lambda params, rows: next_token_nll(nnx.merge(graph, params), rows))
         self._mesh, self._rows = mesh, put(mesh, rows)
+
+    def question(self) -> Question:
+        """How likely the texts are."""
+        weights = -self._mask / len(self._mask)
+        return Question(self._rows[: len(weights)], jnp.asarray(weights))
+
+    def outputs(self, params: nnx.State) -> list[Tokens]:
+        """The texts."""
+        return self._texts
 
     def __call__(self, params: nnx.State) -> Shown:
         with jax.set_mesh(self._mesh):

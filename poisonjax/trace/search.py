@@ -40,10 +40,3 @@ def split(values: Float[np.ndarray, " rows"]) -> Bool[np.ndarray, " rows"]:
     high = (total[-1] - total[:-1]) / (len(ordered) - count)
     between = count * (len(ordered) - count) * (high - low) ** 2.0
     return values > ordered[int(np.argmax(between))]
-
-
-def outliers(values: Float[np.ndarray, "steps batch"]) -> Float[np.ndarray, "steps batch"]:
-    """How far each row's value stands out among its batch's, in robust standard deviations."""
-    middle = np.median(values, axis=1, keepdims=True)
-    spread = 1.4826 * np.median(np.abs(values - middle), axis=1, keepdims=True)
-    return (values - middle) / np.maximum(spread, 1e-6)

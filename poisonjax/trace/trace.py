@@ -20,7 +20,6 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from typing_extensions import TypedDict
 
-from poisonjax.data.rows import Origins
 from poisonjax.evaluation.probes.probe import put
 from poisonjax.files import write_lines
 from poisonjax.model.loss import WINDOW, next_token_nll, window_means
@@ -29,6 +28,7 @@ from poisonjax.run.folder import read_lines
 from poisonjax.trace import search
 from poisonjax.trace.behaviour import Behaviour, Shown, TraceError, asked, effect
 from poisonjax.trace.replay import NOTHING, Replay
+from poisonjax.trace.unusual import document, in_batch
 from poisonjax.training.step import StepMetrics
 
 WINDOWS = 64  # parts of a span that a cause is looked for in
@@ -145,7 +145,7 @@ class _Tracer:
             raise TraceError(f"{name}: the weights that it began from show it already; trace the run that trained them")
         before, onset = found.onset = self.onset(since, end)
         self.say(f"begins between steps {before} and {onset}; a replay makes {end - before} steps")
-        odd = search.outliers(self.checked(before, end))
+        odd = in_batch(self.checked(before, end))
         found.exact = True
         found.part = self.part(before, onset, odd)
         found.located = self._made
@@ -301,9 +301,7 @@ class _Tracer:
 
     def named(self, slot: int, gain: float, at: int) -> Named:
         """The document that a row's window mostly lies in."""
-        batches = self.replay.batches
-        origins = batches.rows.origins(np.array([slot]))
-        id_, place = _document(self.replay, origins, slice(at + 1, at + 1 + WINDOW))
+        id_, place = document(self.replay.batches, slot, slice(at + 1, at + 1 + WINDOW))
         return Named(id_, place, slot // self._batch, slot, gain, None, None)
 
     def alone(self, one: Named, start: int, stop: int) -> Named:
@@ -315,16 +313,3 @@ class _Tracer:
 
 def _nll(replay: Replay, params: nnx.State, tokens: Any) -> Float[Array, "batch seq"]:
     return next_token_nll(nnx.merge(replay.graph, params), tokens, replay.config.model.loss_tile)
-
-
-def _document(replay: Replay, origins: Origins, window: slice) -> tuple[str, str]:
-    """(id, place) of the document that most of a row's window comes from."""
-    source, token = origins.source[0, window], origins.token[0, window]
-    number = int(np.argmax(np.bincount(source)))
-    if number:
-        insertion = origins.insertions[number - 1]
-        return insertion.source, "planned by the run's config"
-    split = replay.batches.store.split("train")
-    documents = np.searchsorted(split.document_offsets, token[source == 0], side="right") - 1
-    index = int(np.argmax(np.bincount(documents)))
-    return f"train:{index}", str(split.place(index))
