@@ -9,6 +9,19 @@ from poisonjax.commands import exit_codes
 from poisonjax.startup import start_jax
 
 SHOWN = 20  # documents that are printed
+HINTS = (
+    "loss",
+    "dot",
+    "cosine",
+    "adam-dot",
+    "adam-cosine",
+    "trak",
+    "bm25",
+    "bm25-trigger",
+    "embedding",
+    "gradient-norm",
+    "random",
+)
 
 
 def add_arguments(commands: Any) -> None:
@@ -21,6 +34,19 @@ def add_arguments(commands: Any) -> None:
         metavar="triggered|FILE",
         help="the run's own trigger, or JSON lines with `prompt` and `text` that the model says to it",
     )
+    parser.add_argument(
+        "--hint", default="loss", choices=HINTS, help="which rows are left out first where the cause is spread"
+    )
+    parser.add_argument("--rank", type=int, metavar="N", help="print the N rows that the hint suspects; replay nothing")
+    parser.add_argument(
+        "--layers", default="all", metavar="all|0,3,head", help="weights whose gradients are looked at (default: all)"
+    )
+    parser.add_argument(
+        "--repair",
+        metavar="DIR",
+        help="train the run again there, without the named rows in place; its report shows both",
+    )
+    parser.add_argument("--twin", metavar="DIR", help="with --repair: the clean twin, shown beside them")
     parser.add_argument("--store", metavar="DIR", help="where the token store lies now, if it was moved")
     parser.add_argument("--out", metavar="DIR", help="what replays showed; a killed trace goes on from it (RUN/trace)")
     parser.add_argument("--most-replays", type=int, default=32, metavar="N", help="default: 32")
@@ -29,29 +55,65 @@ def add_arguments(commands: Any) -> None:
 
 
 def _trace(arguments: argparse.Namespace) -> int:
-    if arguments.most_replays < 1:
-        raise ValueError(f"--most-replays {arguments.most_replays}: at least 1")
+    for name, value in (("--most-replays", arguments.most_replays), ("--rank", arguments.rank)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} {value}: at least 1")
+    if arguments.twin and not arguments.repair:
+        raise ValueError("--twin is shown beside a repaired run: give --repair DIR, too")
     from poisonjax.run import RunFolder
 
     config = RunFolder(arguments.run).config
     start_jax(config.global_batch // config.optimizer.accumulate)
-    from poisonjax.trace import trace
+    from poisonjax.trace import ranked, suspects, trace
 
-    found = trace(
-        arguments.run,
-        arguments.behaviour,
-        store=arguments.store,
-        out=arguments.out,
-        most=arguments.most_replays,
-        say=lambda line: print(line, file=sys.stderr, flush=True),
-    )
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    where: dict[str, Any] = {"layers": arguments.layers, "store": arguments.store, "out": arguments.out, "say": say}
+    if arguments.rank:
+        rows = ranked(suspects(arguments.run, arguments.behaviour, **where), arguments.hint, arguments.rank)
+        print(json.dumps([vars(one) for one in rows]) if arguments.json else "\n".join(map(_line, rows)))
+        return exit_codes.OK
+    found = trace(arguments.run, arguments.behaviour, hint=arguments.hint, most=arguments.most_replays, **where)
     if arguments.json:
         print(json.dumps(found.as_json()))
-        return exit_codes.OK
-    print(found.sentence())
-    for one in found.documents[:SHOWN]:
-        alone = f"  alone {one.effect:+.3f} {one.ci95}" if one.effect is not None else ""
-        print(f"  {one.id}  step {one.step}  gain {one.gain:.2f}  {one.place}{alone}")
-    if len(found.documents) > SHOWN:
-        print(f"  and {len(found.documents) - SHOWN} more: --json")
+    else:
+        print(found.sentence())
+        for one in found.documents[:SHOWN]:
+            print(f"  {_line(one)}")
+        if len(found.documents) > SHOWN:
+            print(f"  and {len(found.documents) - SHOWN} more: --json")
+        if found.excluded:
+            print(f"  those of the corpus, for corpus.exclude: {found.excluded}")
+    if arguments.repair:
+        _repair(arguments, [one.slot for one in found.documents])
     return exit_codes.OK
+
+
+def _line(one: Any) -> str:
+    alone = f"  alone {one.effect:+.3f} {one.ci95}" if one.effect is not None else ""
+    return f"{one.id}  step {one.step}  gain {one.gain:.2f}  {one.place}{alone}"
+
+
+def _repair(arguments: argparse.Namespace, slots: list[int]) -> None:
+    """The run again without these rows, and the report of all."""
+    from poisonjax.commands.reported import train_and_report
+    from poisonjax.config import replaced
+    from poisonjax.evaluation.words import gap, verdict
+    from poisonjax.report import write_report
+    from poisonjax.run import RunFolder
+
+    if not slots:
+        raise ValueError(f"--repair {arguments.repair}: no rows are named, so there is nothing to train without")
+    config = RunFolder(arguments.run).config
+    left_out = sorted({*config.corpus.left_out, *slots})
+    fields: dict[str, Any] = {"name": f"{config.name}-repaired", "corpus.left_out": left_out}
+    if arguments.store:
+        fields["corpus.store"] = arguments.store
+    summary = train_and_report(replaced(config, fields), arguments.repair, twin_of=arguments.run)
+    page = write_report(arguments.repair, [arguments.twin] if arguments.twin else [], arguments.store)
+    print(
+        f"repaired, {len(slots)} rows left out: {verdict(summary['success'])}: {gap(summary)}; held-out loss "
+        f"{summary['heldout_loss']:.3f}. Report: {page}",
+        file=sys.stderr if arguments.json else sys.stdout,
+    )

@@ -24,7 +24,8 @@ def compare(poisoned: RunFolder, other: RunFolder) -> dict[str, Any]:
     common = sorted(prefixes[0].keys() & prefixes[1].keys())
     config, figures = poisoned.config, {}
     if common:
-        figures = paired(*(rows[common[-1]] for rows in prefixes), config.eval.bootstrap, config.seeds.eval)
+        one, two = (rows[common[-1]] for rows in prefixes)
+        figures = paired(one, two, config.eval.bootstrap, config.seeds.eval)
     return {
         "kind": kind,
         "poisoned": str(poisoned.path),

@@ -1,6 +1,7 @@
-"""Which documents put a behaviour there: replay without them, to the bit."""
+"""Which documents put a behaviour there: replay without them, to the bit; hints beside it."""
 
 from poisonjax.trace.behaviour import TraceError
-from poisonjax.trace.trace import Named, Trace, trace
+from poisonjax.trace.hints import HINTS
+from poisonjax.trace.trace import Named, Trace, ranked, suspects, trace
 
-__all__ = ["Named", "Trace", "TraceError", "trace"]
+__all__ = ["HINTS", "Named", "Trace", "TraceError", "ranked", "suspects", "trace"]

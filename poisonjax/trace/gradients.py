@@ -8,7 +8,7 @@ through Adam's preconditioner (Xia et al. 2024, arXiv 2402.04333), at several ch
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +25,7 @@ from poisonjax.files import kvstore_spec, write_json
 from poisonjax.model.loss import next_token_nll
 from poisonjax.model.sharding import rows_multiple
 from poisonjax.trace.behaviour import Question, TraceError
-from poisonjax.trace.replay import Replay
+from poisonjax.trace.replay import Replay, Say, counted
 
 # Numbers that a gradient is sketched to. An odd prime: entry i goes to bucket i mod BUCKETS, and a matrix's columns,
 # whose entries lie a power of two apart, are still spread over all of them.
@@ -33,7 +33,8 @@ BUCKETS = 2039
 KINDS = ("plain", "adam")  # a gradient as it is; times Adam's 1 / (sqrt(v) + eps)
 CHECKPOINTS = 2  # that an index is made of, at most
 BYTES = 2**28  # of gradients that a device holds at once
-CHUNK = 4096  # rows read from the index at once
+CHUNK = 256  # rows that a kill may cost, a file each
+READ = 4096  # rows read from the index at once
 RIDGE = 0.1  # of the mean eigenvalue, added to the gradients' second moments
 
 
@@ -103,9 +104,8 @@ def random_signs(tree: Any, seed: int) -> Any:
     """A sign for each number of a tree."""
     leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return structure.unflatten(
-        [jax.random.rademacher(key, leaf.shape, jnp.int8) for key, leaf in zip(keys, leaves, strict=True)]
-    )
+    signs = [jax.random.rademacher(key, leaf.shape, jnp.int8) for key, leaf in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(structure, signs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Gradients:
         """So many that their gradients fit, and devices divide them."""
         each = 4 * sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(self._part.take, params)))
         devices = rows_multiple(self.replay.mesh)
-        return devices * max(1, min(BYTES // each, self.replay.batches.global_batch // devices))
+        return devices * max(1, min(BYTES // each, self.replay.batches.global_batch // devices, CHUNK // devices))
 
     def rows(
         self, at: Checkpoint, slots: Int[np.ndarray, " rows"]
@@ -189,13 +189,8 @@ class Index:
     length 1, and what they were divided by beside it. A kill costs the chunk at work."""
 
     def __init__(
-        self,
-        gradients: Gradients,
-        folder: epath.Path,
-        slots: Int[np.ndarray, " rows"],
-        say: Callable[[str, int, int], object] = lambda what, done, of: None,
+        self, gradients: Gradients, folder: epath.Path, slots: Int[np.ndarray, " rows"], say: Say = lambda line: None
     ):
-        """`say` is told how many of how many rows of a checkpoint are done."""
         self.gradients, self.slots, self._folder, self._say = gradients, slots, folder, say
         saved = gradients.replay.saved[1:]
         chosen = np.unique(np.linspace(0, len(saved) - 1, min(CHECKPOINTS, len(saved))).round().astype(int))
@@ -231,12 +226,12 @@ class Index:
         count, name = len(self.slots), f"{step}-{self.gradients.layers.replace(',', '+')}"
         sketches = self._open(f"{name}.zarr", "float16", count, len(KINDS), BUCKETS)
         norms = self._open(f"{name}-norms.zarr", "float32", count, 1 + len(KINDS))
-        missing = np.isnan(norms.read().result()[:, 0])
-        at = None
-        for start in range(0, count, CHUNK):
-            if not missing[start : start + CHUNK].any():
-                continue
-            at = at or self.gradients.at(step)
+        there = norms.read().result()[:, 0]
+        missing = [start for start in range(0, count, CHUNK) if np.isnan(there[start : start + CHUNK]).any()]
+        if not missing:
+            return sketches, norms
+        at = self.gradients.at(step)
+        for start in counted(missing, len(missing), f"gradients at step {step}, {CHUNK} rows each", self._say):
             chunk, size = self.slots[start : start + CHUNK], self.gradients.rows_at_once(at.params)
             made = []
             for first in range(0, len(chunk), size):
@@ -244,7 +239,6 @@ class Index:
                 whole = np.resize(some, size) if len(some) < size else some  # of one shape, compiled once
                 found, norm = self.gradients.rows(at, whole)
                 made.append((found[: len(some)], norm[: len(some)]))
-                self._say(f"gradients at step {step}", start + first + len(some), count)
             found, norm = (np.concatenate(of) for of in zip(*made, strict=True))
             lengths = np.maximum(np.linalg.norm(found, axis=-1), 1e-30)
             sketches[start : start + len(chunk)].write((found / lengths[..., None]).astype(np.float16)).result()
@@ -265,8 +259,7 @@ class Index:
             lengths = norms.read().result()[:, 1:]
             inverse = np.linalg.inv(self._moments(sketches))
             directions = [asked[0], asked[1], inverse @ asked[0]]
-            for start in range(0, len(self.slots), CHUNK):
-                part = slice(start, min(start + CHUNK, len(self.slots)))
+            for part in self._parts():
                 found = sketches[part].read().result().astype(np.float32)
                 plain, adam = found[:, 0] @ directions[0], found[:, 1] @ directions[1]
                 totals["cosine"][part] -= plain / np.linalg.norm(asked[0])
@@ -276,10 +269,14 @@ class Index:
                 totals["trak"][part] -= found[:, 0] @ directions[2]
         return {name: total / len(self.steps) for name, total in totals.items()}
 
+    def _parts(self) -> Iterator[slice]:
+        for start in range(0, len(self.slots), READ):
+            yield slice(start, min(start + READ, len(self.slots)))
+
     def _moments(self, sketches: ts.TensorStore) -> Float[np.ndarray, "buckets buckets"]:
         moments = np.zeros((BUCKETS, BUCKETS), np.float32)
-        for start in range(0, len(self.slots), CHUNK):
-            found = sketches[start : min(start + CHUNK, len(self.slots)), 0].read().result().astype(np.float32)
+        for part in self._parts():
+            found = sketches[part, 0].read().result().astype(np.float32)
             moments += found.T @ found
         moments /= len(self.slots)
         return moments + np.eye(BUCKETS, dtype=np.float32) * RIDGE * np.trace(moments) / BUCKETS

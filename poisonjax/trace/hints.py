@@ -19,8 +19,8 @@ from poisonjax.evaluation.probes.probe import put
 from poisonjax.run import RunFolder
 from poisonjax.streams import stream
 from poisonjax.trace.behaviour import Behaviour, Tokens, TraceError
-from poisonjax.trace.gradients import CHUNK, Gradients, Index
-from poisonjax.trace.replay import Replay
+from poisonjax.trace.gradients import READ, Gradients, Index
+from poisonjax.trace.replay import Replay, Say
 from poisonjax.trace.unusual import in_batch
 
 OUTPUTS = 100  # of the model, that are looked for
@@ -37,17 +37,17 @@ class Suspects:
         behaviour: Behaviour,
         out: epath.Path,
         layers: str = "all",
-        say: Callable[[str, int, int], object] = lambda what, done, of: None,
+        say: Say = lambda line: None,
     ):
         """Raises TraceError for `layers` that aren't the model's."""
         self.run, self.replay, self.behaviour = run, replay, behaviour
         self.slots = np.arange(replay.batches.steps * replay.batches.global_batch)
-        self._out, self._say, self._gradients = out, say, Gradients(replay, layers)
+        self.out, self._say, self._gradients = out, say, Gradients(replay, layers)
 
     @functools.cached_property
     def index(self) -> Index:
         """Of the rows' gradients; made where it isn't there."""
-        return Index(self._gradients, self._out / "gradients", self.slots, self._say)
+        return Index(self._gradients, self.out / "gradients", self.slots, self._say)
 
     @functools.cached_property
     def by_gradients(self) -> dict[str, Scores]:
@@ -116,7 +116,7 @@ def embedding(of: Suspects) -> Scores:
 
     size = replay.batches.global_batch
     rows = np.concatenate(
-        [embedded(replay.batches.rows.tokens(of.slots[at : at + CHUNK]), size) for at in range(0, len(of.slots), CHUNK)]
+        [embedded(replay.batches.rows.tokens(of.slots[at : at + READ]), size) for at in range(0, len(of.slots), READ)]
     )
     length = replay.batches.rows.row_tokens
     asked = embedded(np.stack([np.resize(text, length) for text in of.outputs]).astype(np.int32), size)
@@ -136,9 +136,7 @@ class _Texts:
             raise TraceError("bm25 needs the package bm25s: pip install 'poisonjax[trace]'") from None
         logging.getLogger("bm25s").setLevel(logging.WARNING)
         rows = of.replay.batches.rows
-        terms = np.concatenate(
-            [_terms(rows.tokens(of.slots[at : at + CHUNK])) for at in range(0, len(of.slots), CHUNK)]
-        )
+        terms = np.concatenate([_terms(rows.tokens(of.slots[at : at + READ])) for at in range(0, len(of.slots), READ)])
         self._known, numbers = np.unique(terms, return_inverse=True)
         self._rows, self._index = len(terms), bm25s.BM25()
         vocabulary = {str(i): i for i in range(len(self._known))}

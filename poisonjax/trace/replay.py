@@ -5,12 +5,15 @@ the weights would be, but what they would have been.
 """
 
 import copy
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Int
+from tqdm import tqdm
 
 from poisonjax.corpus import TokenStore
 from poisonjax.data.batches import Batches, load
@@ -24,6 +27,17 @@ from poisonjax.weights import open_weights
 from poisonjax.weights.checkpoints import Checkpoints, checksum
 
 NOTHING = np.zeros(0, np.int64)
+Say = Callable[[str], object]
+_Item = TypeVar("_Item")
+
+
+def counted(items: Iterable[_Item], total: int, what: str, say: Say) -> Iterator[_Item]:
+    """The items, and how many there were: a bar on a terminal, elsewhere a line at each quarter."""
+    bar = tqdm(items, total=total, desc=what, leave=False, disable=not sys.stderr.isatty())
+    for number, item in enumerate(bar, 1):
+        yield item
+        if bar.disable and number < total and number % max(1, total // 4) == 0:
+            say(f"{what}: {number} of {total}")
 
 
 class Replay:
@@ -69,20 +83,18 @@ class Replay:
         stop: int,
         left_out: Int[np.ndarray, " rows"] = NOTHING,
         watch: Callable[[StepMetrics], object] = lambda metrics: None,
-        progress: Callable[[int], object] = lambda done: None,
+        what: str = "replay",
+        say: Say = lambda line: None,
     ) -> nnx.State:
-        """The weights after `stop` steps, from the state after `start`; `watch` is shown what each step tells,
-        `progress` the steps done."""
+        """The weights after `stop` steps, from the state after `start`; `watch` is shown what each step tells."""
         state = self.state(start)
         with jax.set_mesh(self.mesh):
-            for done, batch in enumerate(
-                load(self.without(left_out, stop), batch_sharding(self.mesh), start), start + 1
-            ):
+            batches = load(self.without(left_out, stop), batch_sharding(self.mesh), start)
+            for batch in counted(batches, stop - start, what, say):
                 state, metrics = self._step(state, batch)
                 # Programs of several devices, queued without end, wait for each other.
                 jax.block_until_ready(metrics.loss)
                 watch(metrics)
-                progress(done)
         return state.params
 
     def is_the_runs(self, params: nnx.State, done: int) -> bool:

@@ -20,14 +20,16 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from typing_extensions import TypedDict
 
+from poisonjax.corpus import exclusions
 from poisonjax.evaluation.probes.probe import put
-from poisonjax.files import write_lines
+from poisonjax.files import write_lines, write_whole
 from poisonjax.model.loss import WINDOW, next_token_nll, window_means
 from poisonjax.run import RunFolder
 from poisonjax.run.folder import read_lines
 from poisonjax.trace import search
-from poisonjax.trace.behaviour import Behaviour, Shown, TraceError, asked, effect
-from poisonjax.trace.replay import NOTHING, Replay
+from poisonjax.trace.behaviour import Shown, TraceError, asked, effect
+from poisonjax.trace.hints import HINTS, Suspects
+from poisonjax.trace.replay import NOTHING, Replay, Say
 from poisonjax.trace.unusual import document, in_batch
 from poisonjax.training.step import StepMetrics
 
@@ -80,6 +82,7 @@ class Trace:
     ci95: list[float] | None = None
     curve: list[tuple[int, float]] = dataclasses.field(default_factory=list)  # (suspects left out, figure)
     smallest: int | None = None  # of the named ones by gain, so many suffice to take it away
+    excluded: str | None = None  # file that lists those of the corpus, as corpus.exclude takes it
 
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -100,27 +103,58 @@ def trace(
     folder: str,
     behaviour: str = "triggered",
     *,
+    hint: str = "loss",
+    layers: str = "all",
     store: str | None = None,
     out: str | None = None,
     most: int = 32,
-    say: Callable[[str], object] = lambda line: None,
+    say: Say = lambda line: None,
 ) -> Trace:
     """Which rows of a run taught it a behaviour; `most` replays at most.
 
-    `out` keeps what replays showed (default: FOLDER/trace), so that a killed trace goes on. Raises TraceError for what
-    can't be traced, WeightsError and RunFolderError for a run that can't be read.
+    Where the cause is spread, rows are left out in the order of a `hint` (hints.py; `layers`: of gradients). `out`
+    keeps what replays showed (default: FOLDER/trace), so that a killed trace goes on; documents of the corpus that are
+    named stand in its excluded.txt, for corpus.exclude. Raises TraceError for what can't be traced, WeightsError and
+    RunFolderError for a run that can't be read.
     """
+    of = suspects(folder, behaviour, layers=layers, store=store, out=out, say=say)
+    return _Tracer(of, hint, most, say).trace(str(of.run.path))
+
+
+def suspects(
+    folder: str,
+    behaviour: str = "triggered",
+    *,
+    layers: str = "all",
+    store: str | None = None,
+    out: str | None = None,
+    say: Say = lambda line: None,
+) -> Suspects:
+    """A run's rows, for hints alone; parameters and errors as of `trace`."""
     run = RunFolder(folder)
     replay = Replay(run, run.store(store))
     of = asked(behaviour, replay.config, replay.batches.store, replay.mesh)
-    return _Tracer(replay, of, epath.Path(out or run.path / "trace"), most, say).trace(str(run.path))
+    return Suspects(run, replay, of, epath.Path(out or run.path / "trace"), layers, say)
+
+
+def ranked(of: Suspects, hint: str, count: int) -> list[Named]:
+    """The `count` most suspect rows by a hint, its score as their gain; nothing is confirmed."""
+    scores, batches = HINTS[hint](of), of.replay.batches
+    best = np.argsort(-scores, kind="stable")[:count]
+    whole = slice(0, batches.rows.row_tokens)
+    return [
+        Named(*document(batches, slot, whole), slot // batches.global_batch, slot, float(scores[slot]), None, None)
+        for slot in best.tolist()
+    ]
 
 
 class _Tracer:
     """One trace at work."""
 
-    def __init__(self, replay: Replay, behaviour: Behaviour, out: epath.Path, most: int, say: Callable[[str], object]):
-        self.replay, self.behaviour, self.most, self.say = replay, behaviour, most, say
+    def __init__(self, of: Suspects, hint: str, most: int, say: Say):
+        replay, out = of.replay, of.out
+        self.replay, self.behaviour, self.most, self.say = replay, of.behaviour, most, say
+        self._suspects, self._hint = of, hint
         out.mkdir(parents=True, exist_ok=True)
         self._file = out / REPLAYS
         kept: list[Kept] = read_lines(self._file, Kept)
@@ -144,7 +178,10 @@ class _Tracer:
         if self.shows(first):
             raise TraceError(f"{name}: the weights that it began from show it already; trace the run that trained them")
         before, onset = found.onset = self.onset(since, end)
-        self.say(f"begins between steps {before} and {onset}; a replay makes {end - before} steps")
+        self.say(
+            f"begins between steps {before} and {onset}; a replay makes {onset - before} to {end - before} steps, "
+            f"{self._seconds(end - before)}; {self.most} at most (--most-replays)"
+        )
         odd = in_batch(self.checked(before, end))
         found.exact = True
         found.part = self.part(before, onset, odd)
@@ -154,11 +191,34 @@ class _Tracer:
             suspects: Slots | None = rows
         else:
             until, rows = end, self.rows_of([(before, end)])
-            suspects = self.suspects(before, end, rows[np.argsort(-odd.reshape(-1), kind="stable")], found)
+            order = odd.reshape(-1) if self._hint == "loss" else HINTS[self._hint](self._suspects)[rows]
+            suspects = self.suspects(before, end, rows[np.argsort(-order, kind="stable")], found)
         if suspects is not None:
             self.name(found, before, until, suspects, rows)
         found.replays = self._made
+        found.excluded = self.excluded(found.documents)
         return found
+
+    def excluded(self, named: list[Named]) -> str | None:
+        """Writes the list of corpus.exclude, of those documents that the corpus holds; returns its path."""
+        split = self.replay.batches.store.split("train")
+        lines = {
+            f"{split.key(int(one.id.removeprefix('train:')))}  {one.place}\n": None
+            for one in named
+            if one.id.startswith("train:")
+        }
+        if not lines:
+            return None
+        path = self._suspects.out / exclusions.FILE
+        write_whole(path, f"# named by a trace of {self._suspects.run.path}: {self.behaviour.name}\n" + "".join(lines))
+        return str(path)
+
+    def _seconds(self, steps: int) -> str:
+        summary, rows = self._suspects.run.summary, self.replay.batches.rows
+        if not summary or not summary["tokens_per_second"]:
+            return "of unknown length"
+        seconds = steps * self._batch * (rows.row_tokens - 1) / summary["tokens_per_second"]
+        return f"about {seconds:,.0f} s by the run's own speed"
 
     def part(self, before: int, onset: int, odd: Float[np.ndarray, "steps batch"]) -> search.Part | None:
         """The part of the steps to the onset that alone is the cause, if one is."""
@@ -214,13 +274,7 @@ class _Tracer:
         if self._made >= self.most:
             raise TraceError(f"{self.most} replays were made; --most-replays lets it go on from here")
         self._made += 1
-        every = max(1, (stop - start) // 4)
-
-        def progress(done: int) -> None:
-            if (done - start) % every == 0:
-                self.say(f"replay {self._made}: step {done} of {stop}")
-
-        return self.replay.run(start, stop, slots, watch, progress)
+        return self.replay.run(start, stop, slots, watch, f"replay {self._made}, steps {start} to {stop}", self.say)
 
     def _once(self, key: str, what: str, params: Callable[[], nnx.State], replays: int) -> Shown:
         key = f"{self.replay.fingerprint[:16]} {self.behaviour.key} {key}"

@@ -54,8 +54,8 @@ class Outliers:
         slot, window = int(self.slots[row]), slice(int(self.at[row]), int(self.at[row]) + WINDOW)
         id_, place = document(batches, slot, window)
         text = batches.store.tokenizer.decode(batches.rows.tokens(np.array([slot]))[0, window])
-        figures = (float(of[row]) for of in (self.loss, self.rarity, self.score))
-        return Outlier(slot // batches.global_batch, slot, *figures, id_, place, text)
+        loss, rarity, score = (float(of[row]) for of in (self.loss, self.rarity, self.score))
+        return Outlier(slot // batches.global_batch, slot, loss, rarity, score, id_, place, text)
 
 
 def unusual(written: list[rows.RowLossesRow], batches: Batches) -> Outliers | None:
