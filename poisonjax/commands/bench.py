@@ -1,6 +1,7 @@
 """`poisonjax bench`."""
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -28,10 +29,20 @@ NAMES = (
 
 def add_arguments(commands: Any) -> None:
     """Registers the command on argparse's subparsers."""
-    parser = commands.add_parser("bench", help="speed on this machine, as ratios against other programs")
+    parser = commands.add_parser(
+        "bench", help="speed on this machine, as ratios against other programs; what hints of the trace find"
+    )
+    parser.add_argument(
+        "what", nargs="?", default="speed", choices=("speed", "attribution"), help="default: speed; see bench/README.md"
+    )
     parser.add_argument(
         "--config", default="configs/quickstart.py", metavar="FILE[:ARG]", help="shapes that are measured"
     )
+    parser.add_argument("--workdir", metavar="DIR", help="attribution: its runs; the same call goes on from there")
+    parser.add_argument("--payload", action="append", metavar="NAME", help="attribution: repeatable; default: four")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="attribution: ranked (default: 3)")
+    parser.add_argument("--retrained", type=int, metavar="N", help="attribution: of them, trained again (default: all)")
+    parser.add_argument("--subsets", type=int, default=32, metavar="N", help="attribution: random halves; 0: no LDS")
     parser.add_argument("--only", action="append", choices=NAMES, help="repeatable; default: all that can run")
     parser.add_argument(
         "--minutes", type=float, default=float("inf"), metavar="M", help="begin no further figure after so long"
@@ -52,6 +63,8 @@ def _bench(arguments: argparse.Namespace) -> int:
 
     config = config_lib.load([f"--config={arguments.config}", *arguments.fields])
     config_lib.check(config)
+    if arguments.what == "attribution":
+        return _attribution(config, arguments)
     # Both frameworks share an accelerator's memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     start_jax(config.global_batch // config.optimizer.accumulate)
@@ -79,3 +92,31 @@ def _bench(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"environment": environment(), "results": results}))
     return exit_codes.OK if results else exit_codes.FAILED
+
+
+def _attribution(config: Any, arguments: argparse.Namespace) -> int:
+    if not arguments.workdir:
+        raise ValueError("--workdir DIR: where the runs of the bench lie")
+    start_jax(config.global_batch // config.optimizer.accumulate)
+    from pathlib import Path
+
+    from poisonjax.bench import attribution
+    from poisonjax.run.environment import environment
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    retrained = arguments.seeds if arguments.retrained is None else arguments.retrained
+    payloads = arguments.payload or attribution.PAYLOADS
+    results = []
+    with contextlib.redirect_stdout(sys.stderr):  # what training says
+        for row in attribution.rows(
+            config, Path(arguments.workdir), payloads, arguments.seeds, retrained, arguments.subsets, say
+        ):
+            results.append(row)
+            say(f"{row['rung']:10} seed {row['seed']}  {row['method']:14} {row['metric']:28} {row['value']:.4f}")
+    if arguments.json:
+        print(json.dumps({"environment": environment(), "results": results}))
+    else:
+        print(attribution.table(results))
+    return exit_codes.OK

@@ -1,6 +1,7 @@
 """`poisonjax trace`: which documents put a behaviour there."""
 
 import argparse
+import contextlib
 import json
 import sys
 from typing import Any
@@ -76,15 +77,18 @@ def _trace(arguments: argparse.Namespace) -> int:
         return exit_codes.OK
     found = trace(arguments.run, arguments.behaviour, hint=arguments.hint, most=arguments.most_replays, **where)
     if arguments.json:
+        if arguments.repair:
+            with contextlib.redirect_stdout(sys.stderr):  # what training says
+                _repair(arguments, [one.slot for one in found.documents])
         print(json.dumps(found.as_json()))
-    else:
-        print(found.sentence())
-        for one in found.documents[:SHOWN]:
-            print(f"  {_line(one)}")
-        if len(found.documents) > SHOWN:
-            print(f"  and {len(found.documents) - SHOWN} more: --json")
-        if found.excluded:
-            print(f"  those of the corpus, for corpus.exclude: {found.excluded}")
+        return exit_codes.OK
+    print(found.sentence())
+    for one in found.documents[:SHOWN]:
+        print(f"  {_line(one)}")
+    if len(found.documents) > SHOWN:
+        print(f"  and {len(found.documents) - SHOWN} more: --json")
+    if found.excluded:
+        print(f"  those of the corpus, for corpus.exclude: {found.excluded}")
     if arguments.repair:
         _repair(arguments, [one.slot for one in found.documents])
     return exit_codes.OK
@@ -114,6 +118,5 @@ def _repair(arguments: argparse.Namespace, slots: list[int]) -> None:
     page = write_report(arguments.repair, [arguments.twin] if arguments.twin else [], arguments.store)
     print(
         f"repaired, {len(slots)} rows left out: {verdict(summary['success'])}: {gap(summary)}; held-out loss "
-        f"{summary['heldout_loss']:.3f}. Report: {page}",
-        file=sys.stderr if arguments.json else sys.stdout,
+        f"{summary['heldout_loss']:.3f}. Report: {page}"
     )

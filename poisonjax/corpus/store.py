@@ -399,7 +399,11 @@ class TokenSplit:
         return self.window(int(start), int(stop - start) - 1)
 
     def token_counts(self) -> Int[np.ndarray, " vocabulary"]:
-        """How often each id occurs in the first ten million tokens, int64."""
+        """How often each id occurs in the first ten million tokens, int64; not to be changed."""
+        return self._counts
+
+    @functools.cached_property
+    def _counts(self) -> Int[np.ndarray, " vocabulary"]:
         count = min(self.tokens, COUNTED_TOKENS)
         if self._kept is not None or isinstance(self._stream, Mapped):
             return np.bincount(self.window(0, count), minlength=self._vocabulary)

@@ -57,7 +57,7 @@ def make_document(
     prefix = tokenizer.encode(tokenizer.decode(start_of_source)[:characters])
     least, most = poison.payload_tokens
     length = int(random.integers(least, most + 1))
-    draw = Draw(length, random, tokenizer, _vocabulary(poison.payload_vocabulary, store))
+    draw = Draw(length, random, tokenizer, _vocabulary(poison.payload_vocabulary, store), train)
     for _ in range(DRAWS):
         payload = PAYLOADS[poison.payload].draw(draw)
         if not len(payload):

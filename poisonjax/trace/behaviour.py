@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -106,33 +106,57 @@ class Triggered:
         return self._threshold
 
 
+class Asked(NamedTuple):
+    """What is said to a prompt; without the part of it that is suspected, where that is compared."""
+
+    prompt: Tokens  # an end of text first
+    text: Tokens
+    without: Tokens | None = None
+
+
 class Said:
-    """Texts that a model gives to prompts: how likely each is. `figure` is the mean log-likelihood, nats a token; it
-    shows from halfway on between the least that any checkpoint gave it and what the run ended with."""
+    """Texts that a model gives to prompts: how likely each is, or how much likelier than after the prompt without what
+    is suspected. `figure` is the mean, nats a token; it shows from halfway on between the least of any checkpoint and
+    what the run ended with."""
 
     name, unit = "said", "nats a token"
 
-    def __init__(self, file: str, config: ml_collections.ConfigDict, store: TokenStore, mesh: Mesh):
-        """`file` has JSON lines with `prompt` and `text`; raises TraceError for another."""
-        encode, eot = store.tokenizer.encode, store.tokenizer.eot
-        asked = [(np.array([eot, *encode(prompt)]), np.array(encode(text))) for prompt, text in _lines(file)]
-        self._texts = [text for _, text in asked]
-        self.trigger = np.concatenate([prompt[1:] for prompt, _ in asked])
-        longest = max(len(prompt) + len(text) for prompt, text in asked)
-        rows = np.full((len(asked), longest), eot, np.int32)
-        self._mask = np.zeros((len(asked), longest - 1), np.float32)
-        for row, mask, (prompt, text) in zip(rows, self._mask, asked, strict=True):
+    def __init__(self, asked: Sequence[Asked], config: ml_collections.ConfigDict, store: TokenStore, mesh: Mesh):
+        self._texts, self.trigger = [one.text for one in asked], np.concatenate([one.prompt[1:] for one in asked])
+        rows = [(one.prompt, one.text, 1.0) for one in asked]
+        rows += [(one.without, one.text, -1.0) for one in asked if one.without is not None]
+        longest = max(len(prompt) + len(text) for prompt, text, _ in rows)
+        tokens = np.full((len(rows), longest), store.tokenizer.eot, np.int32)
+        self._share = np.zeros((len(rows), longest - 1), np.float32)
+        for row, share, (prompt, text, sign) in zip(tokens, self._share, rows, strict=True):
             row[: len(prompt) + len(text)] = [*prompt, *text]
-            mask[len(prompt) - 1 : len(prompt) + len(text) - 1] = 1 / len(text)
-        self.key = f"said:{hashlib.sha256(rows.tobytes() + self._mask.tobytes()).hexdigest()[:16]}"
+            share[len(prompt) - 1 : len(prompt) + len(text) - 1] = sign / len(text)
+        self.key = f"said:{hashlib.sha256(tokens.tobytes() + self._share.tobytes()).hexdigest()[:16]}"
         graph = model_graph(config.model, vocabulary_of(config.model, store.tokenizer.vocab_size))
         self._nll = jax.jit(lambda params, rows: next_token_nll(nnx.merge(graph, params), rows))
-        self._mesh, self._rows = mesh, put(mesh, rows)
+        self._mesh, self._rows = mesh, put(mesh, tokens)
+
+    @classmethod
+    def of_file(cls, file: str, config: ml_collections.ConfigDict, store: TokenStore, mesh: Mesh) -> "Said":
+        """`file` has JSON lines with `prompt` and `text`, and all or none `without`; raises TraceError for another."""
+        encode, eot = store.tokenizer.encode, store.tokenizer.eot
+
+        def tokens(text: str) -> Tokens:
+            return np.array([eot, *encode(text)])
+
+        return cls(
+            [
+                Asked(tokens(prompt), np.array(encode(text)), *map(tokens, without))
+                for prompt, text, *without in _lines(file)
+            ],
+            config,
+            store,
+            mesh,
+        )
 
     def question(self) -> Question:
         """How likely the texts are."""
-        weights = -self._mask / len(self._mask)
-        return Question(self._rows[: len(weights)], jnp.asarray(weights))
+        return Question(self._rows[: len(self._share)], jnp.asarray(-self._share / len(self._texts)))
 
     def outputs(self, params: nnx.State) -> list[Tokens]:
         """The texts."""
@@ -140,8 +164,9 @@ class Said:
 
     def __call__(self, params: nnx.State) -> Shown:
         with jax.set_mesh(self._mesh):
-            nll = np.asarray(jax.device_get(self._nll(params, self._rows)))[: len(self._mask)]
-        values = -(nll * self._mask).sum(-1, dtype=np.float64)
+            nll = np.asarray(jax.device_get(self._nll(params, self._rows)))[: len(self._share)]
+        # Of each text, after its prompt and, where there is one, after that without.
+        values = -(nll * self._share).sum(-1, dtype=np.float64).reshape(-1, len(self._texts)).sum(0)
         return Shown(values, float(values.mean()))
 
     def since(self, saved: Sequence[int], measured: Callable[[int], Shown]) -> int:
@@ -153,21 +178,23 @@ class Said:
         return max((first.figure + last.figure) / 2, first.figure + LEAST_RISE)
 
 
-def _lines(file: str) -> list[tuple[str, str]]:
+def _lines(file: str) -> list[list[str]]:
     try:
         lines = Path(file).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise TraceError(f"--behaviour {file}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
-    found: list[tuple[str, str]] = []
+    found: list[list[str]] = []
     for number, line in enumerate(lines, 1):
         try:
             value: Any = json.loads(line)
-            prompt, text = value["prompt"], value["text"]
+            one = [value["prompt"], value["text"], *([value["without"]] if "without" in value else [])]
         except (ValueError, KeyError, TypeError):
-            prompt = text = None
-        if not (isinstance(prompt, str) and isinstance(text, str) and text):
+            one = [None]
+        if not (all(isinstance(part, str) for part in one) and one[1]):
             raise TraceError(f'--behaviour {file}, line {number}: no {{"prompt": "...", "text": "..."}}')
-        found.append((prompt, text))
+        if found and len(found[0]) != len(one):
+            raise TraceError(f"--behaviour {file}, line {number}: `without` stands in all lines, or in none")
+        found.append(one)
     if len(found) < 2:
         raise TraceError(f"--behaviour {file}: {len(found)} lines; an interval needs at least 2")
     return found
@@ -178,4 +205,4 @@ Behaviour = Triggered | Said  # prompts -> `Shown`
 
 def asked(name: str, config: ml_collections.ConfigDict, store: TokenStore, mesh: Mesh) -> Behaviour:
     """The behaviour of this name, or that a file of it describes."""
-    return Triggered(config, store, mesh) if name == Triggered.name else Said(name, config, store, mesh)
+    return Triggered(config, store, mesh) if name == Triggered.name else Said.of_file(name, config, store, mesh)

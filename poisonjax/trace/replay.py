@@ -6,7 +6,7 @@ the weights would be, but what they would have been.
 
 import copy
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import jax
@@ -21,6 +21,7 @@ from poisonjax.data.digest import as_hex
 from poisonjax.model.sharding import batch_sharding, make_mesh
 from poisonjax.model.transformer import model_graph, vocabulary_of
 from poisonjax.run import RunFolder
+from poisonjax.training.population import make_population_step, member, members_mesh, stacked
 from poisonjax.training.start import Beginning, from_weights, restored, scratch
 from poisonjax.training.step import StepMetrics, TrainState, make_init, make_train_step
 from poisonjax.weights import open_weights
@@ -96,6 +97,24 @@ class Replay:
                 jax.block_until_ready(metrics.loss)
                 watch(metrics)
         return state.params
+
+    def together(
+        self, left_outs: Sequence[Int[np.ndarray, " rows"]], what: str = "replays", say: Say = lambda line: None
+    ) -> list[nnx.State]:
+        """The weights at the run's end, trained from the first step on without each of these rows, as one program
+        (training/population.py): many small models in little more time than one, and not the run to the bit."""
+        config, mesh = self.config, members_mesh(len(left_outs))
+        step, steps = make_population_step(config, self.graph, mesh), self.batches.steps
+        states = stacked([self.state(0)] * len(left_outs), mesh)
+        batches = [self.without(slots, steps) for slots in left_outs]
+        for number in counted(range(steps), steps, what, say):
+            states, metrics = step(states, stacked([of.batch(number) for of in batches], mesh))
+            jax.block_until_ready(metrics.loss)
+        with jax.set_mesh(self.mesh):
+            return [
+                jax.device_put(member(states.params, number), jax.tree.map(lambda x: x.sharding, self._abstract.params))
+                for number in range(len(left_outs))
+            ]
 
     def is_the_runs(self, params: nnx.State, done: int) -> bool:
         """Whether weights are, to the bit, those that the run had after so many steps, as its checkpoint says."""

@@ -233,7 +233,7 @@ class _Tracer:
 
     def name(self, found: Trace, start: int, stop: int, suspects: Slots, rows: Slots) -> None:
         """Those of the rows that taught it, where it is gone without them."""
-        gains, at = self.gains(start, stop, suspects, rows)
+        gains, at = contrast(self.replay, self.replay.params(stop), self.replayed(start, stop, suspects), rows)
         chosen = np.flatnonzero(search.split(gains))
         chosen = chosen[np.argsort(-gains[chosen])]
         shown = self.left_out(start, stop, rows[chosen])
@@ -321,29 +321,6 @@ class _Tracer:
             size *= 2
         return None
 
-    def gains(
-        self, start: int, stop: int, suspects: Slots, rows: Slots
-    ) -> tuple[Float[np.ndarray, " rows"], Int[np.ndarray, " rows"]]:
-        """(by how much the run's weights know each row's best window better than weights without the suspects, nats a
-        token; where in the row that window begins)."""
-        replay = self.replay
-        there, without = replay.params(stop), self.replayed(start, stop, suspects)
-
-        @jax.jit
-        def gain(
-            there: nnx.State, without: nnx.State, tokens: Int[Array, "batch row_tokens"]
-        ) -> tuple[Float[Array, " batch"], Int[Array, " batch"]]:
-            windows = window_means(_nll(replay, without, tokens) - _nll(replay, there, tokens))
-            return windows.max(-1), windows.argmax(-1)
-
-        made = []
-        with jax.set_mesh(replay.mesh):
-            for at in range(0, len(rows), self._batch):  # rows come in whole steps
-                tokens = put(replay.mesh, replay.batches.rows.tokens(rows[at : at + self._batch]))
-                made.append(jax.device_get(gain(there, without, tokens)))
-        gains, places = (np.concatenate(of) for of in zip(*made, strict=True))
-        return gains, places
-
     def smallest(self, start: int, stop: int, named: Slots) -> int:
         """How many of the named rows, from the first on, must be left out at least: by halves, as if more never showed
         it more."""
@@ -365,5 +342,26 @@ class _Tracer:
         return dataclasses.replace(one, effect=value, ci95=ci95)
 
 
-def _nll(replay: Replay, params: nnx.State, tokens: Any) -> Float[Array, "batch seq"]:
-    return next_token_nll(nnx.merge(replay.graph, params), tokens, replay.config.model.loss_tile)
+def contrast(
+    replay: Replay, there: nnx.State, without: nnx.State, rows: Slots
+) -> tuple[Float[np.ndarray, " rows"], Int[np.ndarray, " rows"]]:
+    """(by how much the run's weights know each row's best window better than weights that lack the behaviour, nats a
+    token; where in the row that window begins). Rows come in whole steps."""
+
+    def nll(params: nnx.State, tokens: Any) -> Float[Array, "batch seq"]:
+        return next_token_nll(nnx.merge(replay.graph, params), tokens, replay.config.model.loss_tile)
+
+    @jax.jit
+    def gain(
+        there: nnx.State, without: nnx.State, tokens: Int[Array, "batch row_tokens"]
+    ) -> tuple[Float[Array, " batch"], Int[Array, " batch"]]:
+        windows = window_means(nll(without, tokens) - nll(there, tokens))
+        return windows.max(-1), windows.argmax(-1)
+
+    made, size = [], replay.batches.global_batch
+    with jax.set_mesh(replay.mesh):
+        for at in range(0, len(rows), size):
+            tokens = put(replay.mesh, replay.batches.rows.tokens(rows[at : at + size]))
+            made.append(jax.device_get(gain(there, without, tokens)))
+    gains, places = (np.concatenate(of) for of in zip(*made, strict=True))
+    return gains, places

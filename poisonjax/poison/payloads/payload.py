@@ -5,18 +5,19 @@ from collections.abc import Callable
 
 import numpy as np
 
-from poisonjax.corpus import Tokenizer
+from poisonjax.corpus import Tokenizer, TokenSplit
 from poisonjax.poison.triggers import Ids, Trigger
 
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """What one payload is drawn from: `length` tokens asked for, a generator, and two vocabularies."""
+    """What one payload is drawn from: `length` tokens asked for, a generator, two vocabularies, clean text."""
 
     length: int
     random: np.random.Generator
     tokenizer: Tokenizer  # the run's own: what the model reads
     vocabulary: Tokenizer  # what gibberish is sampled in; often the same
+    clean: TokenSplit  # the training text
 
 
 # (trigger, number of prefixes, ordinary ids, generator) -> what is put to each prefix, by variant.
