@@ -110,11 +110,8 @@ class Replay:
         for number in counted(range(steps), steps, what, say):
             states, metrics = step(states, stacked([of.batch(number) for of in batches], mesh))
             jax.block_until_ready(metrics.loss)
-        with jax.set_mesh(self.mesh):
-            return [
-                jax.device_put(member(states.params, number), jax.tree.map(lambda x: x.sharding, self._abstract.params))
-                for number in range(len(left_outs))
-            ]
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self._abstract.params)
+        return [jax.device_put(member(states.params, number), shardings) for number in range(len(left_outs))]
 
     def is_the_runs(self, params: nnx.State, done: int) -> bool:
         """Whether weights are, to the bit, those that the run had after so many steps, as its checkpoint says."""
