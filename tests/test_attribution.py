@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import reference
 from conftest import tiny_config
+from etils import epath
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
@@ -163,9 +164,9 @@ def test_a_question_has_the_gradient_of_its_figure(of, store):
 def test_an_index_goes_on_after_a_kill(of, tmp_path, monkeypatch):
     monkeypatch.setattr(gradients_lib, "CHUNK", 32)
     gradients, question = Gradients(of.replay), of.behaviour.question()
-    whole = Index(gradients, tmp_path / "whole", of.slots)
+    whole = Index(gradients, epath.Path(tmp_path / "whole"), of.slots)
     expected = whole.scores(question)
-    killed = Index(gradients, tmp_path / "killed", of.slots)
+    killed = Index(gradients, epath.Path(tmp_path / "killed"), of.slots)
     rows, made = gradients.rows, []
 
     def until(at, slots):
@@ -179,7 +180,7 @@ def test_an_index_goes_on_after_a_kill(of, tmp_path, monkeypatch):
         killed.norms()
     made.clear()
     monkeypatch.setattr(gradients, "rows", lambda at, slots: (made.append(slots), rows(at, slots))[1])
-    again = Index(gradients, tmp_path / "killed", of.slots)
+    again = Index(gradients, epath.Path(tmp_path / "killed"), of.slots)
     assert np.allclose(again.norms(), whole.norms())
     assert len(made) < 2 * 96 // 8  # not all of both checkpoints
     found = again.scores(question)
@@ -190,7 +191,7 @@ def test_an_index_goes_on_after_a_kill(of, tmp_path, monkeypatch):
 def test_scores_are_the_products_of_gradients(of, tmp_path):
     """Sketched ones follow the exact ones."""
     replay, question = of.replay, of.behaviour.question()
-    index = Index(Gradients(replay), tmp_path, of.slots[:64])
+    index = Index(Gradients(replay), epath.Path(tmp_path), of.slots[:64])
     found = index.scores(question)["dot"]
     exact = np.zeros(64)
     for step in index.steps:
@@ -202,7 +203,7 @@ def test_scores_are_the_products_of_gradients(of, tmp_path):
             exact[slot] -= sum(
                 float((x * y).sum()) for x, y in zip(jax.tree.leaves(asked), jax.tree.leaves(gradient), strict=True)
             ) / len(index.steps)
-    assert np.corrcoef(found, exact)[0, 1] > 0.95
+    assert np.corrcoef(found, exact)[0, 1] > 0.85  # in 2,039 numbers of 40,096
 
 
 # --- hints
@@ -277,7 +278,8 @@ def test_a_repaired_twin_is_the_run_without_those_rows(folder, store, tmp_path, 
     assert not (tmp_path / "repaired" / "POISONED.md").exists()
     repaired = RunFolder(tmp_path / "repaired")
     assert repaired.ledger() == []
-    assert repaired.lines("clean_uses.jsonl") == run.lines("clean_uses.jsonl")
+    uses = [row for row in run.lines("clean_uses.jsonl") if row["slot"] not in config.corpus.left_out]
+    assert repaired.lines("clean_uses.jsonl") == uses
     replay = suspects(str(folder), out=str(tmp_path / "out")).replay
     params = replay.run(0, 12, np.array([*planted, 3]))
     assert not replay.is_the_runs(params, 12)

@@ -30,13 +30,13 @@ from poisonjax.training.loop import train
 
 PAYLOADS = ("ids", "unigram", "shuffled", "sentinel")
 METHODS = (*HINTS, "contrast")
-RETRAINED = ("dot", "adam-cosine", "trak", "loss", "bm25", "bm25-trigger", "contrast", "random")
+RETRAINED = ("dot", "loss", "bm25", "bm25-trigger", "contrast", "random")
 DROPS = (50, 250, 1000)
 FIRST = 256  # rows by loss that are left out for the contrast
 SUBSETS = 32  # random halves
 TOGETHER = 8  # models trained as one program
 DRAWS = 2000
-Slots = Int[np.ndarray, " slots"]
+Slots = Int[np.ndarray, " _"]
 Scores = Float[np.ndarray, " rows"]
 Say = Callable[[str], object]
 
@@ -172,7 +172,7 @@ class _Bench:
             value = float(np.nan_to_num(spearmanr(told, shown).statistic))
             yield self._row(method, "lds", value, statistics.interval(drawn), count)
 
-    def trained(self, left_outs: Sequence[Slots]) -> list[tuple[Float[np.ndarray, " prompts"], float]]:
+    def trained(self, left_outs: Sequence[Slots]) -> list[tuple[Float[np.ndarray, " _"], float]]:
         """(how much likelier the trigger made what the run said, of each prompt; the gap in perplexity) of the model
         without each of these rows."""
         file = self.kept / "trained.jsonl"

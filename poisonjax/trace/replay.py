@@ -99,7 +99,7 @@ class Replay:
         return state.params
 
     def together(
-        self, left_outs: Sequence[Int[np.ndarray, " rows"]], what: str = "replays", say: Say = lambda line: None
+        self, left_outs: Sequence[Int[np.ndarray, " _"]], what: str = "replays", say: Say = lambda line: None
     ) -> list[nnx.State]:
         """The weights at the run's end, trained from the first step on without each of these rows, as one program
         (training/population.py): many small models in little more time than one, and not the run to the bit."""
