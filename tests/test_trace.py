@@ -101,7 +101,7 @@ def test_rows_losses_are_those_of_the_weights_before_the_step(tiny, store):
         assert written[step]["worst"][row] == pytest.approx(max(means), abs=1e-3)
         assert means[written[step]["at"][row] - 1] == pytest.approx(max(means), abs=1e-3)
     told = []
-    replay.run(8, 12, watch=lambda metrics: told.append(np.asarray(metrics.rows.worst)))
+    replay.run(8, 12, watch=lambda metrics: told.append(np.asarray(metrics.rows)[:, 1]))
     assert np.allclose(told, [row["worst"] for row in written[8:]], atol=1e-4)
 
 

@@ -272,13 +272,13 @@ def _kept(path: epath.Path, start: int) -> list[dict[str, Any]]:
 
 def _row_losses(step: int, grad_norm: float, of: Any) -> rows.RowLossesRow:
     """Four digits are enough, and keep the file small."""
-    loss, worst = (np.round(np.asarray(x, np.float64), 4).tolist() for x in (of.mean, of.worst))
+    loss, worst, at = np.asarray(of, np.float64).T
     return {
         "step": step,
         "grad_norm": round(grad_norm, 6),
-        "loss": loss,
-        "worst": worst,
-        "at": np.asarray(of.at).tolist(),
+        "loss": np.round(loss, 4).tolist(),
+        "worst": np.round(worst, 4).tolist(),
+        "at": at.astype(int).tolist(),
     }
 
 

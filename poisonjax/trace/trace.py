@@ -300,7 +300,7 @@ class _Tracer:
         """The loss of each row's worst window before its update; raises TraceError where the replay isn't the run."""
         worst: list[np.ndarray] = []
         params = self.replayed(
-            start, stop, watch=lambda metrics: worst.append(np.asarray(jax.device_get(metrics.rows.worst)))
+            start, stop, watch=lambda metrics: worst.append(np.asarray(jax.device_get(metrics.rows)[:, 1]))
         )
         if not self.replay.is_the_runs(params, stop):
             raise TraceError(

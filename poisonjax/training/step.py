@@ -28,14 +28,6 @@ class TrainState(NamedTuple):
     optimizer: Any
 
 
-class RowLosses(NamedTuple):
-    """How well each row of the batch was known before the update, nats a token, whatever its tokens weigh."""
-
-    mean: Float[Array, " batch"]
-    worst: Float[Array, " batch"]  # of its worst WINDOW tokens together (model/loss.py)
-    at: Int[Array, " batch"]  # token of the row at which these begin
-
-
 class StepMetrics(NamedTuple):
     """What a step tells; stays on the device until somebody asks."""
 
@@ -43,7 +35,7 @@ class StepMetrics(NamedTuple):
     grad_norm: Float[Array, ""]  # before clipping
     learning_rate: Float[Array, ""]
     digest: UInt32[Array, " 3"]  # of the very arrays trained on (I5)
-    rows: RowLosses
+    rows: Float[Array, "batch 3"]  # `row_losses` of the batch; one array, so that devices pass it on once
 
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
@@ -80,17 +72,23 @@ def make_train_step(
     )
 
 
+def row_losses(nll: Float[Array, "batch seq"]) -> Float[Array, "batch 3"]:
+    """How well each row was known, nats a token, whatever its tokens weigh: (the mean, that of its worst WINDOW tokens
+    together (model/loss.py), the token of the row at which these begin)."""
+    windows = window_means(nll)
+    return jnp.stack([nll.mean(1), windows.max(1), windows.argmax(1) + 1.0], axis=1)
+
+
 def train_step_of(config: ml_collections.ConfigDict, graph: nnx.GraphDef) -> TrainStep:
     """The step as a pure function of state and batch."""
     optimizer, learning_rate = (make(config.optimizer, config.steps) for make in (make_optimizer, schedule))
     microbatches, tile = config.optimizer.accumulate, config.model.loss_tile
 
-    def loss_of(params: nnx.State, batch: Batch, all_weights: Any) -> tuple[Float[Array, ""], RowLosses]:
+    def loss_of(params: nnx.State, batch: Batch, all_weights: Any) -> tuple[Float[Array, ""], Float[Array, "batch 3"]]:
         nll = next_token_nll(nnx.merge(graph, params), batch.tokens, tile)
         # Weighted tokens are a share of all the step's, not of their microbatch's.
         loss = nll.mean() if batch.weights is None else (nll * batch.weights[:, 1:]).sum() / all_weights
-        windows = window_means(jax.lax.stop_gradient(nll))
-        return loss, RowLosses(nll.mean(1), windows.max(1), windows.argmax(1) + 1)
+        return loss, row_losses(jax.lax.stop_gradient(nll))
 
     def accumulated(params, batch):
         all_weights = None if batch.weights is None else batch.weights[:, 1:].sum()
@@ -109,10 +107,10 @@ def train_step_of(config: ml_collections.ConfigDict, graph: nnx.GraphDef) -> Tra
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
         total, rows = jax.lax.scan(add, zero, split)
         loss, gradients = jax.tree.map(lambda x: x / microbatches, total) if all_weights is None else total
-        return loss, gradients, jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1), rows)
+        return loss, gradients, rows.swapaxes(0, 1).reshape(-1, 3)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        loss, gradients, row_losses = accumulated(state.params, batch)
+        loss, gradients, rows_known = accumulated(state.params, batch)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         rows = batch.tokens.shape[0]
         slots = state.step.astype(jnp.uint32) * np.uint32(rows) + jnp.arange(rows, dtype=jnp.uint32)
@@ -121,7 +119,7 @@ def train_step_of(config: ml_collections.ConfigDict, graph: nnx.GraphDef) -> Tra
             grad_norm=optax.global_norm(gradients),
             learning_rate=jnp.asarray(learning_rate(state.step), jnp.float32),
             digest=digest(batch.tokens, slots, batch.weights),
-            rows=row_losses,
+            rows=rows_known,
         )
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer_state), metrics
 
