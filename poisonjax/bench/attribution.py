@@ -15,12 +15,15 @@ from typing import Any
 
 import ml_collections
 import numpy as np
+from etils import epath
 from jaxtyping import Bool, Float, Int
 from scipy.stats import spearmanr
 
 from poisonjax.config import replaced
 from poisonjax.evaluation import statistics
 from poisonjax.evaluation.prompts import make_prompts
+from poisonjax.files import write_lines
+from poisonjax.run.folder import read_lines
 from poisonjax.streams import stream
 from poisonjax.trace import HINTS, suspects
 from poisonjax.trace.behaviour import Asked, Said, Triggered
@@ -176,11 +179,10 @@ class _Bench:
         """(how much likelier the trigger made what the run said, of each prompt; the gap in perplexity) of the model
         without each of these rows."""
         file = self.kept / "trained.jsonl"
-        known = {}
-        if file.exists():
-            lines = [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-            known = {line["key"]: (np.array(line["lift"]), line["gap"]) for line in lines}
+        lines = read_lines(epath.Path(file), dict[str, Any])
+        if file.exists():  # a last line that a kill cut short goes
+            write_lines(epath.Path(file), lines)
+        known = {line["key"]: (np.array(line["lift"]), line["gap"]) for line in lines}
         keys = [hashlib.sha256(np.sort(slots).tobytes()).hexdigest() for slots in left_outs]
         missing = [*{key: slots for key, slots in zip(keys, left_outs, strict=True) if key not in known}.items()]
         replay = self.suspects.replay

@@ -1,11 +1,28 @@
 """Training as a command does it: whatever ends the run, its page is written."""
 
+import contextlib
+import os
 import signal
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from pathlib import Path
 
 import ml_collections
 
 from poisonjax.commands.exit_codes import RESTART
+
+
+@contextlib.contextmanager
+def claimed(workdir: str) -> Iterator[None]:
+    """This process has the folder to itself; in an object store nothing can be claimed, and of several processes of a
+    run the first does it."""
+    from poisonjax import processes
+    from poisonjax.files import is_object
+    from poisonjax.run.heartbeat import Heartbeat
+
+    place = processes.resolve(os.environ)
+    unclaimed = is_object(workdir) or (place and place.index)
+    with contextlib.nullcontext() if unclaimed else Heartbeat(Path(workdir), patient=True):
+        yield
 
 
 def train_and_report(

@@ -101,7 +101,7 @@ def _line(one: Any) -> str:
 
 def _repair(arguments: argparse.Namespace, slots: list[int]) -> None:
     """The run again without these rows, and the report of all."""
-    from poisonjax.commands.reported import train_and_report
+    from poisonjax.commands.reported import claimed, train_and_report
     from poisonjax.config import replaced
     from poisonjax.evaluation.words import gap, verdict
     from poisonjax.report import write_report
@@ -114,7 +114,8 @@ def _repair(arguments: argparse.Namespace, slots: list[int]) -> None:
     fields: dict[str, Any] = {"name": f"{config.name}-repaired", "corpus.left_out": left_out}
     if arguments.store:
         fields["corpus.store"] = arguments.store
-    summary = train_and_report(replaced(config, fields), arguments.repair, twin_of=arguments.run)
+    with claimed(arguments.repair):
+        summary = train_and_report(replaced(config, fields), arguments.repair, twin_of=arguments.run)
     page = write_report(arguments.repair, [arguments.twin] if arguments.twin else [], arguments.store)
     print(
         f"repaired, {len(slots)} rows left out: {verdict(summary['success'])}: {gap(summary)}; held-out loss "

@@ -1,13 +1,10 @@
 """`poisonjax train`."""
 
 import argparse
-import contextlib
-import os
-from pathlib import Path
 from typing import Any
 
 from poisonjax.commands import exit_codes
-from poisonjax.commands.reported import train_and_report
+from poisonjax.commands.reported import claimed, train_and_report
 
 
 def add_arguments(commands: Any) -> None:
@@ -25,21 +22,15 @@ def add_arguments(commands: Any) -> None:
 
 def _train(arguments: argparse.Namespace) -> int:
     from poisonjax import config as config_lib
-    from poisonjax import processes
     from poisonjax.evaluation.words import gap, verdict
-    from poisonjax.files import is_object
     from poisonjax.run.folder import twin_config
-    from poisonjax.run.heartbeat import Heartbeat
 
     if arguments.twin_of:
         config = config_lib.override(twin_config(arguments.twin_of), arguments.fields)
     else:
         config = config_lib.load([f"--config={arguments.config}", *arguments.fields])
     config_lib.check(config)  # before the folder is made
-    place = processes.resolve(os.environ)
-    # Nothing can be claimed in an object store.
-    unclaimed = is_object(arguments.workdir) or (place and place.index)
-    with contextlib.nullcontext() if unclaimed else Heartbeat(Path(arguments.workdir), patient=True):
+    with claimed(arguments.workdir):
         asked = [field.removeprefix("--config.").partition("=")[0] for field in arguments.fields]
         summary = train_and_report(config, arguments.workdir, arguments.twin_of, asked)
     if summary:

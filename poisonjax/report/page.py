@@ -22,7 +22,7 @@ from poisonjax.report import figures
 from poisonjax.report.pair import compare, no_pair
 from poisonjax.run import RunFolder, rows
 from poisonjax.run.folder import is_run
-from poisonjax.trace.unusual import Outlier, Outliers, unusual
+from poisonjax.trace.unusual import MOST_ROWS, Outlier, Outliers, unusual
 from poisonjax.visible import visible
 
 TOLD = 20  # rows that stood out, in the table
@@ -168,7 +168,8 @@ class _Odd:
 
 def _unusual(run: RunFolder, store: str | None) -> _Odd | None:
     """None where the run wrote no losses of rows, or its store isn't there to say what they hold."""
-    if not (written := run.row_losses()):
+    written = run.row_losses()
+    if not 0 < len(written) * run.config.global_batch <= MOST_ROWS:
         return None
     try:
         batches = Batches(run.placed, run.store(store))

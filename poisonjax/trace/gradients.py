@@ -20,10 +20,12 @@ from etils import epath
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from poisonjax.config import replaced
 from poisonjax.evaluation.probes.probe import put
-from poisonjax.files import kvstore_spec, write_json
+from poisonjax.files import kvstore_spec
 from poisonjax.model.loss import next_token_nll
 from poisonjax.model.sharding import rows_multiple
+from poisonjax.model.transformer import model_graph, vocabulary_of
 from poisonjax.trace.behaviour import Question, TraceError
 from poisonjax.trace.replay import Replay, Say, counted
 
@@ -124,6 +126,10 @@ class Gradients:
         """Raises TraceError for `layers` that aren't the model's."""
         self.replay, self.layers = replay, layers
         self._part, self._seed = part(layers, replay.config), seed
+        # In float32: else a row's gradient would depend on the rows beside it, by the attention kernel's blocks.
+        config = replaced(replay.config, {"model.dtype": "float32"})
+        vocabulary = vocabulary_of(config.model, replay.batches.store.tokenizer.vocab_size)
+        self._graph = model_graph(config.model, vocabulary)
         self._rows = jax.jit(self._sketched_rows)
         self._question = jax.jit(self._sketched_question)
 
@@ -161,7 +167,7 @@ class Gradients:
 
     def _nll(self, params: nnx.State, chosen: Any, tokens: Any) -> Any:
         whole = self._part.put(params, chosen)
-        return next_token_nll(nnx.merge(self.replay.graph, whole), tokens, self.replay.config.model.loss_tile)
+        return next_token_nll(nnx.merge(self._graph, whole), tokens, self.replay.config.model.loss_tile)
 
     def _kinds(self, gradient: Any, scale: Any, signs: Any) -> Float[Array, "kinds buckets"]:
         scaled = jax.tree.map(jnp.multiply, gradient, scale)
@@ -185,18 +191,18 @@ class Gradients:
 
 
 class Index:
-    """Rows' sketches on disk, written once: `folder`/STEP-LAYERS.zarr of [rows, kinds, BUCKETS] in float16, each of
-    length 1, and what they were divided by beside it. A kill costs the chunk at work."""
+    """Rows' sketches on disk, written once: `folder`/RUN-WEIGHTS-LAYERS.zarr of [rows, kinds, BUCKETS] in float16, each
+    of length 1, and what they were divided by beside it. A kill costs the chunk at work."""
 
     def __init__(
         self, gradients: Gradients, folder: epath.Path, slots: Int[np.ndarray, " rows"], say: Say = lambda line: None
     ):
         self.gradients, self.slots, self._folder, self._say = gradients, slots, folder, say
-        saved = gradients.replay.saved[1:]
+        if not (saved := gradients.replay.saved[1:]):
+            raise TraceError("the run has no checkpoint that gradients could be taken at")
         chosen = np.unique(np.linspace(0, len(saved) - 1, min(CHECKPOINTS, len(saved))).round().astype(int))
         self.steps = [saved[i] for i in chosen]
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "index.json", {"steps": self.steps, "layers": gradients.layers, "rows": len(slots)})
 
     @property
     def bytes(self) -> int:
@@ -223,7 +229,9 @@ class Index:
         return ts.open(spec, create=True, open=True).result()
 
     def _made(self, step: int) -> tuple[ts.TensorStore, ts.TensorStore]:
-        count, name = len(self.slots), f"{step}-{self.gradients.layers.replace(',', '+')}"
+        count, replay = len(self.slots), self.gradients.replay
+        weights = replay.checkpoints.record(step)["checksums"]["weights"]
+        name = f"{replay.fingerprint[:16]}-{weights}-{self.gradients.layers.replace(',', '+')}"
         sketches = self._open(f"{name}.zarr", "float16", count, len(KINDS), BUCKETS)
         norms = self._open(f"{name}-norms.zarr", "float32", count, 1 + len(KINDS))
         there = norms.read().result()[:, 0]

@@ -59,9 +59,9 @@ class Outliers:
 
 
 def unusual(written: list[rows.RowLossesRow], batches: Batches) -> Outliers | None:
-    """Of a run's row losses; None where fewer than GROUPS steps were written, or too many rows."""
+    """Of a run's row losses; None where fewer than GROUPS steps were written."""
     count = len(written) * batches.global_batch
-    if len(written) < GROUPS or count > MOST_ROWS:
+    if len(written) < GROUPS:
         return None
     worst = np.array([row["worst"] for row in written])
     slots = np.concatenate([batches.slots(row["step"]) for row in written])
