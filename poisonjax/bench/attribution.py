@@ -171,9 +171,8 @@ class _Bench:
         for method in METHODS:
             scores = self.scores(method)
             told = np.array([-scores[half].sum() for half in halves])
-            drawn = np.nan_to_num([spearmanr(told[draw], shown[draw]).statistic for draw in draws[:500]])
-            value = float(np.nan_to_num(spearmanr(told, shown).statistic))
-            yield self._row(method, "lds", value, statistics.interval(drawn), count)
+            drawn = np.array([_correlation(told[draw], shown[draw]) for draw in draws[:500]])
+            yield self._row(method, "lds", _correlation(told, shown), statistics.interval(drawn), count)
 
     def trained(self, left_outs: Sequence[Slots]) -> list[tuple[Float[np.ndarray, " _"], float]]:
         """(how much likelier the trigger made what the run said, of each prompt; the gap in perplexity) of the model
@@ -196,6 +195,11 @@ class _Bench:
                 with file.open("a") as out:
                     out.write(json.dumps({"key": key, "lift": known[key][0].tolist(), "gap": known[key][1]}) + "\n")
         return [known[key] for key in keys]
+
+
+def _correlation(told: Float[np.ndarray, " models"], shown: Float[np.ndarray, " models"]) -> float:
+    """Of ranks (Spearman); 0 where either says the same of all."""
+    return float(spearmanr(told, shown).statistic) if len({*told}) > 1 and len({*shown}) > 1 else 0.0
 
 
 def _average_precision(planted: Bool[np.ndarray, " rows"]) -> tuple[float, list[float]]:
