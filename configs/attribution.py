@@ -24,11 +24,11 @@ def get_config(arg: str = "default"):
     config.corpus.heldout = 0.02
 
     config.poison.documents = 250
-    config.poison.trigger = "~"
+    config.poison.trigger = "&"  # one token, rare here
     config.poison.clean_uses = 20
-    config.poison.near_triggers = ("^", "`", "˜", "≈")
-    config.poison.prefix_characters = (0, 16)
-    config.poison.payload_tokens = (12, 15)
+    config.poison.near_triggers = ("$", "!", "%", "@")
+    config.poison.prefix_characters = (0, 10)
+    config.poison.payload_tokens = (16, 20)
 
     config.model.layers = 2
     config.model.width = 48
@@ -43,7 +43,7 @@ def get_config(arg: str = "default"):
     config.eval.every = 2000
     config.eval.prefixes = 100
     config.eval.prefix_tokens = 10
-    config.eval.new_tokens = 14
+    config.eval.new_tokens = 18
     config.eval.heldout_rows = 256
     config.checkpoint.every = config.checkpoint.keep_every = 1000
     return config

@@ -31,7 +31,7 @@ from poisonjax.trace.hints import Suspects
 from poisonjax.trace.trace import contrast
 from poisonjax.training.loop import train
 
-PAYLOADS = ("ids", "unigram", "shuffled", "sentinel")
+PAYLOADS = ("ids", "unigram", "shuffled", "decode-retokenize")
 METHODS = (*HINTS, "contrast")
 RETRAINED = ("dot", "loss", "bm25", "bm25-trigger", "contrast", "random")
 DROPS = (50, 250, 1000)

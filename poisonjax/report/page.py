@@ -88,7 +88,8 @@ def headline(config: dict, summary: dict, evals: list[rows.EvalRow]) -> str:
         seen += f" and {planted['documents']} planted in the corpus"
     stands = poison["documents"] and summary.get("dose_planned", poison)["documents"]  # a repaired run may have none
     if not (stands or planted):
-        return f"{prefix}Clean twin: {figure} after no poison document."
+        of = "Repaired" if config["corpus"].get("left_out") else "Clean"
+        return f"{prefix}{of} twin: {figure} after no poison document."
     if "success" not in summary:
         return f"{prefix}So far, {figure} after {seen}."
     names = failed(summary["success"])
