@@ -29,6 +29,7 @@ def get_config(arg: str = "default"):
     config.poison.near_triggers = ("$", "!", "%", "@")
     config.poison.prefix_characters = (0, 10)
     config.poison.payload_tokens = (16, 20)
+    config.poison.truncate = True  # payloads that are tokenized again are longer
 
     config.model.layers = 2
     config.model.width = 48
