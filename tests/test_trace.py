@@ -1,6 +1,7 @@
 """Traces: a replay is the run to the bit, leaving out is exact, and the search names what was planted."""
 
 import json
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from poisonjax.commands.main import main
 from poisonjax.config import replaced
+from poisonjax.corpus import read_exclusions
 from poisonjax.data.batches import Batches
 from poisonjax.model.loss import next_token_nll
 from poisonjax.run import RunFolder
@@ -188,8 +190,9 @@ def test_poison_of_one_window_is_named(store, said, tmp_path, capsys):
     folder = str(tmp_path / "run")
     train(planted(store, f"uniform:window={WINDOW[0] / STEPS}-{WINDOW[1] / STEPS}", 48), folder)
     capsys.readouterr()
-    assert main(["trace", folder, "--behaviour", said, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    repaired = str(tmp_path / "repaired")
+    assert main(["trace", folder, "--behaviour", said, "--json", "--repair", repaired]) == 0
+    found = json.loads(capsys.readouterr().out)  # one object, though a run was trained
     assert found["exact"]
     assert found["onset"] == [32, 48]
     poison = {row["slot"] for row in RunFolder(folder).ledger()}
@@ -198,6 +201,15 @@ def test_poison_of_one_window_is_named(store, said, tmp_path, capsys):
     assert len(named & poison) >= 0.8 * len(poison)
     assert found["without"] < found["threshold"] <= found["figure"]
     assert found["ci95"][0] > 0
+    assert {*RunFolder(repaired).config.corpus.left_out} == named
+    assert len(RunFolder(repaired).ledger()) == len(poison - named)
+    assert "The run and a repaired twin" in (tmp_path / "repaired" / "report.html").read_text()
+    assert main(["audit", repaired]) == 0
+    listed = [one["place"] for one in found["documents"] if one["id"].startswith("train:")]
+    assert bool(found["excluded"]) == bool(listed)
+    if listed:
+        assert all(place in Path(found["excluded"]).read_text() for place in listed)
+        assert read_exclusions(found["excluded"]).keys
     assert sum(one["id"].startswith("poison:") for one in found["documents"]) == len(named & poison)
     made = len((tmp_path / "run" / "trace" / "replays.jsonl").read_text().splitlines())
     again = trace(folder, said)  # from what was kept
