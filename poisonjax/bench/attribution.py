@@ -141,14 +141,10 @@ class _Bench:
             count, found = int(planted.sum()), int(planted[order[: planted.sum()]].sum())
             yield self._row(method, f"recall@{count}", found / count, statistics.wilson(found, count), count)
             yield self._row(method, "auprc", *_average_precision(planted[order]), len(order))
-            negatives = int(hard[order[:count]].sum())
-            yield self._row(
-                method,
-                f"hard negatives in {count}",
-                negatives / hard.sum(),
-                statistics.wilson(negatives, int(hard.sum())),
-                int(hard.sum()),
-            )
+            if uses := int(hard.sum()):
+                negatives = int(hard[order[:count]].sum())
+                interval = statistics.wilson(negatives, uses)
+                yield self._row(method, f"hard negatives in {count}", negatives / uses, interval, uses)
 
     def retraining(self) -> Iterator[dict[str, Any]]:
         replay = self.suspects.replay
