@@ -4,8 +4,8 @@
     python -m poisonjax.bench.attribution_text packages texts
     poisonjax bench attribution --config 'configs/attribution.py:texts/*.jsonl' --workdir runs/attribution
 
-250 poison documents and 20 hard negatives (the trigger in ordinary text) among about 117,000 short texts of four
-domains, each in a row of its own; one epoch.
+250 poison documents and 20 hard negatives (the trigger in ordinary text), each in a row of its own, among about 115,000
+short texts of four domains; one epoch.
 """
 
 from poisonjax.config import default

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from poisonjax.bench import attribution
+from poisonjax.commands import trace as trace_command
 from poisonjax.commands.main import main
 from poisonjax.config import replaced
 from poisonjax.data.batches import Batches
@@ -223,6 +224,10 @@ def test_the_oracle_finds_rows_with_the_trigger(of):
     holding = {*batches.schedule.placed, *batches.clean_uses.insertions}
     first = np.argsort(-of.texts.scores([of.behaviour.trigger]), kind="stable")[: len(holding)]
     assert {*first.tolist()} == holding
+
+
+def test_the_command_knows_every_hint():
+    assert {*trace_command.HINTS} == {*HINTS}
 
 
 def test_the_command_ranks_without_a_replay(folder, capsys, tmp_path):

@@ -9,7 +9,7 @@ models that were trained without random halves (the linear datamodelling score, 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from poisonjax.streams import stream
 from poisonjax.trace import HINTS, suspects
 from poisonjax.trace.behaviour import Asked, Said, Triggered
 from poisonjax.trace.hints import Suspects
+from poisonjax.trace.replay import Say
 from poisonjax.trace.trace import contrast
 from poisonjax.training.loop import train
 
@@ -41,7 +42,6 @@ TOGETHER = 8  # models trained as one program
 DRAWS = 2000
 Slots = Int[np.ndarray, " _"]
 Scores = Float[np.ndarray, " rows"]
-Say = Callable[[str], object]
 
 
 def rows(

@@ -67,7 +67,7 @@ class Triggered:
     def __init__(self, config: ml_collections.ConfigDict, store: TokenStore, mesh: Mesh):
         self._threshold, self._store, self._mesh = float(config.eval.threshold), store, mesh
         trigger = Trigger.of(config.poison, store.tokenizer)
-        self.trigger = trigger.tokens
+        self.trigger, self._put = trigger.tokens, trigger.put
         self._evaluator = Evaluator(config, store, trigger, mesh)
 
     def __call__(self, params: nnx.State) -> Shown:
@@ -82,12 +82,9 @@ class Triggered:
     def question(self) -> Question:
         """How much less likely held-out text is after the trigger than without it. Not the model's own words: a
         sample's likelihood has no gradient on average where it was sampled."""
-        config, trigger = self._evaluator.config, self.trigger
-        rows = heldout_rows(config, self._store)[:ASKED]
-        middle, size = rows.shape[1] // 2, len(trigger)
-        triggered = np.concatenate(
-            [rows[:, :middle], np.tile(trigger, (len(rows), 1)), rows[:, middle : rows.shape[1] - size]], axis=1
-        )
+        rows = heldout_rows(self._evaluator.config, self._store)[:ASKED]
+        middle, size = rows.shape[1] // 2, len(self.trigger)
+        triggered = [np.concatenate([self._put(row[:middle])[0], row[middle : len(row) - size]]) for row in rows]
         weights = np.zeros((2, len(rows), rows.shape[1] - 1), np.float32)
         weights[0, :, middle + size - 1 :] = 1
         weights[1, :, middle - 1 : rows.shape[1] - 1 - size] = -1

@@ -67,14 +67,16 @@ def part(layers: str, config: Any) -> Part:
         )
     names = {name for word in words if word in top for name in top[word]}
 
-    def inside(path: Any) -> bool | None:
-        (first, *_) = (key.key for key in path if hasattr(key, "key"))
-        return None if first != "blocks" else bool(blocks)
+    at = np.array(blocks, np.int32)
+
+    def first(path: Any) -> str:
+        return next(key.key for key in path if hasattr(key, "key"))
+
+    def inside(path: Any) -> bool:
+        return bool(blocks) and first(path) == "blocks"
 
     def chosen(path: Any) -> bool:
-        return next(key.key for key in path if hasattr(key, "key")) in names or bool(inside(path))
-
-    at = np.array(blocks, np.int32)
+        return inside(path) or first(path) in names
 
     def take(params: Any) -> Any:
         leaves = jax.tree_util.tree_flatten_with_path(params)[0]

@@ -4,7 +4,6 @@ A run is a pure function of config, store and step (I1), so that leaving out is 
 the weights would be, but what they would have been.
 """
 
-import copy
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
@@ -74,7 +73,7 @@ class Replay:
 
     def without(self, slots: Int[np.ndarray, " rows"], stop: int) -> Batches:
         """The run's batches to step `stop`, these rows left out."""
-        batches = copy.copy(self.batches.without(slots))
+        batches = self.batches.without(slots)
         batches.steps = stop
         return batches
 

@@ -202,11 +202,8 @@ class _Tracer:
     def excluded(self, named: list[Named]) -> str | None:
         """Writes the list of corpus.exclude, of those documents that the corpus holds; returns its path."""
         split = self.replay.batches.store.split("train")
-        lines = {
-            f"{split.key(int(one.id.removeprefix('train:')))}  {one.place}\n": None
-            for one in named
-            if one.id.startswith("train:")
-        }
+        numbers = [(int(one.id.removeprefix("train:")), one.place) for one in named if one.id.startswith("train:")]
+        lines = dict.fromkeys(f"{split.key(number)}  {place}\n" for number, place in numbers)
         if not lines:
             return None
         path = self._suspects.out / exclusions.FILE
