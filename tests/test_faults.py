@@ -207,7 +207,7 @@ def test_a_stop_is_answered_by_42_from_the_first_line_on(config, tmp_path, thoro
     length = time.monotonic() - began
     random = np.random.default_rng()
     for number, seconds in enumerate(
-        random.uniform(0.05, 0.6 * length, 30) if thorough else (0, 0.2 * length, 0.5 * length)
+        random.uniform(0.05, 0.6 * length, 30) if thorough else (0, 0.1 * length, 0.3 * length)
     ):
         folder = tmp_path / f"run{number}"
         shutil.rmtree(config.corpus.store)
@@ -217,9 +217,13 @@ def test_a_stop_is_answered_by_42_from_the_first_line_on(config, tmp_path, thoro
         while not answers(process):
             time.sleep(0.001)
         time.sleep(seconds)
+        digests = folder / "digests.jsonl"
+        over = (
+            digests.exists() and len(lines(digests)) == config.steps
+        )  # only its page may be missing: no reason for 42
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
-        assert process.returncode == 42, (seconds, errors.decode())
+        assert process.returncode == 42 or (over and process.returncode == 0), (seconds, errors.decode())
         assert b"Traceback" not in errors
         subprocess.run(command(config, folder), env=os.environ, check=True, capture_output=True)
         assert lines(folder / "digests.jsonl") == lines(whole / "digests.jsonl")
