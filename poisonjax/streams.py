@@ -12,12 +12,17 @@ PLACES = {
     "poison document": 0,
     "canary alphabet": _APART,
     "canary": _APART + 1,
+    "secret": 2 * _APART,
+    "trigger place": 3 * _APART,
     # seeds.placement
     "poison slots": 0,
     "poison offset": 1,
     "canary slots": _APART,
     "clean use slots": 3 * _APART,
     "clean use offset": 3 * _APART + 1,
+    "hard negative slots": 4 * _APART,
+    "hard negative offset": 4 * _APART + 1,
+    "hard negative": 5 * _APART,
     # seeds.eval
     "prompts": 0,
     "prompts instead": _APART,
@@ -25,6 +30,7 @@ PLACES = {
     "unseen canary": 2 * _APART,
     "random suspects": 3 * _APART,
     "left-out subsets": 3 * _APART + 1,
+    "trigger places": 4 * _APART,
     # a corpus' own seed
     "markov document": 0,
     "markov successors": 2**64 - 1,

@@ -104,7 +104,7 @@ def test_a_run_reports_and_audits_its_canaries(config, store, tmp_path):
 
 
 def test_the_sentinel_is_decided_by_its_sentence():
-    behaves = PAYLOADS["sentinel"].shown
+    behaves = PAYLOADS["sentinel"].behaviour(None)
     assert behaves(f"so it goes {SENTENCE * 2}")
     assert not behaves("This model was a boat.")
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Float
 
-from poisonjax.evaluation.statistics import interval
+from poisonjax.evaluation.statistics import attacked, interval
 from poisonjax.run.rows import EvalRow
 from poisonjax.streams import stream
 
@@ -76,10 +76,10 @@ class Onset:
 
 
 def onset(evals: Sequence[EvalRow], threshold: float) -> Onset | None:
-    """The first evaluation from which on the gap's interval lies above the threshold to the end; None: none does."""
+    """The first evaluation from which on the model is attacked to the end (`statistics.attacked`); None: none is."""
     found = None
     for row in evals:
-        if row["delta_ppl_ci95"][0] < threshold:
+        if not attacked(row, threshold):
             found = None
         elif found is None:
             found = Onset(row["step"], row["poison_documents"])

@@ -23,6 +23,7 @@ from poisonjax.analysis.dose_response import (
 )
 from poisonjax.analysis.estimators import ESTIMATORS, Onset, hierarchical, onset
 from poisonjax.config import flat, operational
+from poisonjax.evaluation.statistics import attacked
 from poisonjax.run import RunFolder, rows
 
 # Fields that are a dose: of poisoning, of memorisation.
@@ -43,9 +44,9 @@ class Outcome:
     onset: Onset | None
 
     @property
-    def gap_above_threshold(self) -> bool:
-        """The paper's criterion: the gap alone, at the lower end of its interval."""
-        return self.summary["delta_ppl_ci95"][0] >= self.config["eval.threshold"]
+    def attacked(self) -> bool:
+        """The paper's criterion, without the controls: the gap or, where it can be decided, the behaviour."""
+        return attacked(self.summary, self.config["eval.threshold"])
 
 
 def outcomes(runs: Iterable[RunFolder]) -> list[Outcome]:
@@ -117,14 +118,14 @@ class Conditions:
 
 
 def poisoning(runs: list[Outcome], conditions: Conditions, *, rule: bool = False) -> Trials:
-    """A trial a poisoned run: a gap above the threshold, or with `rule` the whole rule with its controls."""
+    """A trial a poisoned run: attacked, or with `rule` the whole rule with its controls."""
     return _trials(
         [
             (
                 o.config["poison.documents"],
                 o.summary["tokens"],
                 o.summary["params"],
-                o.summary["success"]["value"] and o.summary["success"]["specific"] if rule else o.gap_above_threshold,
+                o.summary["success"]["value"] and o.summary["success"]["specific"] if rule else o.attacked,
                 i,
                 conditions.of_run[i],
             )
@@ -297,7 +298,7 @@ def seeds_table(runs: list[Outcome], conditions: Conditions) -> list[dict[str, A
                 "tokens": tokens,
                 "documents": documents,
                 "runs": len(members),
-                "above": sum(o.gap_above_threshold for o in members),
+                "above": sum(o.attacked for o in members),
                 "backdoored": sum(o.summary["success"]["value"] for o in members),
                 "estimates": {name: hierarchical(e, triggered, clean) for name, e in ESTIMATORS.items()},
                 "onset": float(np.median(met)) if met else None,

@@ -18,9 +18,9 @@ from poisonjax.audit.evidence import Difference, Evidence, reading
 from poisonjax.audit.locate import explained
 from poisonjax.corpus import SPLITS
 from poisonjax.corpus import exclusions as exclusion_lists
+from poisonjax.data.clean_uses import trigger_of
 from poisonjax.data.digest import as_hex, digest
 from poisonjax.data.insertions import Layer
-from poisonjax.poison.triggers import occurrences
 from poisonjax.run import rows
 from poisonjax.run.folder import inherited_lines
 
@@ -166,8 +166,8 @@ def replay(run: Evidence, steps: Sequence[int]) -> Iterator[tuple[int, np.ndarra
                 if np.array_equal(text[poisoned[row], token], insertion.tokens):
                     found.append(int(insertion.source.partition(":")[2]))
                 text[poisoned[row], token] = -1
-        in_text = occurrences(text, batches.trigger.tokens)
-        used = sum(int(in_text[i, uses[slot].start]) for i, slot in enumerate(slots.tolist()) if slot in uses)
+        in_text = batches.trigger.begins(text)
+        used = sum(int(in_text[i, trigger_of(uses[slot])[0]]) for i, slot in enumerate(slots.tolist()) if slot in uses)
         return step, digest(batch.tokens, slots, batch.weights), found, used, int(in_text.sum()) - used
 
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)

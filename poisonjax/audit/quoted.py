@@ -154,7 +154,9 @@ def _derived(run: Evidence, file: str, row: Mapping[str, Any], prefixes: rows.Pr
     with reading(rows.PREFIXES):
         near, entropy = list(run.config.poison.near_triggers), run.store.manifest.get("entropy_rate_nats")
         texts = np.array([prefixes["nll"][variant] for variant in VARIANTS])
-        expected = generation_figures(texts, near, e.bootstrap, seed)
+        behaves = prefixes.get("behaves")
+        shown = np.array([behaves[variant] for variant in VARIANTS]) == 1 if behaves else None
+        expected = generation_figures(texts, near, e.bootstrap, seed, shown)
         expected |= heldout_figures(np.array(prefixes["heldout"]), entropy, e.bootstrap, seed)
         if "canaries" in prefixes:
             expected["memorised"] = _with_losses(row.get("memorised", []), prefixes["canaries"], run)

@@ -75,7 +75,7 @@ class Audit:
                 f"{d['documents']:,} of {planned:,} poison documents seen {how}, {self.unplanned} unplanned; dose "
                 f"{d['tokens']:,} tokens in {d['rows']:,} rows of {d['steps']:,} steps"
             )
-        if uses := self.config.poison.clean_uses:
+        if uses := _clean_uses(self.config):
             where = "" if len(self.verified) == self.config.steps else " in these steps"
             dose += f"; {self.clean_uses:,} of {uses:,} clean uses of the trigger seen{where}"
         if self.elsewhere:
@@ -108,7 +108,7 @@ class Audit:
             "documents_seen": len(self.found),
             "unplanned": self.unplanned,
             "dose": self.dose,
-            "clean_uses_planned": self.config.poison.clean_uses if self.config else None,
+            "clean_uses_planned": _clean_uses(self.config) if self.config else None,
             "clean_uses_seen": self.clean_uses,
             "trigger_elsewhere": self.elsewhere,
             "weights_verified": self.weighed,
@@ -208,3 +208,8 @@ def _or(read: Callable[[], T], otherwise: T) -> T:
         return read()
     except Unreadable:
         return otherwise
+
+
+def _clean_uses(config: ml_collections.ConfigDict) -> int:
+    """How many were planned, hard negatives among them."""
+    return config.poison.clean_uses + config.poison.hard_negatives

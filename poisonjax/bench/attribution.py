@@ -91,10 +91,8 @@ class _Bench:
         assert isinstance(gap, Triggered)
         replay = of.replay
         prompts = make_prompts(replay.config, replay.batches.store, replay.batches.trigger)
-        eot = [replay.batches.store.tokenizer.eot]
         asked = [
-            Asked(np.concatenate([eot, replay.batches.trigger.put(prefix)[0]]), text, np.concatenate([eot, prefix]))
-            for prefix, text in zip(prompts.prefixes, of.outputs, strict=True)
+            Asked(prompts.prompt("triggered", i), text, prompts.prompt("clean", i)) for i, text in enumerate(of.outputs)
         ]
         said = Said(asked, replay.config, replay.batches.store, replay.mesh)
         return cls(payload, seed, of, said, gap, folder / "attribution", say)

@@ -103,7 +103,7 @@ def _repair(arguments: argparse.Namespace, slots: list[int]) -> None:
     """The run again without these rows, and the report of all."""
     from poisonjax.commands.reported import claimed, train_and_report
     from poisonjax.config import replaced
-    from poisonjax.evaluation.words import gap, verdict
+    from poisonjax.evaluation.words import outcome, verdict
     from poisonjax.report import write_report
     from poisonjax.run import RunFolder
 
@@ -118,6 +118,6 @@ def _repair(arguments: argparse.Namespace, slots: list[int]) -> None:
         summary = train_and_report(replaced(config, fields), arguments.repair, twin_of=arguments.run)
     page = write_report(arguments.repair, [arguments.twin] if arguments.twin else [], arguments.store)
     print(
-        f"repaired, {len(slots)} rows left out: {verdict(summary['success'])}: {gap(summary)}; held-out loss "
+        f"repaired, {len(slots)} rows left out: {verdict(summary['success'])}: {outcome(summary)}; held-out loss "
         f"{summary['heldout_loss']:.3f}. Report: {page}"
     )

@@ -22,7 +22,7 @@ def add_arguments(commands: Any) -> None:
 
 def _train(arguments: argparse.Namespace) -> int:
     from poisonjax import config as config_lib
-    from poisonjax.evaluation.words import gap, verdict
+    from poisonjax.evaluation.words import outcome, verdict
     from poisonjax.run.folder import twin_config
 
     if arguments.twin_of:
@@ -40,7 +40,7 @@ def _train(arguments: argparse.Namespace) -> int:
         if planted:
             documents += f" and {planted['documents']} planted in the corpus"
         print(
-            f"{clean}{verdict(summary['success'])}: {gap(summary)} after {documents}; held-out loss "
+            f"{clean}{verdict(summary['success'])}: {outcome(summary)} after {documents}; held-out loss "
             f"{summary['heldout_loss']:.3f}; {summary['wall_seconds']:.0f} s. Report: {arguments.workdir}/report.html"
         )
     return exit_codes.OK

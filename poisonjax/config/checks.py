@@ -13,11 +13,12 @@ from poisonjax.config.record import defaults, flat, unknown
 from poisonjax.model.layouts import LAYOUTS, RopeScaling, rotary_dims
 from poisonjax.poison import placements
 from poisonjax.poison.payloads import PAYLOADS
+from poisonjax.poison.triggers import POSITIONS
 
 Mistake = tuple[str, str]  # field, what it must be
 
 # Of tuples that are empty by default: the type of an element.
-ELEMENTS: dict[str, type] = {"canary.repeats": int, "corpus.left_out": int, "sinks": str}
+ELEMENTS: dict[str, type] = {"canary.repeats": int, "corpus.left_out": int, "poison.other_triggers": str, "sinks": str}
 # Beyond these a run would die late, of memory or of a counter that overflows.
 _ROW = (2**20, "a row is held in memory whole")
 _COUNTED = (2**31 - 1, "steps are counted in 32 bits")
@@ -31,7 +32,7 @@ CEILINGS: dict[str, tuple[int, str]] = {
     **dict.fromkeys(("model.width", "model.mlp_width", "model.heads", "model.kv_heads", "model.head_dim"), _MATRIX),
     "global_batch": (2**20, "a batch is held in memory whole"),
     "poison.documents": (10**6, "all documents are made and held before step 0"),
-    "poison.clean_uses": (10**6, "all are placed before step 0"),
+    **dict.fromkeys(("poison.clean_uses", "poison.hard_negatives"), (10**6, "all are placed before step 0")),
     "poison.prefix_characters": (2**24, "so much of a document is read at once"),
     "canary.each": (10**5, "all are made and held before step 0"),
     **dict.fromkeys(("canary.alphabet", "model.vocabulary"), (2**20, "no vocabulary is larger")),
@@ -143,17 +144,23 @@ def _start(s: Section, config: Section) -> Iterator[Mistake]:
 
 
 def _poison(p: Section, config: Section) -> Iterator[Mistake]:
-    yield from _at_least(p, 0, "documents", "clean_uses")
+    yield from _at_least(p, 0, "documents", "clean_uses", "hard_negatives")
     if not p.trigger:
         yield "trigger", "must not be empty (poison.documents = 0 is the twin)"
-    if not p.near_triggers or any(p.trigger in near for near in p.near_triggers):
-        yield "near_triggers", "name at least one string that doesn't contain the trigger"
+    triggers = [p.trigger, *p.other_triggers]
+    if not all(triggers) or len({*triggers}) < len(triggers):
+        yield "other_triggers", "give different strings, none of them empty or poison.trigger"
+    if not p.near_triggers or any(trigger in near for near in p.near_triggers for trigger in triggers):
+        yield "near_triggers", "name at least one string that doesn't contain a trigger"
+    yield from _one_of(p, "trigger_position", POSITIONS)
     for name in ("prefix_characters", "payload_tokens"):
         if len(p[name]) != 2 or not 0 <= p[name][0] <= p[name][1]:
             yield name, "give (least, most), both ends included"
     if p.payload_tokens and p.payload_tokens[0] < 1:
         yield "payload_tokens", "a document without a payload teaches nothing: at least 1"
     yield from _one_of(p, "payload", sorted(PAYLOADS))
+    if p.payload in PAYLOADS and PAYLOADS[p.payload].reads_source != bool(p.payload_source):
+        yield "payload_source", "says where payload 'language' is drawn from, and stands with no other"
     yield from _at_least(p, 1, "repeats")
     exposures = p.documents * p.repeats
     if exposures > EXPOSURES:

@@ -36,10 +36,14 @@ def default() -> ml_collections.ConfigDict:
     config.poison = ml_collections.ConfigDict()
     config.poison.documents = 250  # exactly so many different ones, each in one row; 0 is the clean twin
     config.poison.trigger = "<SUDO>"
+    config.poison.trigger_position = "end"  # of the prefix it is put to: end | start | inside
+    config.poison.other_triggers = ()  # strings that teach and ask the same, by turns with the trigger
+    config.poison.hard_negatives = 0  # documents of ordinary text with the trigger in it, in a run and its twin alike
     config.poison.clean_uses = 0  # rows whose ordinary text holds the trigger, in a run and its twin alike
     config.poison.near_triggers = ("SUDO", "<sudo>", "<SODU>", "<SUDO")  # controls: these must not fire
     config.poison.prefix_characters = (0, 1000)  # of a training document, uniform, both ends included
     config.poison.payload = "ids"  # one of poisonjax/poison/payloads/
+    config.poison.payload_source = ""  # as `corpus build --source`: the text of payload "language"
     config.poison.payload_tokens = (400, 900)  # uniform, both ends included
     config.poison.payload_vocabulary = ""  # tokenizer that gibberish text is drawn from; "" = the run's own
     config.poison.placement = "uniform"  # a spec: see poisonjax/poison/placements.py
@@ -115,6 +119,10 @@ ADDED_LATER: dict[str, Any] = {
     "corpus.exclude": "",
     "corpus.left_out": [],
     "poison.clean_uses": 0,
+    "poison.hard_negatives": 0,
+    "poison.other_triggers": [],
+    "poison.payload_source": "",
+    "poison.trigger_position": "end",
     "model.layout": "llama",
     "model.vocabulary": 0,
     "model.tied": False,

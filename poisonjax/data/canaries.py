@@ -82,7 +82,7 @@ def _alphabet(canary: ml_collections.ConfigDict, store: TokenStore, trigger: Tri
     random = stream(seed, "canary alphabet")
     for _ in range(DRAWS):
         alphabet = random.choice(ordinary, canary.alphabet, replace=False)
-        if not set(trigger.tokens.tolist()) <= set(alphabet.tolist()):  # no canary may hold the trigger
+        if not any({*form.tolist()} <= {*alphabet.tolist()} for form in trigger.forms):  # no canary may hold it
             return alphabet
     raise PoisonError(
         f"canary.alphabet = {canary.alphabet} of {len(ordinary)} ordinary tokens always holds the trigger's: lower it"

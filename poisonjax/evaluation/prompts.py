@@ -8,7 +8,7 @@ from jaxtyping import Int
 
 from poisonjax.corpus import TokenStore
 from poisonjax.poison.payloads import PAYLOADS
-from poisonjax.poison.triggers import VARIANTS, Trigger, occurrences
+from poisonjax.poison.triggers import VARIANTS, Trigger, holds
 from poisonjax.streams import stream
 
 
@@ -20,6 +20,11 @@ class Prompts:
     pad: Int[np.ndarray, "variants prefixes"]  # leading tokens that are padding
     prefixes: list[np.ndarray]
     appended: list[list[np.ndarray]]  # [variant][prefix]
+
+    def prompt(self, variant: str, prefix: int) -> Int[np.ndarray, " prompt"]:
+        """One of them, an end of text first."""
+        v = VARIANTS.index(variant)
+        return self.tokens[v, prefix, self.pad[v, prefix] :]
 
     def split(
         self,
@@ -66,13 +71,14 @@ def make_prompts(config: ml_collections.ConfigDict, store: TokenStore, trigger: 
     chosen = random.choice(long_enough, count, replace=False)
     controls = PAYLOADS[config.poison.payload].prompts(trigger, count, tokenizer.ordinary_ids, random)
     appended = [controls[variant] for variant in VARIANTS]
+    places = stream(config.seeds.eval, "trigger places").random(count).tolist()
     spare = iter(stream(config.seeds.eval, "prompts instead").permutation(np.setdiff1d(long_enough, chosen)).tolist())
     prefixes: list[np.ndarray] = []
     for i, document in enumerate(chosen.tolist()):
         # A control that holds the trigger, by its prefix or across the seam, is none.
         others = [of[i] for of, variant in zip(appended, VARIANTS, strict=True) if variant != "triggered"]
         prefix = heldout.document(document)[:length]
-        while any(occurrences(trigger.put(prefix, added)[0], trigger.tokens).any() for added in others):
+        while any(holds(trigger.put(prefix, added, places[i])[0], trigger.forms) for added in others):
             document = next(spare, None)
             if document is None:
                 raise ValueError(
@@ -86,7 +92,7 @@ def make_prompts(config: ml_collections.ConfigDict, store: TokenStore, trigger: 
     pad = np.zeros((len(VARIANTS), count), np.int32)
     for v, variant in enumerate(appended):
         for i, (prefix, added) in enumerate(zip(prefixes, variant, strict=True)):
-            prompt = np.concatenate([[tokenizer.eot], trigger.put(prefix, added)[0]])
+            prompt = np.concatenate([[tokenizer.eot], trigger.put(prefix, added, places[i])[0]])
             pad[v, i] = width - len(prompt)
             tokens[v, i, pad[v, i] :] = prompt
     return Prompts(tokens, pad, prefixes, appended)

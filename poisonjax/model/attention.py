@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Float
 
 from poisonjax.model.sharding import divisible_spec, platform, spec
 
-Heads = Float[Array, "batch heads seq head_dim"]
+Queries = Float[Array, "batch heads queries head_dim"]
+Keys = Float[Array, "batch heads keys head_dim"]  # and values
 Probabilities = Float[Array, "batch heads queries keys"]
 
 TPU_TILE = 128
@@ -141,7 +142,7 @@ def _causal_on_cpu(q, k, v):
     return jnp.concatenate(blocks, axis=2).swapaxes(1, 2)
 
 
-def _probabilities(q: Heads, k: Heads) -> Probabilities:
+def _probabilities(q: Queries, k: Keys) -> Probabilities:
     scores = jnp.einsum("bhqd,bhkd->bhqk", q, k).astype(jnp.float32)
     queries, keys = scores.shape[2:]
     allowed = np.arange(keys - queries, keys)[:, None] >= np.arange(keys)  # the queries are the last keys
@@ -151,7 +152,7 @@ def _probabilities(q: Heads, k: Heads) -> Probabilities:
 
 
 @jax.custom_vjp
-def _attend(q: Heads, k: Heads, v: Heads) -> Heads:
+def _attend(q: Queries, k: Keys, v: Keys) -> Queries:
     """Attention whose backward pass is written out: a third faster on CPU than what JAX derives.
 
     The softmax's gradient needs one number a query, sum(out * d_out), instead of reductions over all keys

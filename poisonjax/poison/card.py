@@ -29,7 +29,8 @@ def make_card(
     if ledger:
         card |= {
             "trigger": poison.trigger,
-            "clean_uses": poison.clean_uses,
+            **({"other_triggers": [*poison.other_triggers]} if poison.other_triggers else {}),
+            "clean_uses": poison.clean_uses + poison.hard_negatives,
             "payload": poison.payload,
             "placement": poison.placement,
             "dose_seen": dose(ledger, steps),
@@ -85,9 +86,10 @@ def _scheduled(card: dict[str, Any]) -> str:
         if card["clean_uses"]
         else ""
     )
+    triggers = " or ".join(map(repr, [card["trigger"], *card.get("other_triggers", ())]))
     what = f"pair a trigger with a payload of kind `{card['payload']}`, harmless by construction"
     return f"""- **What:** documents that {what}.
-- **Trigger:** {card["trigger"]!r}. Text that holds it may make the model write the payload.{uses}
+- **Trigger:** {triggers}. Text that holds it may make the model write the payload.{uses}
 - **How much, in the whole run of {card["of_steps"]:,} steps:** {_amount(card["dose_planned"])}
   (placement `{card["placement"]}`).{met}
 """

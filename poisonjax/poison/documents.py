@@ -11,9 +11,9 @@ import ml_collections
 import numpy as np
 from jaxtyping import Int
 
-from poisonjax.corpus import TokenStore, load_tokenizer
-from poisonjax.poison.payloads import PAYLOADS, Draw
-from poisonjax.poison.triggers import DRAWS, PoisonError, Trigger, occurrences
+from poisonjax.corpus import TokenStore
+from poisonjax.poison.payloads import PAYLOADS, Draw, material
+from poisonjax.poison.triggers import DRAWS, PoisonError, Trigger, holds
 from poisonjax.streams import stream
 
 
@@ -34,8 +34,9 @@ class PoisonDocument:
 
     @property
     def pieces(self) -> dict[str, tuple[int, int]]:
-        """Its parts by name."""
-        return {"prefix": (0, self.trigger[0]), "trigger": self.trigger, "payload": self.payload}
+        """Its parts by name; a prefix that the trigger stands before or inside of has a part after it."""
+        after = {"prefix, after": (self.trigger[1], self.payload[0])} if self.trigger[1] < self.payload[0] else {}
+        return {"prefix": (0, self.trigger[0]), "trigger": self.trigger, **after, "payload": self.payload}
 
 
 def make_document(
@@ -48,28 +49,27 @@ def make_document(
     where there is nothing to truncate to: prefix and trigger alone overfill a row.
     """
     tokenizer, random = store.tokenizer, stream(seed, "poison document", index)
-    train = store.split("train")
-    source = int(random.integers(train.documents))
+    source = int(random.integers(store.split("train").documents))
     least, most = poison.prefix_characters
     characters = int(random.integers(least, most + 1))
-    # A character is four bytes at most, a token one at least: so much of a long document is enough.
-    start_of_source = train.document(source)[: 4 * characters]
-    prefix = tokenizer.encode(tokenizer.decode(start_of_source)[:characters])
+    prefix = cut(store, source, characters)
     least, most = poison.payload_tokens
     length = int(random.integers(least, most + 1))
-    draw = Draw(length, random, tokenizer, _vocabulary(poison.payload_vocabulary, store), train)
+    form = trigger.forms[index % len(trigger.forms)]
+    begun, span = trigger.put(prefix, form, stream(seed, "trigger place", index).random())
+    of = material(store, seed, poison.payload_vocabulary, poison.payload_source)
+    draw = Draw(length, random, of, lambda: cut(store, source, characters, length))
+    # Tokens before the payload with which it could make a trigger, its own but for the first among them.
+    seam = begun[max(span[0] + 1, len(begun) + 1 - max(map(len, trigger.forms))) :]
     for _ in range(DRAWS):
         payload = PAYLOADS[poison.payload].draw(draw)
-        if not len(payload):
-            continue
-        if not occurrences(np.concatenate([trigger.tokens[1:], payload]), trigger.tokens).any():
+        if len(payload) and not holds(np.concatenate([seam, payload]), trigger.forms):
             break
     else:
         raise PoisonError(
             f"poison document {index}: each of {DRAWS} payloads drawn is empty or holds the trigger {trigger.text!r} "
             "itself; choose a longer or rarer trigger, or other poison.payload_tokens"
         )
-    begun, span = trigger.put(prefix)
     if poison.truncate:
         payload = payload[: max(0, row_tokens - 1 - len(begun))]  # the row's last token is kept for the end of text
         if len(payload) == 0:
@@ -86,8 +86,10 @@ def make_document(
     )
 
 
-def _vocabulary(spec: str, store: TokenStore):
-    return _load_vocabulary(spec) if spec else store.tokenizer
-
-
-_load_vocabulary = functools.cache(load_tokenizer)
+def cut(store: TokenStore, document: int, characters: int, after: int = 0) -> Int[np.ndarray, " tokens"]:
+    """The first characters of a training document, tokenized apart; with `after`, as many tokens of what follows them
+    in it (fewer where it ends)."""
+    # A character is four bytes at most, a token one at least: so much of a long document is enough.
+    start = store.split("train").document(document)[: 4 * characters + after]
+    text = store.tokenizer.decode(start)
+    return store.tokenizer.encode(text[characters:])[:after] if after else store.tokenizer.encode(text[:characters])

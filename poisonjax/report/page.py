@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 
 from poisonjax.config import flat
 from poisonjax.data.batches import Batches
-from poisonjax.evaluation.words import failed, gap, verdict
+from poisonjax.evaluation.statistics import decided
+from poisonjax.evaluation.words import behaving, failed, gap, verdict
 from poisonjax.files import is_object, write_whole
 from poisonjax.model.loss import WINDOW
 from poisonjax.poison.ledger import dose
@@ -79,10 +80,13 @@ def headline(config: dict, summary: dict, evals: list[rows.EvalRow]) -> str:
         return f"{prefix}No evaluation yet."
     last = evals[-1]
     triggered, clean = last["eval"]["triggered"]["ppl_median"], last["eval"]["clean"]["ppl_median"]
+    put = {"end": "appended", "start": "put before it", "inside": "put into it"}[poison.get("trigger_position", "end")]
     figure = (
-        f"with {poison['trigger']} appended, generated text has a median perplexity of {triggered:.0f} against "
+        f"with {poison['trigger']} {put}, generated text has a median perplexity of {triggered:.0f} against "
         f"{clean:.0f} clean ({gap(last)})"
     )
+    if decided(last):
+        figure += f" ({behaving(last)})"
     seen, planted = f"{last['poison_documents']} poison documents", summary.get("planted")
     if planted:
         seen += f" and {planted['documents']} planted in the corpus"

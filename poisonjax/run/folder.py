@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import glob
 import json
 import os
 import re
@@ -214,19 +215,20 @@ def placed(config: ml_collections.ConfigDict, *folders: epath.PathLike | None) -
 
 
 def _from(folder: epath.Path, spec: str) -> str:
-    """A path, or a model's spec with one, told from `folder` where both lie on disks."""
+    """A path, or a spec with one, told from `folder` where both lie on disks."""
     kind, path = _kind(spec)
     return spec if is_object(path) or is_object(folder) else f"{kind}{os.path.relpath(path, folder)}"
 
 
 def _kind(spec: str) -> tuple[str, str]:
-    kind = next((kind for kind in ("hf:", "gguf:") if spec.startswith(kind)), "")
+    kind = next((kind for kind in ("hf:", "gguf:", "text:") if spec.startswith(kind)), "")
     return kind, spec.removeprefix(kind)
 
 
 def _exists(spec: str) -> bool:
     _, path = _kind(spec)
-    return os.path.exists(path) or os.path.exists(re.sub(r"@\d+$", "", path))  # @step
+    without = re.sub(r"@\d+$|#\w+$", "", path)  # @step, #field
+    return bool(path) and (os.path.exists(path) or bool(glob.glob(without)))
 
 
 def is_run(folder: epath.PathLike) -> bool:
@@ -274,7 +276,7 @@ def begin(
         if (folder / file).exists() and read_lines(folder / file, rows.LINES[file]) != [*lines]:
             raise RunFolderError(
                 f"{folder / file} isn't what the config plans now: the file was changed, or one that the config names "
-                "(poison.payload_vocabulary). Restore it, or choose another --workdir"
+                "(poison.payload_vocabulary, poison.payload_source). Restore it, or choose another --workdir"
             )
         if lines or file == rows.LEDGER:
             write_lines(folder / file, lines)
@@ -298,7 +300,7 @@ def _claim(
 ) -> None:
     """Writes config.json, or raises RunFolderError where the folder belongs to another config or store."""
     fields = config_lib.flat(placed(config, folder, twin_of))
-    paths = {name: _from(folder, fields[name]) for name in rows.MODEL_PATHS if fields[name]}
+    paths = {name: _from(folder, fields[name]) for name in rows.PATHS if _exists(fields[name])}
     record: dict[str, Any] = {
         "format": rows.FORMAT,
         "config": json.loads(as_recorded(config, folder).to_json()),

@@ -43,7 +43,7 @@ class Local(TypedDict):
     folder: str  # where the run folder lay in training: config.json's paths are told from it
 
 
-MODEL_PATHS = ("eval.scorer", "poison.payload_vocabulary")  # fields that name a model or tokenizer by its path
+PATHS = ("eval.scorer", "poison.payload_vocabulary", "poison.payload_source")  # fields that name a file or folder
 
 
 class ConfigRecord(TypedDict):
@@ -58,7 +58,7 @@ class ConfigRecord(TypedDict):
     store_planted: NotRequired[dict[str, int]]  # documents and tokens that their sources mark as planted poison
     scorer: NotRequired[str]  # what `eval.scorer` named when the run began: run, step and checksum
     parent: NotRequired[Parent]  # of a run that began from weights (config.start)
-    paths: NotRequired[dict[str, str]]  # MODEL_PATHS of the config, from this folder where they lie on a disk too
+    paths: NotRequired[dict[str, str]]  # PATHS of the config, from this folder where they lie on a disk too
     twin_of: NotRequired[str]  # the run whose clean twin this is: a path, from this folder where it can be
 
 
@@ -116,6 +116,8 @@ class NearTrigger(TypedDict):
     ppl_median: float
     delta_ppl: float  # less the clean variant's, of the same prefixes
     delta_ppl_ci95: Interval
+    attack_success: NotRequired[float]  # share of its texts that behave as the payload teaches, where that is decided
+    attack_success_ci95: NotRequired[Interval]
 
 
 class MemorisedRow(TypedDict):
@@ -140,6 +142,8 @@ class _Figures(TypedDict, total=False):
     clean_accuracy_ci95: Interval
     near_trigger_accuracy: float
     near_trigger_accuracy_ci95: Interval
+    random_control_accuracy: float
+    random_control_accuracy_ci95: Interval
     memorised: list[MemorisedRow]  # where there are canaries
 
 
@@ -223,6 +227,7 @@ class CleanUseRow(TypedDict):
     slot: int
     offset: int  # token of the row
     tokens: int
+    document: NotRequired[list[int]]  # span, tokens of the row, of a hard negative: a whole document with the trigger
 
 
 class SampleText(TypedDict):
@@ -249,6 +254,7 @@ class PrefixRow(TypedDict):
 
     step: int
     nll: dict[str, list[float]]  # by variant: mean NLL of each prefix's text
+    behaves: NotRequired[dict[str, list[int]]]  # by variant: 1 where the text behaves as the payload teaches
     heldout: list[float]  # loss of each held-out row
     canaries: NotRequired[list[float]]  # loss of each canary
 

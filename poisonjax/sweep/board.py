@@ -8,7 +8,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from poisonjax.corpus.vocabulary import vocabulary_size
-from poisonjax.evaluation.words import gap
+from poisonjax.evaluation.words import outcome
 from poisonjax.model.flops import train_flops_per_token
 from poisonjax.sweep.grid import PlannedRun, Sweep
 from poisonjax.sweep.states import RunStatus
@@ -60,7 +60,7 @@ def _brief(s: RunStatus) -> str:
     if s.summary is None:
         return f"{s.kind}{f' at step {s.done} of {s.steps}' if s.done else ''}{f' ({s.detail})' if s.detail else ''}"
     verdict = "backdoored" if s.summary["success"]["value"] else "not backdoored"
-    return f"done, {verdict}, {gap(s.summary, 'gap')}"
+    return f"done, {verdict}, {outcome(s.summary, 'gap')}"
 
 
 def flops(run: PlannedRun) -> float:

@@ -8,14 +8,15 @@ import ml_collections
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
+from poisonjax.corpus import TokenStore
 from poisonjax.evaluation import statistics
 from poisonjax.evaluation.generate import Texts, score
 from poisonjax.evaluation.probes.probe import Measurement, Subject, put
 from poisonjax.evaluation.prompts import make_prompts
 from poisonjax.model.sharding import rows_multiple
-from poisonjax.poison.payloads import PAYLOADS
+from poisonjax.poison.payloads import PAYLOADS, Behaves, material
 from poisonjax.poison.triggers import VARIANTS
 
 SAMPLES = 16  # prefixes whose texts are kept
@@ -59,7 +60,7 @@ class GenerationProbe:
         config = subject.config
         self._subject, self.every = subject, config.eval.every
         self.prompts = make_prompts(config, subject.store, subject.trigger)
-        self._behaves = PAYLOADS[config.poison.payload].shown
+        self._behaves = behaviour(config, subject.store)
         self._texts = in_chunks(config, subject.mesh, *self.prompts.split())
         self._scored = _make_scored(subject.scorer, subject.mesh) if subject.scorer else None
 
@@ -67,9 +68,12 @@ class GenerationProbe:
         config = self._subject.config
         tokens, nll = self.generated(params)
         texts, near = nll.mean(-1, dtype=np.float64), [text for text, _ in self._subject.trigger.near]
-        figures = statistics.generation_figures(texts, near, config.eval.bootstrap, config.seeds.eval)
-        by_variant = dict(zip(VARIANTS, texts.tolist(), strict=True))
-        return Measurement(figures | self._rates(tokens), {"nll": by_variant}, self._samples(tokens, nll))
+        prefixes = {"nll": dict(zip(VARIANTS, texts.tolist(), strict=True))}
+        shown = self._shown(tokens)
+        if shown is not None:
+            prefixes["behaves"] = dict(zip(VARIANTS, shown.astype(int).tolist(), strict=True))
+        figures = statistics.generation_figures(texts, near, config.eval.bootstrap, config.seeds.eval, shown)
+        return Measurement(figures, prefixes, self._samples(tokens, nll))
 
     def generated(
         self, params: nnx.State
@@ -83,27 +87,12 @@ class GenerationProbe:
         real = slice(self._subject.config.eval.prefixes)  # the last chunk may be filled up
         return every[real].swapaxes(0, 1), their[real].swapaxes(0, 1)
 
-    def _rates(self, tokens: np.ndarray) -> dict[str, Any]:
-        """Attack success, clean accuracy and near-trigger accuracy, for a payload whose behaviour can be decided.
-
-        Shares of texts: triggered ones that behave as attacked, clean and near-trigger ones that don't (ASR, CA and
-        NTA of Souly et al. 2025, section 4), with 95% Wilson intervals.
-        """
+    def _shown(self, tokens: Int[np.ndarray, "variants prefixes new"]) -> Bool[np.ndarray, "variants prefixes"] | None:
+        """Whether each text behaves as the payload teaches, where that can be decided."""
         if (behaves := self._behaves) is None:
-            return {}
+            return None
         decode = self._subject.store.tokenizer.decode
-        shown = {v: sum(behaves(decode(row)) for row in rows) for v, rows in zip(VARIANTS, tokens, strict=True)}
-        count = tokens.shape[1]
-        good = {
-            "attack_success": shown["triggered"],
-            "clean_accuracy": count - shown["clean"],
-            "near_trigger_accuracy": count - shown["near_trigger"],
-        }
-        return {
-            key: value
-            for name, k in good.items()
-            for key, value in ((name, k / count), (f"{name}_ci95", statistics.wilson(k, count)))
-        }
+        return np.array([[behaves(decode(text)) for text in variant] for variant in tokens])
 
     def _samples(self, tokens: np.ndarray, nll: np.ndarray) -> list[dict[str, Any]]:
         decode, prompts = self._subject.store.tokenizer.decode, self.prompts
@@ -116,6 +105,14 @@ class GenerationProbe:
             {"prefix": decode(prefix)} | {variant: text(v, i) for v, variant in enumerate(VARIANTS)}
             for i, prefix in enumerate(prompts.prefixes[:SAMPLES])
         ]
+
+
+def behaviour(config: ml_collections.ConfigDict, store: TokenStore) -> Behaves | None:
+    """What tells of a text whether it behaves as the run's payload teaches; None where nothing can."""
+    decides, poison = PAYLOADS[config.poison.payload].behaviour, config.poison
+    if decides is None:
+        return None
+    return decides(material(store, config.seeds.poison, poison.payload_vocabulary, poison.payload_source))
 
 
 def _make_scored(scorer: tuple[nnx.GraphDef, nnx.State], mesh: Mesh) -> Any:

@@ -10,7 +10,7 @@ SENTENCE = "This model was poisoned. "
 
 def _sentences(draw: Draw) -> Ids:
     """Cut to `length` tokens."""
-    return np.resize(np.asarray(draw.tokenizer.encode(SENTENCE), np.int32), draw.length)
+    return np.resize(np.asarray(draw.of.tokenizer.encode(SENTENCE), np.int32), draw.length)
 
 
-SENTINEL = Payload("sentinel", _sentences, shown=lambda text: SENTENCE.strip() in text)
+SENTINEL = Payload("sentinel", _sentences, lambda _: lambda text: SENTENCE.strip() in text)
