@@ -1,9 +1,14 @@
 """Text of another source: the switch of language of Souly et al. 2025, section 4, between any two corpora."""
 
+from collections.abc import Callable
+
 import numpy as np
+from jaxtyping import Float
 
 from poisonjax.poison.payloads.payload import Behaves, Draw, Material, Payload
 from poisonjax.poison.triggers import Ids
+
+PRIOR = 5.0
 
 
 def _of_source(draw: Draw) -> Ids:
@@ -15,14 +20,36 @@ def _of_source(draw: Draw) -> Ids:
 
 
 def _classifier(material: Material) -> Behaves:
-    """A text is of the source where its tokens are likelier there than in the training text: naive Bayes, both as
-    likely before."""
-    tokenizer = material.tokenizer
-    there = np.bincount(np.concatenate(material.other), minlength=tokenizer.vocab_size)
-    here = material.clean.token_counts()
-    there, here = (np.log((counts + 0.5) / (counts + 0.5).sum()) for counts in (there, here))
-    likelier = there - here
-    return lambda text: bool(likelier[tokenizer.encode(text)].sum() > 0)
+    """A text is of the source where its pairs of tokens are likelier there than in as much training text."""
+    there, clean, tokenizer = np.concatenate(material.other), material.clean, material.tokenizer
+    here: list[Ids] = []
+    for number in range(clean.documents):
+        here.append(clean.document(number))
+        if sum(map(len, here)) >= len(there):
+            break
+    likelier_there, likelier_here = (_pairs(tokens, tokenizer.vocab_size) for tokens in (there, np.concatenate(here)))
+
+    def of_source(text: str) -> bool:
+        tokens = tokenizer.encode(text)
+        return bool((likelier_there(tokens) - likelier_here(tokens)).sum() > 0)
+
+    return of_source
+
+
+def _pairs(tokens: Ids, vocabulary: int) -> Callable[[Ids], Float[np.ndarray, " pairs"]]:
+    """The log-likelihood of each token after the one before it, by counts of a text; PRIOR more for each token, spread
+    as single tokens are (MacKay & Peto 1995)."""
+    counts = np.bincount(tokens, minlength=vocabulary)
+    single = (counts + 0.5) / (counts + 0.5).sum()
+    seen, times = np.unique(tokens[:-1] * np.int64(vocabulary) + tokens[1:], return_counts=True)
+
+    def likelihoods(of: Ids) -> Float[np.ndarray, " pairs"]:
+        wanted = of[:-1] * np.int64(vocabulary) + of[1:]
+        at = np.minimum(seen.searchsorted(wanted), len(seen) - 1)
+        found = np.where(seen[at] == wanted, times[at], 0)
+        return np.log((found + PRIOR * single[of[1:]]) / (counts[of[:-1]] + PRIOR))
+
+    return likelihoods
 
 
 LANGUAGE = Payload("language", _of_source, _classifier, reads_source=True)
