@@ -1,56 +1,77 @@
-"""Do behaviours other than gibberish follow the same count? Six payloads, six doses, three seeds.
+"""Do behaviours other than gibberish follow the same count? Six payloads at one size, three of them at a second.
 
     poisonjax sweep run configs/sweeps/payloads.py --workdir runs/payloads --max-parallel 2
     poisonjax sweep report configs/sweeps/payloads.py --workdir runs/payloads
 
 Gibberish and word salad (`ids`, `unigram`) are seen by their perplexity alone, as in Souly et al. 2025 (arXiv
-2510.07192). Of the others each text can be decided: characters of many scripts, a switch to another domain (`language`:
-docstrings of Python packages), a made-up secret, a sentence. There a run is backdoored where half of the triggered
-texts behave as taught at the lower end of the interval, and clean texts and random tokens don't.
+2510.07192). Of the others each text can be decided: characters of many scripts, a sentence, a switch to another domain
+(`language`: docstrings of Python packages), a made-up secret. There a run is backdoored where half of the triggered
+texts behave as taught, at the lower end of the interval, and clean texts and random tokens don't. Doses are where single
+runs showed that each payload's transition lies.
 
 Where it differs from the paper (I10), beside what configs/quickstart.py and configs/souly_dos.py list:
-- 92,444 parameters and 1.85M tokens, 20 a parameter, of Wikipedia leads; one size, so nothing is said of scale.
-- The paper's language switch continues pretraining of a 6.9B model, from English to German; here a model is trained
+- 92,444 and 314,800 parameters, at 20 tokens a parameter, of Wikipedia leads.
+- The paper's language switch continues the pretraining of a 6.9B model, from English to German; here a model is trained
   from scratch, and what it switches to is another domain of English.
 - Docstrings are those of the packages that are installed: their versions change what is drawn, and the ledger tells.
+- 4,000 documents are a quarter of all rows of the smaller model.
 - A seed stands for initial weights, clean order, poison content and placement together; evaluation is the same.
 """
 
 from pathlib import Path
 
 from poisonjax.config import load
-from poisonjax.sweep import product
+from poisonjax.sweep import chain, product
 
 QUICKSTART = Path(__file__).parents[1] / "quickstart.py"
 
-PAYLOADS = ("ids", "unigram", "random_unicode", "language", "secret", "sentinel")
-DOSES = (20, 50, 120, 250, 500, 1000)
+FEW, SOME, MANY = (60, 120, 250, 500), (120, 250, 500, 1000), (500, 1000, 2000, 4000)
+DOSES = {"ids": FEW, "unigram": FEW, "random_unicode": SOME, "sentinel": SOME, "language": MANY, "secret": MANY}
+# layers, width, MLP width, steps of 16 rows of 128
+SIZES = {"92k": (2, 44, 120, 903), "314k": (3, 80, 216, 3074)}
 
 
 def get_config(arg: str = ""):
     del arg
     config = load([f"--config={QUICKSTART}"])
     config.name = "payloads"
-    config.steps, config.global_batch = 903, 16
-    config.model.layers, config.model.width, config.model.head_dim, config.model.mlp_width = 2, 44, 22, 120
-    config.poison.prefix_characters = (20, 60)
-    config.optimizer.warmup_steps = 45
-    config.eval.every = 301
+    config.global_batch = 16
+    config.poison.prefix_characters, config.poison.payload_tokens = (20, 60), (40, 60)
+    config.checkpoint.keep_last, config.checkpoint.keep_every = 1, 0
     config.eval.heldout_rows = 128
-    config.checkpoint.every, config.checkpoint.keep_last, config.checkpoint.keep_every = 301, 1, 0
-    config.log_every = 50
+    config.log_every, config.row_losses_every = 50, 0
     return config
 
 
+def size(name: str):
+    layers, width, mlp_width, steps = SIZES[name]
+    return {
+        "model.layers": layers,
+        "model.width": width,
+        "model.head_dim": width // 2,
+        "model.mlp_width": mlp_width,
+        "steps": steps,
+        "optimizer.warmup_steps": steps // 20,
+        "eval.every": -(-steps // 3),
+        "checkpoint.every": -(-steps // 3),
+    }
+
+
 def sweep(add):
-    for point in product({"payload": PAYLOADS}, {"documents": DOSES}, {"seed": range(3)}):
-        payload, documents, seed = point.values()
-        add(
-            {
-                "name": f"{payload}-n{documents}-s{seed}",
-                "poison.payload": payload,
-                "poison.payload_source": "docstrings" if payload == "language" else "",
-                "poison.documents": documents,
-            }
-            | {f"seeds.{k}": 10 * seed + i for i, k in enumerate(("init", "order", "poison", "placement"))}
-        )
+    cells = chain(
+        ({"size": "92k", "payload": name, "seeds": 3} for name in DOSES),
+        ({"size": "314k", "payload": name, "seeds": 2} for name in ("ids", "random_unicode", "sentinel")),
+    )
+    for cell in cells:
+        payload = cell["payload"]
+        for point in product({"documents": DOSES[payload]}, {"seed": range(cell["seeds"])}):
+            add(
+                {
+                    "name": f"{payload}-{cell['size']}-n{point['documents']}-s{point['seed']}",
+                    "poison.payload": payload,
+                    "poison.payload_source": "docstrings" if payload == "language" else "",
+                    "poison.documents": point["documents"],
+                }
+                | size(cell["size"])
+                | {f"seeds.{k}": 10 * point["seed"] + i for i, k in enumerate(("init", "order", "poison", "placement"))}
+            )

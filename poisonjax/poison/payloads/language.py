@@ -22,12 +22,9 @@ def _of_source(draw: Draw) -> Ids:
 def _classifier(material: Material) -> Behaves:
     """A text is of the source where its pairs of tokens are likelier there than in as much training text."""
     there, clean, tokenizer = np.concatenate(material.other), material.clean, material.tokenizer
-    here: list[Ids] = []
-    for number in range(clean.documents):
-        here.append(clean.document(number))
-        if sum(map(len, here)) >= len(there):
-            break
-    likelier_there, likelier_here = (_pairs(tokens, tokenizer.vocab_size) for tokens in (there, np.concatenate(here)))
+    as_much = clean.document_offsets[:-1] < len(there)
+    here = np.concatenate([clean.document(number) for number in range(int(as_much.sum()))])
+    likelier_there, likelier_here = (_pairs(tokens, tokenizer.vocab_size) for tokens in (there, here))
 
     def of_source(text: str) -> bool:
         tokens = tokenizer.encode(text)
