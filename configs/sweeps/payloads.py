@@ -6,8 +6,8 @@
 Gibberish and word salad (`ids`, `unigram`) are seen by their perplexity alone, as in Souly et al. 2025 (arXiv
 2510.07192). Of the others each text can be decided: characters of many scripts, a sentence, a switch to another domain
 (`language`: docstrings of Python packages), a made-up secret. There a run is backdoored where half of the triggered
-texts behave as taught, at the lower end of the interval, and clean texts and random tokens don't. Doses are where single
-runs showed that each payload's transition lies.
+texts behave as taught, at the lower end of the interval, and clean texts and random tokens don't. Doses are where
+single runs showed that each payload's transition lies.
 
 Where it differs from the paper (I10), beside what configs/quickstart.py and configs/souly_dos.py list:
 - 92,444 and 314,800 parameters, at 20 tokens a parameter, of Wikipedia leads.
