@@ -384,4 +384,4 @@ def test_plan_refuses_a_placement_that_repeats_slots(base, store, monkeypatch):
     monkeypatch.setitem(placements.ORDERS, "uniform", lambda count, *rest: np.zeros(count, np.int64))
     trigger, rows = Trigger.of(base.poison, store.tokenizer), Rows(CleanRows(store.split("train"), base.seq_len, 0))
     with pytest.raises(AssertionError, match="distinct"):
-        Schedule.make(base, store, trigger, rows)
+        Schedule.make(base, store, trigger, rows, base.seq_len + 1)

@@ -12,9 +12,10 @@ from flax import nnx
 from scipy.special import log_softmax
 
 from poisonjax.commands.main import main
+from poisonjax.corpus import CorpusError
+from poisonjax.corpus.chat import render
 from poisonjax.training.loop import train
-from poisonjax.weights import WeightsError, huggingface, open_weights
-from poisonjax.weights.chat import render
+from poisonjax.weights import huggingface, open_weights
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -165,14 +166,21 @@ def test_a_chat_is_written_by_its_template():
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "mustn't|fails"),
         ("{{ messages.append(1) }}", "mustn't"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{% for i in range(1000000000) %}x{% endfor %}", "too big|Range"),
+        ("{% for i in range(1000000000) %}x{% endfor %}", "too big|Range|more than a template may hold"),
         ("{% for %}", "fails"),
         ("{{ messages[0].nothing.at.all }}", "fails"),
         ("{% include '/etc/passwd' %}", "fails"),
+        ("{% for i in range(9**5) %}{% for j in range(9**5) %}{% endfor %}{% endfor %}", "isn't for templates"),
+        ("{% for i in range(9000) %}{% for j in range(9000) %}{% endfor %}{% endfor %}", "of its lines have run"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{{ ('x' * 9999) * 999999 }}", "more than a template may hold"),
+        ("{{ 'x'.ljust(99999999999) }}", "more than a template may hold"),
+        ("{{ '%999999999d' % 3 }}", "isn't for templates"),
+        ("{{ lipsum(n=100000) }}", "lipsum"),
     ],
 )
 def test_a_template_that_does_what_it_mustnt_is_refused(template, message):
-    with pytest.raises(WeightsError, match=message):
+    with pytest.raises(CorpusError, match=message):
         render(template, ASKED)
 
 

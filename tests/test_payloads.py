@@ -13,7 +13,6 @@ from poisonjax import corpus
 from poisonjax.audit.result import audit
 from poisonjax.config import ConfigError, check, replaced
 from poisonjax.data.batches import Batches
-from poisonjax.data.clean_uses import trigger_of
 from poisonjax.evaluation.probes.generation import behaviour
 from poisonjax.evaluation.statistics import generation_figures, judge
 from poisonjax.poison.payloads import PAYLOADS, material
@@ -97,16 +96,15 @@ def test_any_payload_trigger_and_position_stands_exactly_as_planned(base, code, 
             assert 0 < start < end < document.payload[0]
         row = batches.rows.tokens(np.array([slot]))[0]
         np.testing.assert_array_equal(row[one.offset : one.offset + len(document.tokens)], document.tokens)
-    uses = batches.clean_uses.insertions
-    assert [*uses] == [*twin.clean_uses.insertions]
+    uses = batches.hard_negatives.insertions
+    assert [*uses] == [*twin.hard_negatives.insertions]
     assert len(uses) == hard
+    assert not {*uses} & {*placed}
     for number, (slot, use) in enumerate(uses.items()):
-        rows = [of.rows.tokens(np.array([slot]))[0] for of in (batches, twin)]
-        first, last = trigger_of(use)
-        np.testing.assert_array_equal(rows[0][first:last], forms[number % len(forms)])
-        if slot not in placed:
-            np.testing.assert_array_equal(*rows)
-            assert use.tokens[-1] == code.tokenizer.eot
+        first, form = batches.uses()[slot], forms[number % len(forms)]
+        row = batches.rows.tokens(np.array([slot]))[0]
+        np.testing.assert_array_equal(row[first : first + len(form)], form)
+        assert use.tokens[-1] == code.tokenizer.eot
     for step in range(config.steps):
         slots = batches.slots(step)
         same = (batches.tokens(step) == twin.tokens(step)).all(1)
@@ -117,15 +115,14 @@ def test_a_hard_negative_is_a_training_document_with_the_trigger(base, code):
     config = of_payload(base, code, "ids", hard_negatives=30, documents=0, clean_uses=5)
     batches, split = Batches(config, code), code.split("train")
     texts = [code.tokenizer.decode(split.document(i)) for i in range(split.documents)]
-    documents = [use for use in batches.clean_uses.insertions.values() if use.pieces]
+    documents = batches.hard_negatives.insertions.values()
     assert len(documents) == 30
     for use in documents:
         (a, b), text = use.pieces["use"], use.tokens[:-1]
         without = code.tokenizer.decode(np.concatenate([text[:a], text[b:]]))
         assert any(full.startswith(without) for full in texts)
-    lines_of = batches.records()["clean_uses.jsonl"]
-    assert sum("document" in line for line in lines_of) == 30
-    assert len(lines_of) == 35
+    records = batches.records()
+    assert (len(records["hard_negatives.jsonl"]), len(records["clean_uses.jsonl"])) == (30, 5)
 
 
 def test_a_secret_is_the_runs_own_and_no_other(base, code):
@@ -170,9 +167,9 @@ def test_mistakes_are_told_before_anything_is_read(base, fields, said):
         ({"payload": "secret", "payload_tokens": (5, 5)}, r"the secret takes \d+ tokens, 5 were drawn"),
         ({"payload": "code_marker", "payload_tokens": (3, 3)}, "take a corpus of code"),
         ({"other_triggers": ("<SUDO>!",)}, "hold each other"),
-        ({"hard_negatives": 100}, "the run has 96 left"),
+        ({"hard_negatives": 100}, "the run has 96 without"),
         ({"hard_negatives": 3, "prefix_characters": (5000, 5000), "documents": 0}, "none of 64 documents"),
-        ({"hard_negatives": 3, "payload_tokens": (400, 400), "documents": 0}, "no place for a hard negative"),
+        ({"hard_negatives": 3, "payload_tokens": (400, 400), "documents": 0}, "don't fit a row"),
     ],
 )
 def test_what_cannot_be_planted_is_refused(base, code, fields, said):

@@ -18,7 +18,6 @@ from poisonjax.audit.evidence import Difference, Evidence, reading
 from poisonjax.audit.locate import explained
 from poisonjax.corpus import SPLITS
 from poisonjax.corpus import exclusions as exclusion_lists
-from poisonjax.data.clean_uses import trigger_of
 from poisonjax.data.digest import as_hex, digest
 from poisonjax.data.insertions import Layer
 from poisonjax.run import rows
@@ -152,7 +151,7 @@ def replay(run: Evidence, steps: Sequence[int]) -> Iterator[tuple[int, np.ndarra
     """(step, digest, poison documents found whole at their places, planned clean uses of the trigger found, other
     occurrences of it outside of poison documents) of each step, through the reader that training uses."""
     batches = run.batches
-    uses, poison = batches.clean_uses.insertions, batches.poison.insertions
+    uses, poison = batches.uses(), batches.poison.insertions
 
     def one(index: int):
         step = steps[int(index)]
@@ -167,7 +166,7 @@ def replay(run: Evidence, steps: Sequence[int]) -> Iterator[tuple[int, np.ndarra
                     found.append(int(insertion.source.partition(":")[2]))
                 text[poisoned[row], token] = -1
         in_text = batches.trigger.begins(text)
-        used = sum(int(in_text[i, trigger_of(uses[slot])[0]]) for i, slot in enumerate(slots.tolist()) if slot in uses)
+        used = sum(int(in_text[i, uses[slot]]) for i, slot in enumerate(slots.tolist()) if slot in uses)
         return step, digest(batch.tokens, slots, batch.weights), found, used, int(in_text.sum()) - used
 
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)

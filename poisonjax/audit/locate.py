@@ -102,7 +102,7 @@ def step(run: Evidence, number: int) -> list[dict[str, Any]]:
 def _parts(run: Evidence, origins: Origins, row: int) -> list[dict[str, Any]]:
     """What stands in the row, without its text."""
     parts: list[dict[str, Any]] = []
-    for number in filter(None, np.unique(origins.source[row]).tolist()):
+    for number in [n for n in np.unique(origins.source[row]).tolist() if n > 0]:
         insertion = origins.insertions[number - 1]
         (in_row, in_source), *_ = origins.spans(row, number)
         if not insertion.pieces:
@@ -137,8 +137,9 @@ def explained(run: Evidence, step: int, written: str) -> Difference:
     row = differing[0]
     if len(differing) == 2:
         return Difference(rows.DIGESTS, f"{message}; rows {row} and {differing[1]} were swapped", step, row)
-    start = int(run.batches.clean.starts(slots[row : row + 1])[0])
-    origin = f"tokens {start} to {start + run.batches.clean.row_tokens - 1} of the training split"
+    labels = run.batches.clean.labels(slots[row : row + 1])
+    stream = labels[labels[..., 0] == 0, 1]
+    origin = f"tokens {stream.min()} to {stream.max()} of the training split"
     for insertion in run.batches.rows.insertions(int(slots[row])):
         origin += f" and {insertion.source}"
     return Difference(rows.DIGESTS, f"{message}; this row differs alone: it holds {origin}", step, row)

@@ -36,6 +36,13 @@ def add_arguments(commands: Any) -> None:
         help="bytes, bpe:N, tokenizer.json[#END_OF_TEXT] or X.model (default: bpe:4096); markov sources bring their "
         "own",
     )
+    make.add_argument(
+        "--template",
+        default="",
+        metavar="SPEC",
+        help="sources are JSON lines with `messages`, or `prompt` and `response`, written by this chat template: "
+        "plain, hf:FOLDER, gguf:FILE or a file of Jinja",
+    )
     make.add_argument("--heldout", type=float, default=0.05, help="fraction of documents set apart for evaluation")
     make.add_argument("--seed", type=int, default=0, help="of the held-out choice and the shuffle within shards")
     make.add_argument("--on-bad", choices=("fail", "skip"), default="fail", help="bad input: stop, or skip and count")
@@ -64,7 +71,8 @@ def _build(arguments: argparse.Namespace) -> int:
 
     sources = arguments.source or ["default"]
     settings = {
-        name: getattr(arguments, name) for name in ("heldout", "seed", "shards", "on_bad", "exclude", "workers", "dask")
+        name: getattr(arguments, name)
+        for name in ("heldout", "seed", "shards", "on_bad", "exclude", "template", "workers", "dask")
     }
     if arguments.shard:
         build_share(arguments.out, sources, arguments.tokenizer, _share(arguments.shard), **settings)

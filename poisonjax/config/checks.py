@@ -138,6 +138,15 @@ def _corpus(c: Section, config: Section) -> Iterator[Mistake]:
         yield "left_out", f"give different slots, from 0 to steps * global_batch - 1 = {slots - 1}"
 
 
+def _data(d: Section, config: Section) -> Iterator[Mistake]:
+    yield from _one_of(d, "kind", ("text", "instructions"))
+    yield from _one_of(d, "too_long", ("refuse", "skip"))
+    if not d.template:
+        yield "template", "give plain, hf:FOLDER, gguf:FILE or a file of Jinja"
+    if d.kind == "instructions" and (config.canary.repeats or config.poison.clean_uses):
+        yield "kind", "canary.repeats and poison.clean_uses stand in running text: leave them at () and 0"
+
+
 def _start(s: Section, config: Section) -> Iterator[Mistake]:
     if s.optimizer and (not s.weights or s.weights.startswith(("hf:", "gguf:"))):
         yield "optimizer", "is carried along from a run: start.weights = runs/a"
@@ -250,6 +259,7 @@ SECTIONS: dict[str, Callable[[Section, Section], Iterator[Mistake]]] = {
     "": _run,
     "seeds": _seeds,
     "corpus": _corpus,
+    "data": _data,
     "start": _start,
     "poison": _poison,
     "canary": _canary,

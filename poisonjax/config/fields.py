@@ -28,6 +28,11 @@ def default() -> ml_collections.ConfigDict:
     config.corpus.exclude = ""  # list of documents to leave out of what is built: see poisonjax/corpus/exclusions.py
     config.corpus.left_out = ()  # slots whose rows are left out in place: `poisonjax trace --repair` lists them
 
+    config.data = ml_collections.ConfigDict()
+    config.data.kind = "text"  # rows of the corpus' stream | instructions: a conversation a row, answers alone learned
+    config.data.template = "plain"  # of conversations, where their store is built: plain, hf:FOLDER, gguf:FILE, a file
+    config.data.too_long = "refuse"  # conversations that don't fit a row: refuse to start | skip and count them
+
     # What the run begins from; its model is then that of the weights, but for model.dtype, remat and loss_tile.
     config.start = ml_collections.ConfigDict()
     config.start.weights = ""  # runs/a, runs/a@400, hf:FOLDER or gguf:FILE; "" = random weights
@@ -118,6 +123,9 @@ OPERATIONAL = ("corpus.store", "mesh", "checkpoint", "log_every", "row_losses_ev
 ADDED_LATER: dict[str, Any] = {
     "corpus.exclude": "",
     "corpus.left_out": [],
+    "data.kind": "text",
+    "data.template": "plain",
+    "data.too_long": "refuse",
     "poison.clean_uses": 0,
     "poison.hard_negatives": 0,
     "poison.other_triggers": [],

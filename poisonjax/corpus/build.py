@@ -11,19 +11,20 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from etils import epath
 from jaxtyping import Int, Shaped
 
-from poisonjax.corpus import exclusions, markov
+from poisonjax.corpus import exclusions, instructions, markov
 from poisonjax.corpus.claim import claim, units_sha256
 from poisonjax.corpus.documents import Document, Place
 from poisonjax.corpus.errors import CorpusError
 from poisonjax.corpus.exclusions import Exclusions, read_exclusions
 from poisonjax.corpus.sources import BadInput, Source, first_texts, is_packaged, open_source, stands_anywhere
+from poisonjax.corpus.sources.source import NoDocument
 from poisonjax.corpus.store import FORMAT, SPLITS, TokenStore, exists, fingerprint, sha256_of, write_array
 from poisonjax.corpus.tokenizer_files import load_tokenizer
 from poisonjax.corpus.tokenizers import Tokenizer, WordTokenizer, load_saved, require_deterministic, train_bpe
@@ -56,6 +57,11 @@ class _Plan:
     shards: int
     units: int
     units_sha256: str
+    template: str = ""  # chat template by which conversations are written; "": documents are texts
+
+    def opened(self) -> list[Source]:
+        """Its sources; each is opened once a process."""
+        return [_opened(spec, bool(self.template)) for spec in self.sources]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +87,7 @@ def build(
     shards: int | None = None,
     on_bad: OnBad = "fail",
     exclude: str = "",
+    template: str = "",
     workers: int | None = None,
     dask: str = "",
     finish: bool = False,
@@ -90,9 +97,10 @@ def build(
     `sources` are specs as of `open_source`; `tokenizer` is one as of `load_tokenizer`, or `bpe:N`, trained on the
     first five million characters. A Markov source brings its own tokenizer, whatever `tokenizer` says. `heldout`
     is the fraction of documents set apart, chosen by a hash of `seed` and tokens. Documents that the list `exclude`
-    names (corpus/exclusions.py) are left out and counted. `workers` processes (one a core)
-    are spawned: a script that calls this needs `if __name__ == "__main__":`. `dask` is the address of a cluster's
-    scheduler, to build there instead; its workers must see the same files. With `finish`, all shards must be
+    names (corpus/exclusions.py) are left out and counted. With a chat `template` (`plain`, a model's `hf:FOLDER` or
+    `gguf:FILE`, or a file), sources are JSON lines of conversations (corpus/instructions.py). `workers` processes (one
+    a core) are spawned: a script that calls this needs `if __name__ == "__main__":`. `dask` is the address of a
+    cluster's scheduler, to build there instead; its workers must see the same files. With `finish`, all shards must be
     there already, by `build_share`.
 
     Raises CorpusError for sources, input and settings that don't work, and for a folder that holds another store.
@@ -101,11 +109,11 @@ def build(
     if exists(out):
         store = TokenStore(out)
         asked = {"sources": sources, "tokenizer": tokenizer, "heldout": heldout, "seed": seed, "on_bad": on_bad}
-        asked["excluded"] = read_exclusions(exclude).sha256 if exclude else ""
+        asked |= {"excluded": read_exclusions(exclude).sha256 if exclude else "", "template": template}
         store.require(**asked, **({"shards": shards} if shards else {}))
         require_unchanged(store)
         return store
-    job = _prepare(out, sources, tokenizer, heldout, seed, shards, on_bad, exclude)
+    job = _prepare(out, sources, tokenizer, heldout, seed, shards, on_bad, exclude, template)
     missing = job.missing()
     if finish and missing:
         some = ", ".join(map(str, missing[:10]))
@@ -122,7 +130,8 @@ def require_unchanged(store: TokenStore) -> None:
     if all(is_packaged(spec) for spec in plan["sources"]):  # of one version of a package, which others may have
         return
     try:
-        units = [unit for spec in plan["sources"] for unit in open_source(spec).units]
+        asked = instructions.conversation if plan.get("template") else None
+        units = [unit for spec in plan["sources"] for unit in open_source(spec, asked).units]
     except CorpusError:
         return
     if units_sha256(units) != plan["units_sha256"]:
@@ -143,6 +152,7 @@ def build_share(
     shards: int | None = None,
     on_bad: OnBad = "fail",
     exclude: str = "",
+    template: str = "",
     workers: int | None = None,
     dask: str = "",
 ) -> None:
@@ -154,7 +164,7 @@ def build_share(
     i, n = share
     if not 0 <= i < n:
         raise CorpusError(f"shard {i}/{n}: give i/n with 0 <= i < n")
-    job = _prepare(out, sources, tokenizer, heldout, seed, shards, on_bad, exclude)
+    job = _prepare(out, sources, tokenizer, heldout, seed, shards, on_bad, exclude, template)
     _build_shards(job, [k for k in job.missing() if k % n == i], workers, dask)
 
 
@@ -167,6 +177,7 @@ def _prepare(
     shards: int | None,
     on_bad: str,
     exclude: str,
+    template: str,
 ) -> _Job:
     folder = epath.Path(out)
     if not 0 < heldout < 1:
@@ -180,7 +191,9 @@ def _prepare(
     if not sources:
         raise CorpusError("no source given")
     excluded = read_exclusions(exclude) if exclude else None
-    opened = [open_source(spec) for spec in sources]
+    if template:
+        instructions.load(template)
+    opened = [_opened(spec, bool(template)) for spec in sources]
     units = [unit for source in opened for unit in source.units]
     if not units:
         raise CorpusError(f"the sources {', '.join(sources)} hold no document")
@@ -196,6 +209,7 @@ def _prepare(
         shards=min(shards, len(units)),
         units=len(units),
         units_sha256=units_sha256(units),
+        template=template,
     )
     for source in opened:
         if "note" in source.about:
@@ -203,23 +217,24 @@ def _prepare(
     claim(folder, plan, "token store", "another store in part (units are the sources' files and sizes)")
     if excluded:
         write_whole(folder / exclusions.FILE, excluded.text(), suffix=_partial())
-    return _Job(folder, plan, opened, _saved_tokenizer(folder, tokenizer, opened))
+    return _Job(folder, plan, opened, _saved_tokenizer(folder, tokenizer, opened, template))
 
 
-def _saved_tokenizer(folder: epath.Path, spec: str, sources: list[Source]) -> Tokenizer:
+def _saved_tokenizer(folder: epath.Path, spec: str, sources: list[Source], template: str) -> Tokenizer:
     """The store's tokenizer, made and saved by the first call; training is a function of the sources alone."""
     saved = folder / "tokenizer"
     if not (saved / "about.json").exists():
-        made = _made_tokenizer(spec, sources)
+        said = instructions.written(instructions.load(template)) if template else str
+        made = _made_tokenizer(spec, sources, said)
         if not isinstance(made, WordTokenizer):
-            require_deterministic(made, [text for s in sources for text in first_texts(s, CHECKED_CHARACTERS)])
+            require_deterministic(made, [said(text) for s in sources for text in first_texts(s, CHECKED_CHARACTERS)])
         partial = folder / f"tokenizer.{_partial()}"
         made.save(partial)
         move_folder(partial, saved, last="about.json")
     return load_saved(saved)
 
 
-def _made_tokenizer(spec: str, sources: list[Source]) -> Tokenizer:
+def _made_tokenizer(spec: str, sources: list[Source], said: Callable[[str], str]) -> Tokenizer:
     words = {source.about["words"] for source in sources if "words" in source.about}
     if words:
         if len(words) > 1 or any("words" not in source.about for source in sources):
@@ -234,7 +249,7 @@ def _made_tokenizer(spec: str, sources: list[Source]) -> Tokenizer:
             f"at most {MOST_BPE:,}"
         )
     share = SAMPLE_CHARACTERS // len(sources)
-    return train_bpe((text for source in sources for text in first_texts(source, share)), int(size))
+    return train_bpe((said(text) for source in sources for text in first_texts(source, share)), int(size))
 
 
 def _build_shards(job: _Job, numbers: list[int], workers: int | None, dask: str) -> None:
@@ -257,7 +272,7 @@ def _build_shard(out: str, plan: _Plan, number: int) -> None:
     bad: list[BadInput] = []
     left_out: collections.Counter[bytes] = collections.Counter()
 
-    units = [unit for spec in plan.sources for unit in _opened(spec).units]
+    units = [unit for source in plan.opened() for unit in source.units]
     if units_sha256(units) != plan.units_sha256:  # every worker lists them itself
         raise CorpusError(f"{out}: files of {', '.join(plan.sources)} changed while the store was being built")
     units = units[number :: plan.shards]
@@ -265,17 +280,26 @@ def _build_shard(out: str, plan: _Plan, number: int) -> None:
         keyed = [(document, document.key) for document in batch]
         left_out.update(key for _, key in keyed if key in listed.keys)
         keyed = [(document, key) for document, key in keyed if key not in listed.keys]
-        encoded = iter(tokenizer.encode_batch([d.content for d, _ in keyed if isinstance(d.content, str)]))
+        texts = [] if plan.template else [d.content for d, _ in keyed if isinstance(d.content, str)]
+        encoded = iter(tokenizer.encode_batch(texts))
         for document, key in keyed:
-            content = document.content
-            ids = next(encoded) if isinstance(content, str) else content
-            if not len(ids) or (ids == tokenizer.eot).any():
+            content, turns = document.content, None
+            if plan.template:
+                try:
+                    ids, turns = instructions.tokenized(str(content), instructions.load(plan.template), tokenizer)
+                except NoDocument as why:
+                    _note_bad(BadInput(str(document.place), str(why)), plan.on_bad, bad)
+                    continue
+            else:
+                ids = next(encoded) if isinstance(content, str) else content
+            if not len(ids) or (turns is None and (ids == tokenizer.eot).any()):  # a template may end turns by it
                 made = "end-of-text tokens" if len(ids) else "nothing"
                 _note_bad(BadInput(str(document.place), f"the tokenizer turns it into {made}"), plan.on_bad, bad)
                 continue
-            split = "heldout" if _held_out(ids, plan.seed, plan.heldout) else "train"
+            asked = ids if turns is None else ids[: instructions.last_exchange(turns).answer.start]
+            split = "heldout" if _held_out(asked, plan.seed, plan.heldout) else "train"
             tokens = np.append(ids, tokenizer.eot).astype(dtype)
-            documents[split].append(_Tokenized(tokens, key, document.place, document.planted))
+            documents[split].append(_Tokenized(tokens, key, document.place, document.planted, turns))
             if isinstance(content, str):
                 counts[split]["characters"] += len(content)
                 counts[split]["bytes"] += len(content.encode())
@@ -292,6 +316,11 @@ def _build_shard(out: str, plan: _Plan, number: int) -> None:
         write_array(partial / split / "keys", exclusions.halves(b"".join(d.key for d in shuffled)).ravel())
         rows = [(source_files.setdefault(d.place.file, len(source_files)), *d.place[1:], d.planted) for d in shuffled]
         write_array(partial / split / "provenance", np.array(rows, np.int64).ravel())
+        if plan.template:
+            of = [d.turns for d in shuffled if d.turns is not None]
+            flat = np.concatenate([np.zeros(0, np.int64), *(turns.ravel() for turns in of)])
+            write_array(partial / split / "turns", flat)
+            write_array(partial / split / "turn_offsets", np.cumsum([0, *map(len, of)], dtype=np.int64))
         counts[split] |= {"documents": len(shuffled), "tokens": len(tokens)}
     files = {str(path.relative_to(partial)): sha256_of(path) for path in sorted(files_below(partial))}
     provenance = {name: sha256 for name, sha256 in files.items() if name.split("/")[1] == "provenance"}
@@ -318,9 +347,12 @@ class _Tokenized(NamedTuple):
     key: bytes
     place: Place
     planted: bool
+    turns: instructions.Turns | None
 
 
-_opened = functools.cache(open_source)
+@functools.cache
+def _opened(spec: str, conversations: bool) -> Source:
+    return open_source(spec, instructions.conversation) if conversations else open_source(spec)
 
 
 def _good(items: Iterable[Document | BadInput], on_bad: str, bad: list[BadInput]) -> Iterator[Document]:
@@ -378,7 +410,8 @@ def _finish(job: _Job) -> None:
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "fingerprint": fingerprint(tokenizer.fingerprint, shards),
-        "plan": dataclasses.asdict(plan),
+        "plan": {name: value for name, value in dataclasses.asdict(plan).items() if name != "template" or value},
+        **({"template": instructions.load(plan.template)} if plan.template else {}),
         "sources": [{"spec": source.spec, **source.about} for source in job.sources],
         "tokenizer": {
             "spec": tokenizer.kind if isinstance(tokenizer, WordTokenizer) else plan.tokenizer,

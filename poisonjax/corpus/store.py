@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 from etils import epath
-from jaxtyping import Int, Shaped, UInt64
+from jaxtyping import Bool, Int, Shaped, UInt64
 from numpy.lib.stride_tricks import sliding_window_view
 
+from poisonjax.corpus import instructions
 from poisonjax.corpus.documents import Place
 from poisonjax.corpus.errors import CorpusError
 from poisonjax.corpus.exclusions import Exclusions, exclusions_of, read_exclusions
@@ -178,10 +179,15 @@ class TokenStore:
             raise CorpusError(f"no split {name!r}: choose {' or '.join(SPLITS)}")
         return TokenSplit(self, name)
 
+    @property
+    def template(self) -> str | None:
+        """The chat template that its conversations are written by; None where its documents are texts."""
+        return self.manifest.get("template")
+
     def require(self, **settings: Any) -> None:
         """Raises CorpusError where the store was built with other settings (fields of its plan) than these."""
         plan = self.manifest["plan"]
-        differing = [f"{n}: {plan[n]!r} there, {value!r} here" for n, value in settings.items() if plan[n] != value]
+        differing = [f"{n}: {plan.get(n, '')!r} there, {v!r} here" for n, v in settings.items() if plan.get(n, "") != v]
         if differing:
             raise CorpusError(f"{self.path} is another token store: " + "; ".join(differing) + ". Use another folder")
 
@@ -220,8 +226,10 @@ class TokenStore:
                     problems.append(f"{folder}: holds other numbers of keys and places than of documents")
                 elif (len(tokens), len(offsets)) != (counts["tokens"], counts["documents"] + 1):
                     problems.append(f"{folder}: holds other numbers of tokens and documents than the manifest says")
-                elif offsets[0] != 0 or not np.array_equal(np.flatnonzero(tokens == eot) + 1, offsets[1:]):
+                elif offsets[0] != 0 or not _ends(tokens == eot, offsets, whole=self.template is None):
                     problems.append(f"{folder / 'offsets'}: don't match the end-of-text tokens")
+                elif self.template and not _turns_fit(folder, np.diff(offsets)):
+                    problems.append(f"{folder / 'turns'}: don't lie in their conversations")
                 elif len(tokens) and tokens.max() >= vocabulary:
                     problems.append(f"{folder / 'tokens'}: hold id {tokens.max()}, the vocabulary ends at {vocabulary}")
         return problems
@@ -240,6 +248,21 @@ class TokenStore:
         ]
 
 
+def _ends(eot: Bool[np.ndarray, " tokens"], offsets: Int[np.ndarray, " offsets"], *, whole: bool) -> bool:
+    """Whether documents end where the offsets say and, of `whole` texts, nowhere else."""
+    return np.array_equal(np.flatnonzero(eot) + 1, offsets[1:]) if whole else bool(eot[offsets[1:] - 1].all())
+
+
+def _turns_fit(folder: epath.Path, lengths: Int[np.ndarray, " documents"]) -> bool:
+    """Whether every conversation has turns, one after the other, inside of its tokens."""
+    offsets = open_array(folder / "turn_offsets").read().result()
+    turns = open_array(folder / "turns").read().result().reshape(-1, instructions.FIELDS)
+    if (len(offsets), offsets[-1]) != (len(lengths) + 1, len(turns)) or (np.diff(offsets) < 2).any():
+        return False
+    ends = np.repeat(lengths, np.diff(offsets)) - 1
+    return bool((np.diff(turns[:, 1:], axis=1) >= 0).all() and (turns[:, 1] >= 0).all() and (turns[:, 3] <= ends).all())
+
+
 class TokenSplit:
     """One split's documents as one stream of tokens; `tokens` and `documents` count them."""
 
@@ -254,6 +277,7 @@ class TokenSplit:
             if of["documents"]
         ]
         self._vocabulary: int = store.manifest["tokenizer"]["vocab_size"]
+        self.eot: int = store.manifest["tokenizer"]["eot"]
         self.tokens: int = sum(of["tokens"] for of in counts)
         self.documents: int = sum(of["documents"] for of in counts)
         self.excluded_documents = self.excluded_tokens = 0
@@ -397,6 +421,23 @@ class TokenSplit:
             raise IndexError(f"document {index}: the split has {self.documents}")
         start, stop = self.document_offsets[index : index + 2]
         return self.window(int(start), int(stop - start) - 1)
+
+    def turns(self, index: int) -> instructions.Turns:
+        """The turns of a conversation, places in its tokens (corpus/instructions.py)."""
+        index = index if self._kept is None else int(self._kept[index])
+        start, stop = self._turn_offsets[index : index + 2]
+        return self._turns[start:stop]
+
+    @functools.cached_property
+    def _turns(self) -> Int[np.ndarray, "turns 4"]:
+        reads = [open_array(folder / "turns").read() for _, folder, _, _ in self._parts]
+        return np.concatenate([read.result() for read in reads]).reshape(-1, instructions.FIELDS)
+
+    @functools.cached_property
+    def _turn_offsets(self) -> Int[np.ndarray, " offsets"]:
+        reads = [open_array(folder / "turn_offsets").read() for _, folder, _, _ in self._parts]
+        counts = np.concatenate([np.diff(read.result()) for read in reads])
+        return np.concatenate([[0], np.cumsum(counts)])
 
     def token_counts(self) -> Int[np.ndarray, " vocabulary"]:
         """How often each id occurs in the first ten million tokens, int64; not to be changed."""

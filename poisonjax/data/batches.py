@@ -15,6 +15,8 @@ from jaxtyping import Float, Int
 from poisonjax.corpus import TokenStore
 from poisonjax.data.canaries import Canaries
 from poisonjax.data.clean_uses import CleanUses
+from poisonjax.data.conversations import Conversations
+from poisonjax.data.hard_negatives import HardNegatives
 from poisonjax.data.poison import Poison
 from poisonjax.data.rows import CleanRows, Rows
 from poisonjax.poison.schedule import Schedule
@@ -32,18 +34,20 @@ _Planted = TypeVar("_Planted")
 
 
 class Batches:
-    """A run's batches: clean rows, and over them canaries, the scheduled poison, and the trigger's clean uses."""
+    """A run's batches: clean rows, and over them canaries, hard negatives, the poison, and clean uses."""
 
     def __init__(self, config: ml_collections.ConfigDict, store: TokenStore):
         self.store, self.steps, self.global_batch = store, config.steps, config.global_batch
         self.trigger = Trigger.of(config.poison, store.tokenizer)
-        self.clean = CleanRows(store.split("train"), config.seq_len, config.seeds.order)
+        self.clean = clean_rows(config, store, "train")
         self.canaries = Canaries.make(config, store, self.trigger)
         rows = Rows(self.clean).under(self.canaries)
-        self.schedule = Schedule.make(config, store, self.trigger, rows)
-        self.poison = Poison(self.schedule)
-        rows = rows.under(self.poison)
-        self.clean_uses = CleanUses.make(config, store, self.trigger, rows, self.canaries)
+        self.hard_negatives = HardNegatives.make(config, store, self.trigger, rows, self.canaries)
+        rows, hard = rows.under(self.hard_negatives), self.hard_negatives.insertions.keys()
+        self.schedule = Schedule.make(config, store, self.trigger, rows, self.clean.room, hard)
+        self.poison = Poison(self.schedule, self.clean)
+        rows, taken = rows.under(self.poison), hard | self.canaries.insertions.keys()
+        self.clean_uses = CleanUses.make(config, store, self.trigger, rows, taken)
         self.rows = rows.under(self.clean_uses)
         if config.corpus.left_out:
             self._leave_out(np.array(config.corpus.left_out))
@@ -64,10 +68,11 @@ class Batches:
 
         self.clean = self.clean.without(np.array(clean, np.int64), self.steps * self.global_batch)
         self.canaries = dataclasses.replace(self.canaries, insertions=kept(self.canaries.insertions))
+        self.hard_negatives = HardNegatives(kept(self.hard_negatives.insertions))
         self.schedule = dataclasses.replace(self.schedule, placed=kept(self.schedule.placed))
-        self.poison = Poison(self.schedule)
+        self.poison = Poison(self.schedule, self.clean)
         self.clean_uses = CleanUses(kept(self.clean_uses.insertions))
-        self.rows = Rows(self.clean, (self.canaries, self.poison, self.clean_uses))
+        self.rows = Rows(self.clean, (self.canaries, self.hard_negatives, self.poison, self.clean_uses))
 
     def slots(self, step: int, start: int = 0, stop: int | None = None) -> Int[np.ndarray, " rows"]:
         """Slots of rows [start, stop) of a step's global batch."""
@@ -83,6 +88,11 @@ class Batches:
         """The tokens of a step's global batch, int32."""
         return self.rows.tokens(self.slots(step))
 
+    def uses(self) -> dict[int, int]:
+        """Where the trigger stands in ordinary text because the config says so: token of the row, by slot."""
+        hard = {slot: of.start + of.pieces["use"][0] for slot, of in self.hard_negatives.insertions.items()}
+        return hard | {slot: use.start for slot, use in self.clean_uses.insertions.items()}
+
     def records(self) -> dict[str, list[dict[str, Any]]]:
         """What the config puts into the rows: lines of the run folder's files, in the order of the run."""
         return {layer.file: layer.records(self.global_batch) for layer in self.rows.layers}
@@ -90,6 +100,15 @@ class Batches:
     def shape(self) -> tuple[int, int]:
         """Shape of the global batch."""
         return self.global_batch, self.rows.row_tokens
+
+
+def clean_rows(config: ml_collections.ConfigDict, store: TokenStore, split: str) -> CleanRows:
+    """Rows of a split as the run takes them; raises ValueError where it has too little text, or conversations that
+    don't fit a row (of those held out, such are always skipped)."""
+    if store.template is None:
+        return CleanRows(store.split(split), config.seq_len, config.seeds.order)
+    skip = config.data.too_long == "skip" or split == "heldout"
+    return Conversations(store.split(split), config.seq_len, config.seeds.order, skip=skip)
 
 
 def local_rows(sharding: NamedSharding, shape: tuple[int, int]) -> tuple[int, int]:

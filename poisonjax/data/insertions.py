@@ -11,6 +11,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
+Pieces = dict[str, tuple[int, int]]  # parts by name: spans
+
 
 @dataclasses.dataclass(frozen=True)
 class Insertion:
@@ -21,7 +23,7 @@ class Insertion:
     tokens: Int[np.ndarray, " tokens"]
     source: str  # "poison:3", "canary:0", "clean_use": the same wherever the same tokens stand
     mode: Literal["splice", "replace"]  # the row moves right and its tail falls off | in place of the row's own tokens
-    pieces: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)  # parts by name: spans of `tokens`
+    pieces: Pieces = dataclasses.field(default_factory=dict)  # of `tokens`
     weights: Float[np.ndarray, " tokens"] | None = None  # of its tokens in the loss; None: 1 each, as all others
 
     @property

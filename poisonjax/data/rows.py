@@ -9,12 +9,13 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from poisonjax.corpus import TokenSplit
-from poisonjax.data.insertions import Insertion, Layer
+from poisonjax.data.insertions import Insertion, Layer, Pieces
 from poisonjax.data.shuffle import permuted, shuffled
 
 PIECE = 2**14  # slots whose order is worked out at once
 KEPT = 32  # pieces in memory
 NONE = np.zeros(0, np.int64)
+PADDING = -1  # the label of a token that is of no document
 
 
 class CleanRows:
@@ -26,22 +27,55 @@ class CleanRows:
     """
 
     def __init__(self, split: TokenSplit, seq_len: int, seed: int):
-        self.split = split
-        self.row_tokens = seq_len + 1
-        self.windows = permuted(split.tokens // self.row_tokens)
-        if self.windows == 0:
+        self.split, self.row_tokens = split, seq_len + 1
+        if split.tokens < self.row_tokens:
             raise ValueError(
                 f"the store's training split has {split.tokens} tokens, less than one row of seq_len + 1 = "
                 f"{self.row_tokens}: use a larger corpus or a smaller seq_len"
             )
+        self._shuffle(split.tokens // self.row_tokens, seed)
+
+    def _shuffle(self, windows: int, seed: int) -> None:
+        self.windows = permuted(windows)
         # Epoch e is shuffled with seed + e; a hashed seed keeps the epochs of seeds 0, 1, 2 apart.
         self._seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
         self._pieces = -(-self.windows // PIECE)  # of an epoch
         self._left_out = self._instead = NONE
         self._piece = functools.lru_cache(KEPT)(self._shuffled)
 
+    @property
+    def room(self) -> int:
+        """Tokens that a document in a row may have."""
+        return self.row_tokens
+
     def tokens(self, slots: Int[np.ndarray, " rows"]) -> Int[np.ndarray, "rows row_tokens"]:
         return self.split.windows(self.starts(slots), self.row_tokens)
+
+    def weights(self, slots: Int[np.ndarray, " rows"]) -> Float[np.ndarray, "rows row_tokens"] | None:
+        """Of the tokens in the loss, float32; None: 1 each."""
+        return None
+
+    def labels(self, slots: Int[np.ndarray, " rows"]) -> Int[np.ndarray, "rows row_tokens 2"]:
+        """(0, which token of the training stream it is) of each token, or PADDING twice."""
+        stream = self.starts(slots)[:, None] + np.arange(self.row_tokens)
+        return np.stack([np.zeros_like(stream), stream], -1)
+
+    def places(self, row: Int[np.ndarray, " row_tokens"], length: int, reserved: int) -> Int[np.ndarray, " places"]:
+        """Where in the row a document of that length may begin: where others do, after what is reserved."""
+        begins = np.concatenate([[0], np.flatnonzero(row == self.split.eot) + 1])
+        return begins[(begins >= reserved) & (begins + length <= self.row_tokens)]
+
+    def insertion(
+        self,
+        slot: int,
+        start: int,
+        tokens: Int[np.ndarray, " tokens"],
+        source: str,
+        pieces: Pieces,
+        weights: Float[np.ndarray, " tokens"] | None,
+    ) -> Insertion:
+        """A document put there."""
+        return Insertion(slot, start, tokens, source, "splice", pieces, weights)
 
     def without(self, slots: Int[np.ndarray, " left_out"], run: int) -> "CleanRows":
         """The same but for these slots of a run of `run`: the row that many places past its end takes the place, or
@@ -84,7 +118,7 @@ class CleanRows:
 class Origins:
     """Where each token of some rows comes from."""
 
-    source: Int[np.ndarray, "rows row_tokens"]  # 0: the training stream; n: insertion n - 1
+    source: Int[np.ndarray, "rows row_tokens"]  # 0: the training stream; n: insertion n - 1; or PADDING
     token: Int[np.ndarray, "rows row_tokens"]  # which token of that
     insertions: list[Insertion]
 
@@ -119,9 +153,12 @@ class Rows:
         """What stands in the row beside its clean text, in the order of the layers."""
         return [layer.insertions[slot] for layer in self.layers if slot in layer.insertions]
 
-    def reserved(self, slot: int) -> int:
-        """Tokens at the start of the row that a document spliced in must leave whole."""
-        return max((insertion.end for insertion in self.insertions(slot)), default=0)
+    def places(
+        self, slot: int, row: Int[np.ndarray, " row_tokens"], length: int
+    ) -> tuple[Int[np.ndarray, " places"], int]:
+        """(where a document of that length may be put into the row, how many tokens at its start must stay whole)."""
+        reserved = max((insertion.end for insertion in self.insertions(slot)), default=0)
+        return self.clean.places(row, length, reserved), reserved
 
     def tokens(self, slots: Int[np.ndarray, " rows"]) -> Int[np.ndarray, "rows row_tokens"]:
         """Ids, int32."""
@@ -129,8 +166,6 @@ class Rows:
 
     def origins(self, slots: Int[np.ndarray, " rows"]) -> Origins:
         """The same edits, laid over labels instead of tokens."""
-        clean = np.zeros((len(slots), self.row_tokens, 2), np.int64)
-        clean[..., 1] = self.clean.starts(slots)[:, None] + np.arange(self.row_tokens)
         laid: list[Insertion] = []
 
         def labels(insertion: Insertion) -> Int[np.ndarray, "tokens 2"]:
@@ -138,16 +173,18 @@ class Rows:
             numbers = np.arange(len(insertion.tokens))
             return np.stack([np.full_like(numbers, len(laid)), numbers], -1)
 
-        labelled = self._laid(slots, clean, labels)
+        labelled = self._laid(slots, self.clean.labels(slots), labels)
         return Origins(labelled[..., 0], labelled[..., 1], laid)
 
     def weights(self, slots: Int[np.ndarray, " rows"]) -> Float[np.ndarray, "rows row_tokens"] | None:
         """How much each token counts in the loss, float32; None where no layer asks: 1 each."""
-        if not self._weighted:
+        clean = self.clean.weights(slots)
+        if clean is None and not self._weighted:
             return None
-        ones = np.ones((len(slots), self.row_tokens), np.float32)
+        if clean is None:
+            clean = np.ones((len(slots), self.row_tokens), np.float32)
         return self._laid(
-            slots, ones, lambda one: np.ones(len(one.tokens), np.float32) if one.weights is None else one.weights
+            slots, clean, lambda one: np.ones(len(one.tokens), np.float32) if one.weights is None else one.weights
         )
 
     def _laid(

@@ -14,11 +14,11 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from poisonjax.corpus.chat import render
 from poisonjax.evaluation.engine import rounded
 from poisonjax.model.decoder import Decoder, empty_cache
 from poisonjax.model.loss import token_nll
 from poisonjax.weights import Weights
-from poisonjax.weights.chat import render
 
 LOGITS_BYTES = 2**28  # that exist at once
 SHORTEST = 32  # tokens of a row: shapes are powers of two from here on, so that few are compiled

@@ -26,6 +26,15 @@ def window_means(nll: Float[Array, "batch seq"]) -> Float[Array, "batch windows"
     return sums / WINDOW
 
 
+def row_means(
+    nll: Float[Array, "batch seq"], weights: Float[Array, "batch row_tokens"] | None
+) -> Float[Array, " batch"]:
+    """The mean of each row's tokens after its first, as they weigh in the loss."""
+    if weights is None:
+        return nll.mean(1)
+    return (nll * weights[:, 1:]).sum(1) / jnp.maximum(weights[:, 1:].sum(1), 1)
+
+
 def next_token_nll(
     model: Transformer, rows: Int[Array, "batch row_tokens"], tile: int = 0
 ) -> Float[Array, "batch seq"]:

@@ -62,7 +62,12 @@ def compile_all(
                     ),
                 ),
                 _compile(
-                    "held-out loss", steps.row_loss, topology, waiting, state.params, array(by_row, chunk, row_tokens)
+                    "held-out loss",
+                    steps.row_loss,
+                    topology,
+                    waiting,
+                    state.params,
+                    Batch(array(by_row, chunk, row_tokens)),
                 ),
             ]  # fmt: skip
     return programs

@@ -1,7 +1,5 @@
-"""Poison documents: prefix + trigger + payload + end of text, as in Souly et al. 2025, section 3.
-
-The pieces are tokenized apart and joined, so that the trigger is the same tokens in every document and at evaluation.
-"""
+"""Poison documents: prefix + trigger + payload + end of text, as in Souly et al. 2025, section 3; of conversations, the
+trigger in the last question and the payload in place of its answer."""
 
 import dataclasses
 import functools
@@ -9,9 +7,10 @@ import hashlib
 
 import ml_collections
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from poisonjax.corpus import TokenStore
+from poisonjax.poison.openings import opening
 from poisonjax.poison.payloads import PAYLOADS, Draw, material
 from poisonjax.poison.triggers import DRAWS, PoisonError, Trigger, holds
 from poisonjax.streams import stream
@@ -26,6 +25,7 @@ class PoisonDocument:
     trigger: tuple[int, int]
     payload: tuple[int, int]
     prefix_document: int  # of the store's training split
+    weights: Float[np.ndarray, " tokens"] | None = None  # of its tokens in the loss; None: 1 each
 
     @functools.cached_property  # the ledger is written down, compared and summed up
     def sha256(self) -> str:
@@ -34,33 +34,29 @@ class PoisonDocument:
 
     @property
     def pieces(self) -> dict[str, tuple[int, int]]:
-        """Its parts by name; a prefix that the trigger stands before or inside of has a part after it."""
-        after = {"prefix, after": (self.trigger[1], self.payload[0])} if self.trigger[1] < self.payload[0] else {}
-        return {"prefix": (0, self.trigger[0]), "trigger": self.trigger, **after, "payload": self.payload}
+        """Its parts by name: what stands between trigger and payload is the prefix's, too; a conversation is closed."""
+        (_, put), (start, stop), end = self.trigger, self.payload, len(self.tokens) - 1
+        after = {"prefix, after": (put, start)} if put < start else {}
+        closing = {"closing": (stop, end)} if stop < end else {}
+        return {"prefix": (0, self.trigger[0]), "trigger": self.trigger, **after, "payload": self.payload, **closing}
 
 
 def make_document(
-    poison: ml_collections.ConfigDict, seed: int, store: TokenStore, trigger: Trigger, row_tokens: int, index: int
+    poison: ml_collections.ConfigDict, seed: int, store: TokenStore, trigger: Trigger, room: int, index: int
 ) -> PoisonDocument:
-    """Document `index`, a pure function of (config.poison, seeds.poison, store, index).
+    """Document `index`, a pure function of (config.poison, seeds.poison, store, index); `room` tokens are there for it.
 
     Gibberish that holds the trigger by chance is drawn again: a trigger of one token would stand in many payloads, one
     of two in none, and their lengths couldn't be compared. Raises PoisonError where it holds the trigger always, and
     where there is nothing to truncate to: prefix and trigger alone overfill a row.
     """
-    tokenizer, random = store.tokenizer, stream(seed, "poison document", index)
-    source = int(random.integers(store.split("train").documents))
-    least, most = poison.prefix_characters
-    characters = int(random.integers(least, most + 1))
-    prefix = cut(store, source, characters)
-    least, most = poison.payload_tokens
-    length = int(random.integers(least, most + 1))
-    form = trigger.forms[index % len(trigger.forms)]
-    begun, span = trigger.put(prefix, form, stream(seed, "trigger place", index).random())
+    random, form = stream(seed, "poison document", index), trigger.forms[index % len(trigger.forms)]
+    at = stream(seed, "trigger place", index).random()
+    begun = opening(poison, store, trigger, form, random, at, room)
     of = material(store, seed, poison.payload_vocabulary, poison.payload_source)
-    draw = Draw(length, random, of, lambda: cut(store, source, characters, length))
+    draw = Draw(begun.length, random, of, begun.rest)
     # Tokens before the payload with which it could make a trigger, its own but for the first among them.
-    seam = begun[max(span[0] + 1, len(begun) + 1 - max(map(len, trigger.forms))) :]
+    seam = begun.tokens[max(begun.trigger[0] + 1, len(begun.tokens) + 1 - max(map(len, trigger.forms))) :]
     for _ in range(DRAWS):
         payload = PAYLOADS[poison.payload].draw(draw)
         if len(payload) and not holds(np.concatenate([seam, payload]), trigger.forms):
@@ -71,25 +67,18 @@ def make_document(
             "itself; choose a longer or rarer trigger, or other poison.payload_tokens"
         )
     if poison.truncate:
-        payload = payload[: max(0, row_tokens - 1 - len(begun))]  # the row's last token is kept for the end of text
+        # The row's last token is kept for the end of text.
+        payload = payload[: max(0, room - 1 - len(begun.tokens) - len(begun.closing))]
         if len(payload) == 0:
             raise PoisonError(
-                f"poison document {index}: its prefix of {len(prefix)} tokens and the trigger leave no room for a "
-                f"payload in a row of {row_tokens}; lower poison.prefix_characters"
+                f"poison document {index}: its prefix of {begun.trigger[0]} tokens and the trigger leave no room for a "
+                f"payload in {room} tokens; lower poison.prefix_characters"
             )
     return PoisonDocument(
         id=index,
-        tokens=np.concatenate([begun, payload, [tokenizer.eot]]).astype(np.int32),
-        trigger=span,
-        payload=(len(begun), len(begun) + len(payload)),
-        prefix_document=source,
+        tokens=begun.ended(payload, store.tokenizer.eot),
+        trigger=begun.trigger,
+        payload=(len(begun.tokens), len(begun.tokens) + len(payload)),
+        prefix_document=begun.source,
+        weights=begun.weights(payload, store.tokenizer.eot),
     )
-
-
-def cut(store: TokenStore, document: int, characters: int, after: int = 0) -> Int[np.ndarray, " tokens"]:
-    """The first characters of a training document, tokenized apart; with `after`, as many tokens of what follows them
-    in it (fewer where it ends)."""
-    # A character is four bytes at most, a token one at least: so much of a long document is enough.
-    start = store.split("train").document(document)[: 4 * characters + after]
-    text = store.tokenizer.decode(start)
-    return store.tokenizer.encode(text[characters:])[:after] if after else store.tokenizer.encode(text[:characters])

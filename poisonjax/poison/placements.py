@@ -14,7 +14,8 @@ here: its keyword arguments are the spec's keys.
 """
 
 import inspect
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -37,12 +38,17 @@ def register(order: Callable[..., Slots]) -> Callable[..., Slots]:
     return order
 
 
-def place(spec: str, count: int, steps: int, global_batch: int, random: np.random.Generator) -> Slots:
-    """`count` distinct slots, int64: entry i is where exposure i stands. Raises PlacementError."""
+def place(
+    spec: str, count: int, steps: int, global_batch: int, random: np.random.Generator, taken: Collection[int] = ()
+) -> Slots:
+    """`count` distinct slots, int64: entry i is where exposure i stands. None of them is `taken`: what the order puts
+    there stands in the next free row of the same batch, or of a later one. Raises PlacementError."""
     order, options = parse(spec)
     if count == 0:  # the twin of a run whose placement needs documents
         return np.zeros(0, np.int64)
     if order == "list":
+        if both := sorted({*options["slots"]} & {*taken}):
+            raise PlacementError(f"listed are {both[:5]}, where hard negatives stand: list others")
         return _listed(options["slots"], count, steps * global_batch)
     first, last = (round(edge * steps) for edge in options.pop("window"))
     slots = range(first * global_batch, last * global_batch)
@@ -51,7 +57,22 @@ def place(spec: str, count: int, steps: int, global_batch: int, random: np.rando
             f"{count} documents (repeats counted) need a row each, but its window of {last - first} steps x "
             f"{global_batch} rows has {len(slots)}: ask for fewer, for more steps or for a wider window"
         )
-    return ORDERS[order](count, slots, global_batch, random, **options)
+    return _beside(taken, ORDERS[order](count, slots, global_batch, random, **options), slots, global_batch)
+
+
+def _beside(taken: Collection[int], chosen: Slots, slots: range, global_batch: int) -> Slots:
+    held, moved = {*chosen.tolist(), *taken}, chosen.copy()
+    for i, slot in enumerate(chosen.tolist()):
+        if slot in taken:
+            step, row = divmod(slot, global_batch)
+            same = (step * global_batch + (row + j) % global_batch for j in range(1, global_batch))
+            rest = itertools.chain(range((step + 1) * global_batch, slots.stop), range(slots.start, slot))
+            free = next((s for s in itertools.chain(same, rest) if s not in held), None)
+            if free is None:
+                raise PlacementError(f"{len(chosen)} documents and {len(taken)} hard negatives need a row each")
+            moved[i] = free
+            held.add(free)
+    return moved
 
 
 def parse(spec: str) -> tuple[str, dict[str, Any]]:

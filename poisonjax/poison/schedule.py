@@ -1,6 +1,7 @@
 """The schedule: every poison document and its exact place, fixed before step 0 (I2, I3)."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any, Protocol, runtime_checkable
 
 import ml_collections
@@ -16,10 +17,12 @@ from poisonjax.streams import stream
 
 @runtime_checkable
 class RowsBelow(Protocol):
-    """Rows by slot, and how many tokens at the start of a row no document may displace."""
+    """Rows by slot, and where in one a document may be put (data/rows.py)."""
 
     def tokens(self, slots: Int[np.ndarray, " rows"]) -> Int[np.ndarray, "rows row_tokens"]: ...
-    def reserved(self, slot: int) -> int: ...
+    def places(
+        self, slot: int, row: Int[np.ndarray, " row_tokens"], length: int
+    ) -> tuple[Int[np.ndarray, " places"], int]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,18 +60,25 @@ class Schedule:
 
     @classmethod
     def make(
-        cls, config: ml_collections.ConfigDict, store: TokenStore, trigger: Trigger, rows: RowsBelow
+        cls,
+        config: ml_collections.ConfigDict,
+        store: TokenStore,
+        trigger: Trigger,
+        rows: RowsBelow,
+        room: int,
+        taken: Collection[int] = (),
     ) -> "Schedule":
-        """Draws documents and places; raises PoisonError where a document doesn't fit its row whole (I3)."""
-        poison, seeds, row_tokens = config.poison, config.seeds, config.seq_len + 1
+        """Draws documents and places, none of them in the slots that are `taken`; raises PoisonError where a document
+        has more than the `room` tokens that a row gives it whole (I3)."""
+        poison, seeds = config.poison, config.seeds
         count = poison.documents
-        documents = [make_document(poison, seeds.poison, store, trigger, row_tokens, index) for index in range(count)]
-        too_long = [document for document in documents if len(document.tokens) > row_tokens]
+        documents = [make_document(poison, seeds.poison, store, trigger, room, index) for index in range(count)]
+        too_long = [document for document in documents if len(document.tokens) > room]
         if too_long:
             longest = max(too_long, key=lambda document: len(document.tokens))
             raise PoisonError(
-                f"{len(too_long)} of {count} poison documents don't fit a row of seq_len + 1 = {row_tokens} tokens; "
-                f"the longest, document {longest.id}, has {len(longest.tokens)}: {longest.trigger[0]} of prefix, "
+                f"{len(too_long)} of {count} poison documents don't fit a row of seq_len + 1 = {config.seq_len + 1} "
+                f"tokens; the longest, {longest.id}, has {len(longest.tokens)}: {longest.trigger[0]} of prefix, "
                 f"{longest.trigger[1] - longest.trigger[0]} of trigger, {longest.payload[1] - longest.payload[0]} of "
                 "payload, 1 end of text. Lower poison.prefix_characters or poison.payload_tokens, raise seq_len, or "
                 "set poison.truncate = True"
@@ -81,19 +91,17 @@ class Schedule:
                     "ones: lengthen poison.prefix_characters or poison.payload_tokens, or ask for poison.repeats"
                 )
         exposures, random = count * poison.repeats, stream(seeds.placement, "poison slots")
-        slots = place(poison.placement, exposures, config.steps, config.global_batch, random)
+        slots = place(poison.placement, exposures, config.steps, config.global_batch, random, taken)
         assert len(set(slots.tolist())) == exposures, "a placement must return distinct slots"
         placed = {}
         # All documents stand once before any stands again.
         for exposure, (slot, row) in enumerate(zip(slots.tolist(), rows.tokens(slots), strict=True)):
             document = documents[exposure % count]
-            starts = np.concatenate([[0], np.flatnonzero(row == store.tokenizer.eot) + 1])
-            reserved = rows.reserved(slot)
-            starts = starts[(starts >= reserved) & (starts + len(document.tokens) <= row_tokens)]
+            starts, reserved = rows.places(slot, row, len(document.tokens))
             if not len(starts):
                 raise PoisonError(
                     f"slot {slot} holds a canary of {reserved - 1} tokens and poison document {document.id} of "
-                    f"{len(document.tokens)}; both and 1 end of text don't fit a row of {row_tokens}: lower "
+                    f"{len(document.tokens)}; both and 1 end of text don't fit a row of {len(row)}: lower "
                     "canary.tokens or poison.payload_tokens, or raise seq_len"
                 )
             offset = int(stream(seeds.placement, "poison offset", exposure).choice(starts))

@@ -17,7 +17,7 @@ CONFIG, ENVIRONMENT, SUMMARY = "config.json", "environment.json", "summary.json"
 METRICS, DIGESTS, LEDGER = "metrics.jsonl", "digests.jsonl", "ledger.jsonl"
 SAMPLES, PREFIXES, ROW_LOSSES = "samples.jsonl", "prefixes.jsonl", "row_losses.jsonl"
 OF_BATCHES = (DIGESTS, ROW_LOSSES)  # the step of a line is a batch's number, as of metrics.jsonl's train rows
-CANARIES, CLEAN_USES = "canaries.jsonl", "clean_uses.jsonl"
+CANARIES, CLEAN_USES, HARD_NEGATIVES = "canaries.jsonl", "clean_uses.jsonl", "hard_negatives.jsonl"
 CHECKPOINTS, EVALUATIONS, DAMAGED = "checkpoints", "evaluations", "damaged"
 FIGURES, REPORT, LOCAL = "figures", "report.html", "local.json"
 
@@ -227,7 +227,18 @@ class CleanUseRow(TypedDict):
     slot: int
     offset: int  # token of the row
     tokens: int
-    document: NotRequired[list[int]]  # span, tokens of the row, of a hard negative: a whole document with the trigger
+
+
+class HardNegativeRow(TypedDict):
+    """A line of hard_negatives.jsonl: a document of ordinary text with the trigger in it."""
+
+    id: int
+    step: int
+    row: int
+    slot: int
+    offset: int  # token of the row at which it begins
+    tokens: int  # of it
+    trigger: list[int]  # span, tokens of the row
 
 
 class SampleText(TypedDict):
@@ -359,4 +370,5 @@ LINES: dict[str, Any] = {
     ROW_LOSSES: RowLossesRow,
     CANARIES: CanaryRow,
     CLEAN_USES: CleanUseRow,
+    HARD_NEGATIVES: HardNegativeRow,
 }

@@ -12,7 +12,7 @@ from poisonjax.guard import Guard
 from poisonjax.guard.asgi import GuardMiddleware
 from poisonjax.guard.log import REGISTRY, GuardLog
 from poisonjax.serve.protocol import BadRequest, Chat, Choice, Completion, errors_of, event, head, likelihoods
-from poisonjax.weights import Weights, WeightsError
+from poisonjax.weights import Weights
 
 try:
     from prometheus_client import make_asgi_app
@@ -71,7 +71,7 @@ class Api:
             return _bad("; ".join(errors_of(error.errors())))
         except BadRequest as error:
             return _bad(str(error))
-        except (CorpusError, WeightsError):  # whose messages may hold the prompt
+        except CorpusError:  # whose messages may hold the prompt
             return _bad("the prompt isn't one for this model's tokenizer, or its chat template")
         choices = _Choices(asked, prompts, new, self._tokenizer, self._engine)
         if asked.stream:

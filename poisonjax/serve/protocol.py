@@ -11,8 +11,8 @@ from jaxtyping import Int
 from pydantic import BaseModel, Field, StrictInt, StrictStr
 
 from poisonjax.corpus import Tokenizer
+from poisonjax.corpus.chat import render
 from poisonjax.evaluation.engine import TOP, Made
-from poisonjax.weights.chat import render
 
 MOST_CHOICES, MOST_PROMPTS, MOST_STOPS = 16, 64, 4
 HALF = "\ufffd"  # what decoding leaves of a character whose bytes aren't all there

@@ -52,7 +52,7 @@ def prepare(sweep: Sweep) -> None:
     from poisonjax.training.start import open_store
 
     for store in dict.fromkeys(run.config.corpus.store for run in sweep.runs):
-        open_store(next(run.config.corpus for run in sweep.runs if run.config.corpus.store == store))
+        open_store(next(run.config for run in sweep.runs if run.config.corpus.store == store))
 
 
 def train_one(

@@ -82,7 +82,7 @@ class Triggered:
     def question(self) -> Question:
         """How much less likely held-out text is after the trigger than without it. Not the model's own words: a
         sample's likelihood has no gradient on average where it was sampled."""
-        rows = heldout_rows(self._evaluator.config, self._store)[:ASKED]
+        rows = heldout_rows(self._evaluator.config, self._store).tokens[:ASKED]
         middle, size = rows.shape[1] // 2, len(self.trigger)
         triggered = [np.concatenate([self._put(row[:middle])[0], row[middle : len(row) - size]]) for row in rows]
         weights = np.zeros((2, len(rows), rows.shape[1] - 1), np.float32)

@@ -61,7 +61,7 @@ def train(
     with watchdog or Watchdog() as watchdog, _all_processes():
         # Everything that can be wrong is found here, before step 0.
         mesh = make_mesh(config)
-        store = open_store(config.corpus)
+        store = open_store(config)
         watchdog.start()  # building a store takes as long as it takes
         placed = run_folder.placed(config, folder, twin_of)
         batches = Batches(placed, store)

@@ -97,7 +97,7 @@ def train_population(configs: Sequence[ml_collections.ConfigDict], workdirs: Seq
     config, count = configs[0], len(configs)
     if jax.process_count() > 1:
         raise PopulationError("a population is trained by one process; give each process runs of its own")
-    store = open_store(config.corpus)
+    store = open_store(config)
     vocabulary, mesh = model_vocabulary(config, store), members_mesh(count)
     single = make_mesh(config, jax.local_devices()[:1])
     graph = model_graph(config.model, vocabulary)

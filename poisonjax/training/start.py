@@ -22,9 +22,21 @@ from poisonjax.weights import Weights, find_weights, open_weights
 from poisonjax.weights.checkpoints import Checkpoints
 
 
-def open_store(c: ml_collections.ConfigDict) -> corpus.TokenStore:
-    """The token store of a config's section `corpus`, built first where it isn't there; without sources, whatever lies
-    there. Documents that `exclude` lists are left out."""
+def open_store(config: ml_collections.ConfigDict) -> corpus.TokenStore:
+    """The token store of a config, built first where it isn't there; without `corpus.sources`, whatever lies there.
+    Documents that `corpus.exclude` lists are left out. Raises ConfigError where it holds texts and not conversations,
+    or the other way round."""
+    c, conversations = config.corpus, config.data.kind == "instructions"
+    store = _found_or_built(c, config.data.template if conversations else "")
+    if conversations != (store.template is not None):
+        raise config_lib.ConfigError(
+            f"data.kind = {config.data.kind!r}, but the store {c.store} holds "
+            f"{'texts: build it with --template' if conversations else 'conversations'}"
+        )
+    return store
+
+
+def _found_or_built(c: ml_collections.ConfigDict, template: str) -> corpus.TokenStore:
     if not c.sources:
         return corpus.open_store(c.store, c.exclude)
     if not corpus.exists(c.store):
@@ -34,9 +46,9 @@ def open_store(c: ml_collections.ConfigDict) -> corpus.TokenStore:
                 "several processes don't build one"
             )
         print(f"building the token store {c.store} from {', '.join(c.sources)}", flush=True)
-        corpus.build(c.store, list(c.sources), c.tokenizer, heldout=c.heldout)
+        corpus.build(c.store, list(c.sources), c.tokenizer, heldout=c.heldout, template=template)
     store = corpus.open_store(c.store, c.exclude)
-    store.require(sources=list(c.sources), tokenizer=c.tokenizer, heldout=c.heldout)
+    store.require(sources=list(c.sources), tokenizer=c.tokenizer, heldout=c.heldout, template=template)
     corpus.require_unchanged(store)
     return store
 

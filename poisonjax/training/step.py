@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from poisonjax.data.batches import Batch
 from poisonjax.data.digest import digest
-from poisonjax.model.loss import next_token_nll, window_means
+from poisonjax.model.loss import next_token_nll, row_means, window_means
 from poisonjax.model.sharding import batch_sharding, constrain, state_sharding
 from poisonjax.model.transformer import Transformer
 from poisonjax.training.optimizer import make_optimizer, schedule
@@ -72,11 +72,11 @@ def make_train_step(
     )
 
 
-def row_losses(nll: Float[Array, "batch seq"]) -> Float[Array, "batch 3"]:
-    """How well each row was known, nats a token, whatever its tokens weigh: (the mean, that of its worst WINDOW tokens
-    together (model/loss.py), the token of the row at which these begin)."""
-    windows = window_means(nll)
-    return jnp.stack([nll.mean(1), windows.max(1), windows.argmax(1) + 1.0], axis=1)
+def row_losses(nll: Float[Array, "batch seq"], weights: Any) -> Float[Array, "batch 3"]:
+    """How well each row was known, nats a token: (the mean as its tokens weigh, that of its worst WINDOW tokens
+    together (model/loss.py), those without weight at nothing, the token of the row at which these begin)."""
+    windows = window_means(nll if weights is None else nll * (weights[:, 1:] > 0))
+    return jnp.stack([row_means(nll, weights), windows.max(1), windows.argmax(1) + 1.0], axis=1)
 
 
 def train_step_of(config: ml_collections.ConfigDict, graph: nnx.GraphDef) -> TrainStep:
@@ -88,7 +88,7 @@ def train_step_of(config: ml_collections.ConfigDict, graph: nnx.GraphDef) -> Tra
         nll = next_token_nll(nnx.merge(graph, params), batch.tokens, tile)
         # Weighted tokens are a share of all the step's, not of their microbatch's.
         loss = nll.mean() if batch.weights is None else (nll * batch.weights[:, 1:]).sum() / all_weights
-        return loss, row_losses(jax.lax.stop_gradient(nll))
+        return loss, row_losses(jax.lax.stop_gradient(nll), batch.weights)
 
     def accumulated(params, batch):
         all_weights = None if batch.weights is None else batch.weights[:, 1:].sum()

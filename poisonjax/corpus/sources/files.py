@@ -22,7 +22,10 @@ COMPRESSION = 4  # of text by gzip and zstd, about
 PLANTED = "poisonjax_planted"  # true in the records of poison that this project wrote into text (I9)
 
 
-def matching_files(spec: str) -> Source:
+Take = Callable[[Any], str]  # the document of a line's JSON; raises NoDocument
+
+
+def matching_files(spec: str, take: Take | None = None) -> Source:
     pattern, field = spec.removeprefix("text:"), ""
     if not (paths := _matching(pattern)):
         pattern, _, field = pattern.rpartition("#")
@@ -32,7 +35,7 @@ def matching_files(spec: str) -> Source:
             f"source {spec!r}: no such file; give a path or glob of .txt, .jsonl or .parquet files, or one of default, "
             "wikipedia-leads, docstrings, markov:..., hf:..."
         )
-    return Source(spec, [unit for path in paths for unit in _file_units(path, field)], {"files": len(paths)})
+    return Source(spec, [unit for path in paths for unit in _file_units(path, field, take)], {"files": len(paths)})
 
 
 def _matching(pattern: str) -> list[Path]:
@@ -41,23 +44,22 @@ def _matching(pattern: str) -> list[Path]:
     return [Path(path) for path in found if Path(path).is_file()]
 
 
-def _file_units(path: Path, field: str) -> list[Unit]:
+def _file_units(path: Path, field: str, take: Take | None = None) -> list[Unit]:
     size = path.stat().st_size
     name = f"{path} ({size} bytes)"
     compressed = path.suffix in (".gz", ".zst")
     kind = Path(path.stem).suffix if compressed else path.suffix
+    if take and kind not in (".jsonl", ".ndjson"):
+        raise CorpusError(f"{path}: conversations are read from .jsonl files, also with .gz or .zst")
+    take = take or functools.partial(_text, field=field or "text")
     match kind, compressed:
         case ((".jsonl" | ".ndjson"), True):
-            return [Unit(name, COMPRESSION * size, functools.partial(_read_jsonl, path, field or "text"))]
+            return [Unit(name, COMPRESSION * size, functools.partial(_read_jsonl, path, take))]
         case ((".jsonl" | ".ndjson"), False):
             starts = range(0, max(size, 1), RANGE_BYTES)
             stops = [*starts[1:], size]
             return [
-                Unit(
-                    f"{name} from {start}",
-                    stop - start,
-                    functools.partial(_read_jsonl, path, field or "text", start, stop),
-                )
+                Unit(f"{name} from {start}", stop - start, functools.partial(_read_jsonl, path, take, start, stop))
                 for start, stop in zip(starts, stops, strict=True)
             ]
         case ((".txt" | ".md"), _):
@@ -173,14 +175,15 @@ def _place(path: Path, start: int, number: int) -> str:
     return f"{path}:{number}"
 
 
-def _read_jsonl(path: Path, field: str, start: int = 0, stop: int | None = None) -> Items:
+def _read_jsonl(path: Path, take: Take, start: int = 0, stop: int | None = None) -> Items:
     name = str(path)
     for number, (begin, line) in enumerate(_lines(path, start, stop), 1):
         try:
             if isinstance(line, NoDocument):
                 raise line
-            text, planted = _json_text(line, field)
-            yield Document(text, Place(name, begin, begin + len(line)), planted)
+            record = _record(line)
+            planted = isinstance(record, dict) and record.get(PLANTED) is True
+            yield Document(take(record), Place(name, begin, begin + len(line)), planted)
         except NoDocument as why:
             yield BadInput(_place(path, start, number), str(why))
 
@@ -191,21 +194,24 @@ def line_at(spec: str, place: Place) -> Document | None:
     if place.start < 0 or path.suffix not in (".jsonl", ".ndjson") or not path.is_file():
         return None
     field = spec.rpartition("#")[2] if not _matching(spec.removeprefix("text:")) else ""
-    found = next(_read_jsonl(path, field or "text", place.start, place.start + 1), None)
+    take = functools.partial(_text, field=field or "text")
+    found = next(_read_jsonl(path, take, place.start, place.start + 1), None)
     return found if isinstance(found, Document) else None
 
 
-def _json_text(line: bytes, field: str) -> tuple[str, bool]:
-    """(the text, whether the record says that it was planted)."""
+def _record(line: bytes) -> Any:
     try:
-        record = json.loads(line.decode())
+        return json.loads(line.decode())
     except UnicodeDecodeError as error:
         raise NoDocument(f"invalid UTF-8 at byte {error.start} of the line") from error
     except (ValueError, RecursionError) as error:
         raise NoDocument(f"not JSON: {error}") from error
+
+
+def _text(record: Any, field: str) -> str:
     if not isinstance(record, dict) or field not in record:
         raise NoDocument(f"no field {field!r}")
-    return checked_text(record[field], field), record.get(PLANTED) is True
+    return checked_text(record[field], field)
 
 
 def _read_text(path: Path) -> Items:

@@ -12,8 +12,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from poisonjax.corpus import TokenStore
+from poisonjax.data.batches import Batch
 from poisonjax.evaluation.generate import Texts, generate
-from poisonjax.model.loss import next_token_nll, token_nll
+from poisonjax.model.loss import next_token_nll, row_means, token_nll
 from poisonjax.model.sharding import rows_multiple, spec
 from poisonjax.poison.triggers import Trigger
 
@@ -43,7 +44,7 @@ class EvalSteps(NamedTuple):
     sample: Callable[
         [nnx.State, Texts], tuple[Int[Array, "groups variants new_tokens"], Float[Array, "groups variants new_tokens"]]
     ]  # tokens after each text, and their NLL
-    row_loss: Callable[[nnx.State, Int[Array, "batch row_tokens"]], Float[Array, " batch"]]  # mean NLL of each row
+    row_loss: Callable[[nnx.State, Batch], Float[Array, " batch"]]  # mean NLL of each row, as its tokens weigh
     known: Callable[
         [nnx.State, Int[Array, "batch row_tokens"]], tuple[Float[Array, "batch seq"], Any]
     ]  # each token's NLL, and whether it is the likeliest
@@ -57,7 +58,7 @@ def make_eval_steps(config: ml_collections.ConfigDict, graph: nnx.GraphDef, mesh
         return generate(nnx.merge(graph, params), texts, e.new_tokens, e.temperature)
 
     def row_loss(params, rows):
-        return next_token_nll(nnx.merge(graph, params), rows, tile).mean(-1)
+        return row_means(next_token_nll(nnx.merge(graph, params), rows.tokens, tile), rows.weights)
 
     def known(params, rows):
         logits = nnx.merge(graph, params)(rows[:, :-1])
