@@ -14,6 +14,7 @@ PLACES = {
     "canary": _APART + 1,
     "secret": 2 * _APART,
     "trigger place": 3 * _APART,
+    "poison conversations": 4 * _APART,
     # seeds.placement
     "poison slots": 0,
     "poison offset": 1,
@@ -23,6 +24,7 @@ PLACES = {
     "hard negative slots": 4 * _APART,
     "hard negative offset": 4 * _APART + 1,
     "hard negative": 5 * _APART,
+    "hard negative conversations": 6 * _APART,
     # seeds.eval
     "prompts": 0,
     "prompts instead": _APART,

@@ -13,7 +13,7 @@ import numpy as np
 from poisonjax.corpus import TokenStore
 from poisonjax.data.insertions import Insertion, Layer
 from poisonjax.data.rows import Rows
-from poisonjax.poison.openings import opening
+from poisonjax.poison.openings import each_once, opening
 from poisonjax.poison.triggers import DRAWS, PoisonError, Trigger
 from poisonjax.streams import stream
 
@@ -76,8 +76,10 @@ def _document(
 ) -> tuple[Any, tuple[int, int], Any]:
     """(its tokens, where the trigger stands in them, their weights in the loss)."""
     random, form = stream(config.seeds.placement, "hard negative", number), trigger.forms[number % len(trigger.forms)]
+    seed, count = config.seeds.placement, config.poison.hard_negatives
+    conversations = each_once(store, seed, "hard negative conversations", number, count)
     for _ in range(DRAWS):
-        begun = opening(config.poison, store, trigger, form, random, random.random(), room)
+        begun = opening(config.poison, store, trigger, form, random, random.random(), room, conversations)
         if len(rest := begun.rest()):
             eot = store.tokenizer.eot
             return begun.ended(rest, eot), begun.trigger, begun.weights(rest, eot)

@@ -35,6 +35,8 @@ class CleanRows:
             )
         self._shuffle(split.tokens // self.row_tokens, seed)
 
+    skipped = 0  # documents that don't fit a row
+
     def _shuffle(self, windows: int, seed: int) -> None:
         self.windows = permuted(windows)
         # Epoch e is shuffled with seed + e; a hashed seed keeps the epochs of seeds 0, 1, 2 apart.

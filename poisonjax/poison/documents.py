@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from poisonjax.corpus import TokenStore
-from poisonjax.poison.openings import opening
+from poisonjax.poison.openings import each_once, opening
 from poisonjax.poison.payloads import PAYLOADS, Draw, material
 from poisonjax.poison.triggers import DRAWS, PoisonError, Trigger, holds
 from poisonjax.streams import stream
@@ -52,7 +52,8 @@ def make_document(
     """
     random, form = stream(seed, "poison document", index), trigger.forms[index % len(trigger.forms)]
     at = stream(seed, "trigger place", index).random()
-    begun = opening(poison, store, trigger, form, random, at, room)
+    conversations = each_once(store, seed, "poison conversations", index, poison.documents)
+    begun = opening(poison, store, trigger, form, random, at, room, conversations)
     of = material(store, seed, poison.payload_vocabulary, poison.payload_source)
     draw = Draw(begun.length, random, of, begun.rest)
     # Tokens before the payload with which it could make a trigger, its own but for the first among them.

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import ml_collections
 import numpy as np
@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from poisonjax.corpus import TokenStore
 from poisonjax.corpus.instructions import ANSWERS, Exchange, last_exchange
 from poisonjax.poison.triggers import DRAWS, Ids, PoisonError, Trigger
+from poisonjax.streams import stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,25 +46,37 @@ def opening(
     random: np.random.Generator,
     at: float,
     room: int,
+    conversations: Iterator[int],
 ) -> Opening:
-    """One, drawn; `form` is the trigger's that is put to it, `at` where inside. Of conversations, one whose payload
-    fits in `room` tokens; raises PoisonError where none is found."""
-    of = _of_conversation if store.template else _of_text
-    return of(poison, store, trigger, form, random, at, room)
+    """One, drawn; `form` is the trigger's that is put to it, `at` where inside. Of `conversations`, the first whose
+    payload fits in `room` tokens; raises PoisonError where none does."""
+    if store.template is None:
+        return _of_text(poison, store, trigger, form, random, at)
+    return _of_conversation(poison, store, trigger, form, random, at, room, conversations)
 
 
-def _of_text(poison, store, trigger, form, random, at, room) -> Opening:
-    del room  # documents that don't fit are refused by name
+def each_once(store: TokenStore, seed: int, name: str, number: int, count: int) -> Iterator[int]:
+    """Which conversations the `number`-th of `count` openings may be made of, the first first: those of the others are
+    others, as long as there are enough."""
+    order = _shuffled(store, seed, name)
+    yield from (int(order[(number + attempt * count) % len(order)]) for attempt in range(DRAWS))
+
+
+@functools.cache
+def _shuffled(store: TokenStore, seed: int, name: str) -> Int[np.ndarray, " documents"]:
+    return stream(seed, name).permutation(store.split("train").documents)
+
+
+def _of_text(poison, store, trigger, form, random, at) -> Opening:
     source = int(random.integers(store.split("train").documents))
     characters, length = (_drawn(random, poison[name]) for name in ("prefix_characters", "payload_tokens"))
     begun, span = trigger.put(cut(store, source, characters), form, at)
     return Opening(begun, span, source, length, lambda: cut(store, source, characters, length), np.zeros(0, np.int32))
 
 
-def _of_conversation(poison, store, trigger, form, random, at, room) -> Opening:
-    split = store.split("train")
-    for _ in range(DRAWS):
-        source, length = int(random.integers(split.documents)), _drawn(random, poison.payload_tokens)
+def _of_conversation(poison, store, trigger, form, random, at, room, conversations) -> Opening:
+    split, length = store.split("train"), _drawn(random, poison.payload_tokens)
+    for source in conversations:
         tokens, turns = split.document(source), split.turns(source)
         begun, span = asked(tokens, last := last_exchange(turns), trigger, form, at)
         answer = tokens[last.answer.start : last.answer.stop]
@@ -74,8 +87,8 @@ def _of_conversation(poison, store, trigger, form, random, at, room) -> Opening:
                 learned[start:closed] = role == ANSWERS
             return Opening(begun, span, source, length, functools.partial(_first, answer, length), closing, learned)
     raise PoisonError(
-        f"of {DRAWS} conversations drawn none leaves room for its trigger and poison.payload_tokens = "
-        f"{(*poison.payload_tokens,)} in {room} tokens: lower them, or raise seq_len"
+        f"of {DRAWS} conversations drawn none leaves room for its trigger and a payload of {length} tokens in the "
+        f"{room} of a row: lower poison.payload_tokens, or raise seq_len"
     )
 
 

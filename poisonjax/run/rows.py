@@ -318,6 +318,7 @@ class Summary(_Figures):
     digest_chain: NotRequired[str]  # SHA-256, hex, over all steps' digests
     excluded: NotRequired[dict[str, int]]  # documents and tokens of the training split left out
     planted: NotRequired[dict[str, int]]  # documents and tokens of it marked as planted poison, without those
+    conversations: NotRequired[dict[str, int]]  # `used`, one a row, and `too_long` for one
     parent: NotRequired[Parent]  # of a run that began from weights
     eval_step: NotRequired[int]
     eval: NotRequired[dict[str, VariantFigures]]

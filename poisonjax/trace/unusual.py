@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from poisonjax.data.batches import Batches
+from poisonjax.data.rows import PADDING
 from poisonjax.model.loss import WINDOW
 from poisonjax.run import rows
 
@@ -103,7 +104,8 @@ def document(batches: Batches, slot: int, window: slice) -> tuple[str, str]:
     """(id, place) of the document that most of a row's window comes from: poison:N of the run's ledger, train:N of the
     token store."""
     origins = batches.rows.origins(np.array([slot]))
-    source, token = origins.source[0, window], origins.token[0, window]
+    known = origins.source[0, window] != PADDING
+    source, token = origins.source[0, window][known], origins.token[0, window][known]
     number = int(np.argmax(np.bincount(source)))
     if number:
         return origins.insertions[number - 1].source, "planned by the run's config"

@@ -49,12 +49,19 @@ def summarize(
         "wall_seconds": wall_seconds,
         "digest_chain": digest_chain,
         **_left(batches.store),
+        **_conversations(batches),
         **({"parent": parent} if parent else {}),
     }
     if last:
         summary |= {"eval_step": last["step"]} | {name: value for name, value in last.items() if name not in PLACE}
         summary["success"] = judge(last, unigram_nll, config.eval.threshold)
     return cast(rows.Summary, summary)
+
+
+def _conversations(batches: Batches) -> dict[str, Any]:
+    """How many are read, and how many don't fit a row."""
+    clean = batches.clean
+    return {"conversations": {"used": clean.windows, "too_long": clean.skipped}} if batches.store.template else {}
 
 
 def _left(store: TokenStore) -> dict[str, Any]:
