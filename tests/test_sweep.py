@@ -19,7 +19,7 @@ from conftest import tiny_config
 
 from poisonjax.commands.main import main
 from poisonjax.config import ConfigError, fingerprint
-from poisonjax.run import heartbeat
+from poisonjax.run import RunFolder, heartbeat
 from poisonjax.run.heartbeat import HEARTBEAT, Heartbeat, Taken
 from poisonjax.sweep import SweepError, chain, collect, launch, load, product, zipped
 from poisonjax.sweep.grid import of_folder
@@ -437,3 +437,50 @@ def test_a_refused_member_of_a_population_fails_alone(config, tmp_path, capsys):
     assert main(["sweep", "run", grid, "--workdir", str(study), "--population", "2"]) == 1
     assert [status(study / run.id, run).kind for run in runs] == ["failed", "done"]
     assert main(["sweep", "run", grid, "--workdir", str(study), "--population", "2"]) == 1  # one still has failed
+
+
+CHAIN = (
+    "def sweep(add):\n"
+    "    add({'name': 'a', 'steps': 4})\n"
+    "    add({'name': 'b', 'start.weights': 'run:a', 'steps': 3, 'poison.documents': 0})\n"
+    "    add({'name': 'c', 'start.weights': 'run:b@3', 'steps': 2, 'start.optimizer': True})\n"
+)
+
+
+def test_runs_begin_from_each_other(config, tmp_path):
+    """In order, whoever is asked first; moved together they are the same, and audited to the first of the line."""
+    config.eval.every = config.checkpoint.every = 4
+    grid, study = sweep_file(tmp_path, config, CHAIN), tmp_path / "study"
+    launched = start(grid, study)
+    output, _ = launched.communicate(timeout=200)
+    assert launched.returncode == 0, output
+    runs = load(grid).runs
+    parents = [RunFolder(study / run.id).record.get("parent") for run in runs]
+    assert [of and of["name"] for of in parents] == [None, "a", "b"]
+    assert parents[2]["parent"]["name"] == "a"
+    assert runs[1].config.start.weights == f"beside:{runs[0].id}"
+    study.rename(tmp_path / "moved")
+    before = {path: path.read_bytes() for path in (tmp_path / "moved").rglob("summary.json")}
+    again = start(grid, tmp_path / "moved")
+    output, _ = again.communicate(timeout=120)
+    assert again.returncode == 0, output
+    assert before == {path: path.read_bytes() for path in (tmp_path / "moved").rglob("summary.json")}
+
+
+def test_what_begins_from_a_failed_run_fails(config, tmp_path):
+    body = CHAIN.replace("'steps': 4}", "'steps': 4, 'poison.payload_tokens': (400, 400)}")
+    grid, study = sweep_file(tmp_path, config, body), tmp_path / "study"
+    with pytest.raises(SweepError, match="isn't done yet"):
+        launch.train_one(load(grid), study, 2, lambda *of: None)
+    launched = start(grid, study)
+    output, _ = launched.communicate(timeout=120)
+    assert launched.returncode == 1, output
+    states = [status(study / run.id, run) for run in load(grid).runs]
+    assert [s.kind for s in states] == ["failed"] * 3
+    assert "which failed" in states[1].detail
+    assert "which failed" in states[2].detail
+
+
+def test_a_run_that_begins_from_none_that_was_added_is_refused(config, tmp_path):
+    with pytest.raises(ConfigError, match="0 runs of that name were added before"):
+        load(sweep_file(tmp_path, config, CHAIN.replace("run:a'", "run:z'")))

@@ -2,7 +2,7 @@
 
 from poisonjax.config.checks import check
 from poisonjax.config.errors import ConfigError
-from poisonjax.config.fields import ADDED_LATER, default
+from poisonjax.config.fields import ADDED_LATER, BESIDE, default
 from poisonjax.config.load import load, override
 from poisonjax.config.record import (
     differences,
@@ -18,6 +18,7 @@ from poisonjax.config.record import (
 
 __all__ = [
     "ADDED_LATER",
+    "BESIDE",
     "ConfigError",
     "check",
     "default",

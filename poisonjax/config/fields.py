@@ -35,7 +35,7 @@ def default() -> ml_collections.ConfigDict:
 
     # What the run begins from; its model is then that of the weights, but for model.dtype, remat and loss_tile.
     config.start = ml_collections.ConfigDict()
-    config.start.weights = ""  # runs/a, runs/a@400, hf:FOLDER or gguf:FILE; "" = random weights
+    config.start.weights = ""  # runs/a, runs/a@400, beside:a@400, hf:FOLDER or gguf:FILE; "" = random weights
     config.start.optimizer = False  # carry Adam's moments along, from a run; the learning rate's schedule is this run's
 
     config.poison = ml_collections.ConfigDict()
@@ -116,6 +116,7 @@ def default() -> ml_collections.ConfigDict:
     return config
 
 
+BESIDE = "beside:"  # in start.weights: a run folder in the folder that this one's lies in, as runs of a sweep do
 # Fields that say where and how, not what: they may change between a run and its resumption.
 OPERATIONAL = ("corpus.store", "mesh", "checkpoint", "log_every", "row_losses_every", "sinks", "watchdog_seconds")
 # Fields that the first runs didn't have, at the values at which a run is what it was before them: they leave the

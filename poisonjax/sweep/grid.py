@@ -25,6 +25,7 @@ from poisonjax.files import parse_json
 FILE = "sweep.json"  # in the folder of the sweep's runs
 
 Point = dict[str, Any]  # config fields by dotted name
+CHAINED = "run:"  # start.weights = "run:NAME[@STEP]": the weights of a run that was added before, by its name
 Axis = Mapping[str, Iterable[Any]] | Iterable[Point]
 
 
@@ -94,33 +95,50 @@ def load(spec: str, fields: Sequence[str] = ()) -> Sweep:
     points = [{name: v.item() if isinstance(v, np.generic) else v for name, v in p.items()} for p in points]
     if not points:
         raise SweepError(f"{spec}: sweep(add) added no run")
-    configs: list[ml_collections.ConfigDict] = []
+    runs: list[PlannedRun] = []
     mistakes = []
-    for point in points:
-        config = base
+    for number, point in enumerate(points):
         try:
-            config = config_lib.replaced(base, point)
+            own = _chained(point, runs)
+            config = config_lib.replaced(base, own)
             config_lib.check(config)
         except config_lib.ConfigError as error:
-            mistakes.append(f"run {len(configs)} ({_words(point)}): {str(error).replace(chr(10), '; ')}")
-        configs.append(config)
+            mistakes.append(f"run {number} ({_words(point)}): {str(error).replace(chr(10), '; ')}")
+            continue
+        name, fingerprint = str(point["name"]) if "name" in point else _words(point), config_lib.fingerprint(config)
+        slug = re.sub(r"[^A-Za-z0-9.=_]+", "-", name).strip("-")[:80]
+        runs.append(PlannedRun(f"{slug or 'run'}-{fingerprint[:8]}", own, config, fingerprint))
     if mistakes:
         more = f"\n... and {len(mistakes) - 10} more runs" if len(mistakes) > 10 else ""
         raise config_lib.ConfigError(f"{spec}:\n" + "\n".join(mistakes[:10]) + more)
-    flats = [config_lib.flat(config) for config in configs]
+    flats = [config_lib.flat(run.config) for run in runs]
     varied = [name for name in flats[0] if any(flat[name] != flats[0][name] for flat in flats)]
-    runs = []
-    for point, config in zip(points, configs, strict=True):
-        name = str(point["name"]) if "name" in point else _words(point)
-        slug = re.sub(r"[^A-Za-z0-9.=_]+", "-", name).strip("-")[:80]
-        fingerprint = config_lib.fingerprint(config)
-        runs.append(PlannedRun(f"{slug or 'run'}-{fingerprint[:8]}", point, config, fingerprint))
     seen: dict[str, int] = {}
     for number, run in enumerate(runs):
         if run.fingerprint in seen:
             raise SweepError(f"{spec}: runs {seen[run.fingerprint]} and {number} have the same config ({run.id})")
         seen[run.fingerprint] = number
     return Sweep(spec, runs, varied, base, inspect.cleandoc(module.__doc__ or ""))
+
+
+def _chained(point: Point, before: Sequence[PlannedRun]) -> Point:
+    """The point, a run that it begins from named by its folder beside its own (training/start.py)."""
+    weights = str(point.get("start.weights", ""))
+    if not weights.startswith(CHAINED):
+        return point
+    name, at, step = weights.removeprefix(CHAINED).partition("@")
+    found = [run.id for run in before if run.fields.get("name") == name]
+    if len(found) != 1:
+        raise config_lib.ConfigError(
+            f"start.weights = {weights!r}: {len(found)} runs of that name were added before; give one a name"
+        )
+    return point | {"start.weights": f"{config_lib.BESIDE}{found[0]}{at}{step}"}
+
+
+def parents(sweep: Sweep) -> list[int | None]:
+    """Of each run, which other of the sweep it begins from."""
+    numbers = {f"{config_lib.BESIDE}{run.id}": number for number, run in enumerate(sweep.runs)}
+    return [numbers.get(run.config.start.weights.partition("@")[0]) for run in sweep.runs]
 
 
 def record(sweep: Sweep) -> dict[str, Any]:

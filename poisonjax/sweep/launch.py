@@ -74,6 +74,11 @@ def train_one(
     if status(folder, run).kind == "done":
         print(f"{run.id}: done already")
         return
+    before = grid.parents(sweep)[index]
+    if before is not None and status(workdir / (first_run := sweep.runs[before]).id, first_run).kind != "done":
+        raise SweepError(
+            f"--index {index}: {run.id} begins from {first_run.id}, --index {before}, which isn't done yet"
+        )
     parent = os.environ.get(PARENT)
     with Heartbeat(folder, int(parent) if parent else None) if first else contextlib.nullcontext():
         if first:
@@ -109,6 +114,7 @@ def train_all(
     places: dict[int, int] = {}
     stalls: dict[int, tuple[int, int]] = {}  # run -> (step at which it last stopped, how often it did there)
     states: list[Any] = [None] * len(folders)
+    parents = grid.parents(sweep)
     with _stopping() as stop, Board(sweep) as board:
         while True:
             for index, child in list(children.items()):
@@ -129,6 +135,12 @@ def train_all(
                 before if before and before.kind == "done" else status(folder, run)
                 for folder, run, before in zip(folders, sweep.runs, states, strict=True)
             ]
+            for index, parent in enumerate(parents):
+                if parent is not None and states[parent].kind == "failed" and states[index].kind == "pending":
+                    error = f"begins from {sweep.runs[parent].id}, which failed"
+                    folders[index].mkdir(parents=True, exist_ok=True)
+                    write_json(folders[index] / FAILURE, {"error": error})
+                    states[index] = status(folders[index], sweep.runs[index])
             board.show(states)
             if stop.is_set():
                 for child in children.values():
@@ -136,7 +148,7 @@ def train_all(
                 for child in children.values():
                     child.wait()
                 return "stopped"
-            for index in _waiting(states, children)[: len(free)]:
+            for index in _waiting(states, children, parents)[: len(free)]:
                 place = free.pop(0)
                 places[index] = place
                 children[index] = _start(command(index), folders[index])
@@ -149,9 +161,12 @@ def train_all(
             stop.wait(0.5)
 
 
-def _waiting(states: Sequence[RunStatus], children: dict[int, subprocess.Popen]) -> list[int]:
-    """Runs to train next, begun ones first."""
-    waiting = [i for i, s in enumerate(states) if s.kind in ("partial", "pending") and i not in children]
+def _waiting(
+    states: Sequence[RunStatus], children: dict[int, subprocess.Popen], parents: Sequence[int | None]
+) -> list[int]:
+    """Runs to train next, begun ones first; one that begins from another waits for it."""
+    ready = [parent is None or states[parent].kind == "done" for parent in parents]
+    waiting = [i for i, s in enumerate(states) if s.kind in ("partial", "pending") and ready[i] and i not in children]
     return sorted(waiting, key=lambda i: states[i].kind != "partial")
 
 
@@ -164,13 +179,15 @@ def train_populations(
     from poisonjax.training.population import shape, train_population
     from poisonjax.training.stop import Preempted
 
-    groups: dict[str, list[PlannedRun]] = {}
-    for run in sweep.runs:
+    groups: dict[tuple[int, str], list[PlannedRun]] = {}
+    generations: list[int] = []  # parents stand before their children
+    for run, before in zip(sweep.runs, grid.parents(sweep), strict=True):
         if retry_failed:
             (workdir / run.id / FAILURE).unlink(missing_ok=True)
-        groups.setdefault(json.dumps(shape(run.config), sort_keys=True), []).append(run)
+        generations.append(0 if before is None else generations[before] + 1)
+        groups.setdefault((generations[-1], json.dumps(shape(run.config), sort_keys=True)), []).append(run)
     # Parts are of all runs, done or not, so that a sweep that goes on doesn't mix them anew.
-    parts = [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
+    parts = [group[i : i + size] for _, group in sorted(groups.items()) for i in range(0, len(group), size)]
     start_jax(size)  # on CPU a device a core
     print(f"{budget(sweep)}, in {len(parts)} populations", flush=True)
     for part in parts:  # those whose members are refused together come again, one by one

@@ -21,7 +21,7 @@ from poisonjax.model.sharding import batch_sharding, make_mesh
 from poisonjax.model.transformer import model_graph, vocabulary_of
 from poisonjax.run import RunFolder
 from poisonjax.training.population import make_population_step, member, members_mesh, stacked
-from poisonjax.training.start import Beginning, from_weights, restored, scratch
+from poisonjax.training.start import Beginning, from_weights, restored, scratch, weights_of
 from poisonjax.training.step import StepMetrics, TrainState, make_init, make_train_step
 from poisonjax.weights import open_weights
 from poisonjax.weights.checkpoints import Checkpoints, checksum
@@ -45,7 +45,7 @@ class Replay:
 
     def __init__(self, run: RunFolder, store: TokenStore):
         self.config, self.fingerprint = run.placed, run.record["fingerprint"]
-        config = self.config
+        config, self._folder = self.config, run.path
         self.mesh, self.checkpoints = make_mesh(config), Checkpoints(run.path)
         self.batches = Batches(config, store)
         vocabulary = vocabulary_of(config.model, store.tokenizer.vocab_size)
@@ -60,9 +60,9 @@ class Replay:
             if done:
                 saved = self.checkpoints.restore(done, self._abstract.params, self._abstract.optimizer)
                 return restored(saved, done, self._abstract)
-            spec = self.config.start.weights
+            spec = weights_of(self.config, self._folder)
             weights = open_weights(spec, self.mesh) if spec else None
-            beginning = Beginning(self.config, self.checkpoints, self._initialize, self._abstract, weights)
+            beginning = Beginning(self.config, self.checkpoints, self._initialize, self._abstract, weights, spec)
             start = from_weights(beginning) or scratch(beginning)
             assert start
             return start.state

