@@ -14,6 +14,7 @@ from etils import epath
 from poisonjax.analysis import simulate
 from poisonjax.analysis.dose_response import LEAD, MARGIN, Trials
 from poisonjax.analysis.estimators import ESTIMATORS
+from poisonjax.analysis.persistence import Wear, wears
 from poisonjax.analysis.study import (
     KNOWN,
     Analysis,
@@ -46,6 +47,7 @@ class Study:
     runs: int
     finished: int
     analyses: list[Analysis]
+    wears: list[Wear]
 
     def __str__(self) -> str:
         return "\n".join([*self.words(), str(self.page)])
@@ -53,7 +55,8 @@ class Study:
     def words(self) -> list[str]:
         """The findings, a line each."""
         found = [f"{self.finished} of {self.runs} runs finished."]
-        return found + [f"{a.what}: {word}" for a in self.analyses for word in a.words]
+        found += [f"{a.what}: {word}" for a in self.analyses for word in a.words]
+        return found + [f"{wear.run}: {wear.sentence()}" for wear in self.wears]
 
     def as_json(self) -> dict[str, Any]:
         """The findings for a program."""
@@ -75,6 +78,7 @@ class Study:
                 }
                 for a in self.analyses
             ],
+            "persistence": [dataclasses.asdict(wear) for wear in self.wears],
         }
 
 
@@ -86,7 +90,8 @@ def write(sweep: Sweep, workdir: Path) -> Study:
     require_own(sweep, workdir)
     require_whole(sweep, workdir)
     folders = [workdir / run.id for run in sweep.runs]
-    runs = outcomes(RunFolder(folder) for folder in folders if is_run(folder) and not damage(folder))
+    there = [RunFolder(folder) for folder in folders if is_run(folder) and not damage(folder)]
+    runs = outcomes(there)
     if not runs:
         raise SweepError(f"{workdir}: no finished run yet; `poisonjax sweep status` tells how far they are")
     conditions = Conditions.of([o.config for o in runs], [(o.summary["params"], o.summary["tokens"]) for o in runs])
@@ -112,7 +117,10 @@ def write(sweep: Sweep, workdir: Path) -> Study:
     if len(canaries.dose):
         drawn["memorisation"] = study_figures.dose_response(analyses[2])
     states = [status(folder, run) for folder, run in zip(folders, sweep.runs, strict=True)]
-    study = Study(workdir / "report.html", len(sweep.runs), len(runs), analyses)
+    worn = wears([run for run in there if run.finished])
+    if worn:
+        drawn["persistence"] = study_figures.persistence(worn)
+    study = Study(workdir / "report.html", len(sweep.runs), len(runs), analyses, worn)
     page = TEMPLATES.get_template("study.html").render(
         title=runs[0].config["name"] if len(sweep.runs) == 1 else sweep.spec,
         study=study,

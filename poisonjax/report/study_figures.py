@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from poisonjax.analysis.dose_response import CellDose
+from poisonjax.analysis.persistence import Wear
 from poisonjax.analysis.study import Analysis, Conditions, Outcome
 from poisonjax.report.figures import blank
 
@@ -136,6 +137,19 @@ def trajectories(runs: Sequence[Outcome], conditions: Conditions) -> Figure:
             points = [(row["poison_documents"], row["delta_ppl"]) for row in o.evals if row["poison_documents"]]
             label = None if number else look.name(*cell)
             axes.plot(*np.array(points).T, alpha=0.55, linewidth=1, label=label, **look.of(*cell))
+    _log_axis(axes.xaxis)
+    _legend(figure)
+    return figure
+
+
+def persistence(worn: Sequence[Wear]) -> Figure:
+    """What is left of each run's figure at the beginning, against the rows that it saw since."""
+    figure, axes = blank("rows trained on since", "share of the first figure left")
+    for wear in (wear for wear in worn if wear.figure[0] > 0):
+        left = np.array(wear.figure) / wear.figure[0]
+        axes.plot(np.maximum(wear.rows, 1), left, "o-", markersize=3, linewidth=1, label=wear.seen)
+    axes.axhline(0.5, color="0.6", linewidth=0.8, linestyle=":")
+    axes.set_xscale("log")
     _log_axis(axes.xaxis)
     _legend(figure)
     return figure
