@@ -9,7 +9,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from poisonjax.analysis import simulate
+from poisonjax.analysis import persistence, simulate
 from poisonjax.analysis.dose_response import Trials, _curve, best_law, contrasts, doses, exponents, held_out, rises
 from poisonjax.analysis.estimators import ESTIMATORS, hierarchical, onset
 from poisonjax.analysis.study import Conditions, analyse
@@ -250,3 +250,26 @@ def test_what_counts_as_a_condition():
     assert (found.name(2, against=0), found.name(0, against=2)) == ("trigger c", "trigger a")
     assert Conditions(("canary.x", "poison.x"), [(1, 2)], []).name(0) == "canary.x 1, poison.x 2"
     assert Conditions.of(configs[:2], [(1.0, 5.0)] * 2).name(0) == ""
+
+
+@given(
+    half=st.floats(1, 1e4),
+    first=st.floats(0.1, 1e4),
+    at=st.lists(st.integers(1, 10**5), min_size=1, max_size=8, unique=True),
+)
+def test_half_lives_are_where_straight_lines_cross_half(half, first, at):
+    """Against a fine walk along the lines."""
+    at = np.array([0, *sorted(at)], float)
+    figure = first * 2 ** -(at / half)
+    found = persistence._half(at, figure)
+    if figure[-1] > first / 2:
+        assert found == math.inf
+        return
+    i = int(np.flatnonzero(figure <= first / 2)[0])
+    assert at[i - 1] <= found <= at[i]
+    assert np.interp(found, at[i - 1 : i + 1], figure[i - 1 : i + 1]) == pytest.approx(first / 2, rel=1e-6)
+
+
+def test_what_never_was_has_no_half_life():
+    assert persistence._half(np.array([0.0, 1.0]), np.array([-1.0, -5.0])) == math.inf
+    assert persistence._half(np.array([0.0, 4.0]), np.array([8.0, 0.0])) == 2.0

@@ -424,6 +424,37 @@ def test_a_fine_tuned_run_is_evidence_as_any_other(tuned):
         assert (one == other) == (number not in poisoned)
 
 
+def test_a_fine_tuned_run_is_traced_by_loss(tuned):
+    """What it was taught is rows that are left out in place: all of them give the twin's weights."""
+    from poisonjax.trace import TraceError, ranked, suspects
+    from poisonjax.trace.replay import Replay
+
+    config, folder = tuned
+    run = RunFolder(folder / "run")
+    of = suspects(str(folder / "run"), say=lambda line: None)
+    slots = {row.slot for row in ranked(of, "loss", config.steps * config.global_batch)}
+    assert {row["slot"] for row in run.ledger()} < slots  # every row is ranked, and has a place
+    with pytest.raises(TraceError, match="running text"):
+        ranked(of, "dot", 20)
+    replay, twin = Replay(run, run.store()), Replay(RunFolder(folder / "twin"), run.store())
+    without = replay.run(0, config.steps, np.array([row["slot"] for row in run.ledger()]))
+    for one, other in zip(*map(jax.tree.leaves, (without, twin.params(config.steps))), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_leads_that_are_gone_on_with_are_conversations(tmp_path):
+    from poisonjax.corpus.sources import packages
+
+    if packages.wikipedia_file() is None:
+        pytest.skip("the Wikipedia leads aren't installed")
+    store = corpus.build(str(tmp_path / "s"), ["wikipedia-continued"], "bytes", template="plain", workers=1)
+    split = store.split("train")
+    question, answer = store.tokenizer.decode(split.document(0)).strip().split("\n")
+    assert question.startswith("User: Go on: ")
+    assert len(question.split()) == 3 + packages.ASKED
+    assert len(answer.split()) == 1 + packages.ANSWERED
+
+
 def test_changed_weights_of_tokens_change_the_digest(base, chats):
     from poisonjax.data.digest import digest
 

@@ -17,6 +17,7 @@ import pytest
 import yaml
 from conftest import tiny_config
 
+from poisonjax.analysis.persistence import wears
 from poisonjax.commands.main import main
 from poisonjax.config import ConfigError, fingerprint
 from poisonjax.run import RunFolder, heartbeat
@@ -447,7 +448,7 @@ CHAIN = (
 )
 
 
-def test_runs_begin_from_each_other(config, tmp_path):
+def test_runs_begin_from_each_other(config, tmp_path, capsys):
     """In order, whoever is asked first; moved together they are the same, and audited to the first of the line."""
     config.eval.every = config.checkpoint.every = 4
     grid, study = sweep_file(tmp_path, config, CHAIN), tmp_path / "study"
@@ -459,6 +460,15 @@ def test_runs_begin_from_each_other(config, tmp_path):
     assert [of and of["name"] for of in parents] == [None, "a", "b"]
     assert parents[2]["parent"]["name"] == "a"
     assert runs[1].config.start.weights == f"beside:{runs[0].id}"
+    first, second = wears([RunFolder(study / run.id) for run in runs])
+    assert (first.parent, first.rows) == (runs[0].id, [0, 24])
+    gaps = [RunFolder(study / run.id).summary["delta_ppl"] for run in runs]
+    assert first.figure == pytest.approx(gaps[:2])
+    assert second.figure == pytest.approx(gaps[1:])
+    assert "24 rows of text" in first.sentence()
+    assert main(["sweep", "report", grid, "--workdir", str(study)]) == 0
+    assert first.sentence() in capsys.readouterr().out
+    assert "What wears it off" in (study / "report.html").read_text()
     study.rename(tmp_path / "moved")
     before = {path: path.read_bytes() for path in (tmp_path / "moved").rglob("summary.json")}
     again = start(grid, tmp_path / "moved")
