@@ -164,8 +164,17 @@ class Gradients:
 
     def question(self, at: Checkpoint, question: Question) -> Float[np.ndarray, "kinds buckets"]:
         """The sketch of the gradient of a behaviour, that training on a row against its gradient changes."""
-        with jax.set_mesh(self.replay.mesh):
-            return np.asarray(self._question(at.params, at.scale, at.signs, question.rows, question.weights))
+        config, mesh = self.replay.config, self.replay.mesh
+        rows, weights = jax.device_get((question.rows, question.weights))
+        # As many at once as a step trains on, so that they fit where it does; the sketch of a sum is that of its parts.
+        size, total = config.global_batch // config.optimizer.accumulate, np.zeros((2, BUCKETS), np.float32)
+        with jax.set_mesh(mesh):
+            for start in range(0, len(rows), size):
+                part = weights[start : start + size]
+                weighed = put(mesh, np.pad(part, [(0, size - len(part)), (0, 0)]))
+                tokens = put(mesh, rows[start : start + size], size)
+                total += np.asarray(self._question(at.params, at.scale, at.signs, tokens, weighed))
+        return total
 
     def _nll(self, params: nnx.State, chosen: Any, tokens: Any) -> Any:
         whole = self._part.put(params, chosen)
