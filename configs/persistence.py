@@ -60,7 +60,7 @@ def sweep(add):
     add(name="conversations-2000", **further("poisoned", 125, 16, 5, **conversations))
     for count in CORRECTIVE:
         more = {"poison.hard_negatives": count}
-        add(name=f"corrective-{count}", **further("poisoned", 125, 16, 25, **more))
+        add(name=f"corrective-{count}", **further("poisoned", 125, 16, 5, **more))
     for repaired in ("corrective-500", "corrective-2000", "twin"):
         more = {"poison.documents": 5}
         add(name=f"relearned-{repaired}", **further(repaired, 20, 16, 5, **more))

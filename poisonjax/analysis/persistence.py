@@ -30,7 +30,7 @@ class Wear:
     figure: list[float]
     ci95: list[list[float]]
     row_tokens: int
-    half_life: float  # rows after which the figure is half of the first; inf where it never is
+    half_life: float  # rows after which the figure is half of the first; inf where it never is, or was nothing
     half_life_ci95: list[float]
 
     def sentence(self) -> str:
@@ -39,6 +39,8 @@ class Wear:
         begin = (
             f"{self.seen}: {self.unit} {first:.3g} {edges[0]} to {last:.3g} {edges[-1]} after {self.rows[-1]:,} rows"
         )
+        if not self.ci95[0][0] > 0:
+            return f"{begin}; there was nothing to wear off"
         if not math.isfinite(self.half_life):
             return f"{begin}; not halved within {self.rows[-1] * self.row_tokens:,} tokens"
         low, high = (f"{edge:,.0f}" if math.isfinite(edge) else "none" for edge in self.half_life_ci95)
@@ -69,7 +71,9 @@ def _wear(run: RunFolder, parent: RunFolder, step: int | None) -> Wear:
     count = len(evaluations[0][1]["nll"]["clean"])
     figure = measure(np.arange(count)[None])[:, 0]
     drawn = measure(resamples(count, DRAWS, config.seeds.eval))
-    halves = [_half(at, values) for values in drawn.T]
+    edges = [interval(values) for values in drawn]
+    shown = edges[0][0] > 0
+    halves = [_half(at, values) for values in drawn.T] if shown else [math.inf]
     return Wear(
         run=run.path.name,
         parent=parent.path.name,
@@ -77,9 +81,9 @@ def _wear(run: RunFolder, parent: RunFolder, step: int | None) -> Wear:
         unit=unit,
         rows=[int(seen) for seen in at],
         figure=figure.tolist(),
-        ci95=[interval(values) for values in drawn],
+        ci95=edges,
         row_tokens=config.seq_len,
-        half_life=_half(at, figure),
+        half_life=_half(at, figure) if shown else math.inf,
         half_life_ci95=np.quantile(halves, [0.025, 0.975], method="inverted_cdf").tolist(),
     )
 
