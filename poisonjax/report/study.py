@@ -118,8 +118,8 @@ def write(sweep: Sweep, workdir: Path) -> Study:
         drawn["memorisation"] = study_figures.dose_response(analyses[2])
     states = [status(folder, run) for folder, run in zip(folders, sweep.runs, strict=True)]
     worn = wears([run for run in there if run.finished])
-    if worn:
-        drawn["persistence"] = study_figures.persistence(worn)
+    if shown := [wear for wear in worn if wear.ci95[0][0] > 0]:  # others had nothing to wear off
+        drawn["persistence"] = study_figures.persistence(shown)
     study = Study(workdir / "report.html", len(sweep.runs), len(runs), analyses, worn)
     page = TEMPLATES.get_template("study.html").render(
         title=runs[0].config["name"] if len(sweep.runs) == 1 else sweep.spec,

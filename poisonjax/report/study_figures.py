@@ -145,7 +145,7 @@ def trajectories(runs: Sequence[Outcome], conditions: Conditions) -> Figure:
 def persistence(worn: Sequence[Wear]) -> Figure:
     """What is left of each run's figure at the beginning, against the rows that it saw since."""
     figure, axes = blank("rows trained on since", "share of the first figure left")
-    for wear in (wear for wear in worn if wear.ci95[0][0] > 0):  # others had nothing to wear off
+    for wear in worn:
         left = np.array(wear.figure) / wear.figure[0]
         axes.plot(np.maximum(wear.rows, 1), left, "o-", markersize=3, linewidth=1, label=wear.seen)
     axes.axhline(0.5, color="0.6", linewidth=0.8, linestyle=":")
