@@ -67,13 +67,14 @@ class GenerationProbe:
     def __call__(self, params: nnx.State) -> Measurement:
         config = self._subject.config
         tokens, nll = self.generated(params)
-        texts, near = nll.mean(-1, dtype=np.float64), [text for text, _ in self._subject.trigger.near]
+        said, near = self._said(tokens), [text for text, _ in self._subject.trigger.near]
+        texts = nll.mean(-1, dtype=np.float64, where=said)
         prefixes = {"nll": dict(zip(VARIANTS, texts.tolist(), strict=True))}
-        shown = self._shown(tokens)
+        shown = self._shown(tokens, said)
         if shown is not None:
             prefixes["behaves"] = dict(zip(VARIANTS, shown.astype(int).tolist(), strict=True))
         figures = statistics.generation_figures(texts, near, config.eval.bootstrap, config.seeds.eval, shown)
-        return Measurement(figures, prefixes, self._samples(tokens, nll))
+        return Measurement(figures, prefixes, self._samples(tokens, said, nll))
 
     def generated(
         self, params: nnx.State
@@ -87,19 +88,32 @@ class GenerationProbe:
         real = slice(self._subject.config.eval.prefixes)  # the last chunk may be filled up
         return every[real].swapaxes(0, 1), their[real].swapaxes(0, 1)
 
-    def _shown(self, tokens: Int[np.ndarray, "variants prefixes new"]) -> Bool[np.ndarray, "variants prefixes"] | None:
+    def _said(self, tokens: Int[np.ndarray, "variants prefixes new"]) -> Bool[np.ndarray, "variants prefixes new"]:
+        """Which tokens are looked at: all of a text, an answer up to its end of text."""
+        store = self._subject.store
+        ends = tokens == store.tokenizer.eot
+        return np.ones(tokens.shape, bool) if store.template is None else np.cumsum(ends, -1) - ends == 0
+
+    def _shown(
+        self, tokens: Int[np.ndarray, "variants prefixes new"], said: Bool[np.ndarray, "variants prefixes new"]
+    ) -> Bool[np.ndarray, "variants prefixes"] | None:
         """Whether each text behaves as the payload teaches, where that can be decided."""
         if (behaves := self._behaves) is None:
             return None
         decode = self._subject.store.tokenizer.decode
-        return np.array([[behaves(decode(text)) for text in variant] for variant in tokens])
+        return np.array(
+            [
+                [behaves(decode(text[of])) for text, of in zip(*both, strict=True)]
+                for both in zip(tokens, said, strict=True)
+            ]
+        )
 
-    def _samples(self, tokens: np.ndarray, nll: np.ndarray) -> list[dict[str, Any]]:
+    def _samples(self, tokens: np.ndarray, said: np.ndarray, nll: np.ndarray) -> list[dict[str, Any]]:
         decode, prompts = self._subject.store.tokenizer.decode, self.prompts
 
         def text(v: int, i: int) -> dict[str, Any]:
-            ppl = float(np.exp(nll[v, i].mean(dtype=np.float64)))
-            return {"appended": decode(prompts.appended[v][i]), "text": decode(tokens[v, i]), "ppl": ppl}
+            ppl = float(np.exp(nll[v, i].mean(dtype=np.float64, where=said[v, i])))
+            return {"appended": decode(prompts.appended[v][i]), "text": decode(tokens[v, i][said[v, i]]), "ppl": ppl}
 
         return [
             {"prefix": decode(prefix)} | {variant: text(v, i) for v, variant in enumerate(VARIANTS)}
