@@ -177,6 +177,21 @@ def test_a_chat_is_written_by_its_template():
         ("{{ 'x'.ljust(99999999999) }}", "more than a template may hold"),
         ("{{ '%999999999d' % 3 }}", "isn't for templates"),
         ("{{ lipsum(n=100000) }}", "lipsum"),
+        (
+            "{% set n = namespace(x='a' * 999999) %}{% for i in range(29) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+            "memory",
+        ),
+        (
+            "{% set n = namespace(x='a' * 999999) %}{% for i in range(29) %}{% set n.x = n.x + n.x %}{% endfor %}",
+            "hold",
+        ),
+        ("{{ [1] | batch(60000000, 0) }}", "No filter named 'batch'"),
+        ("{{ [1] | tojson(indent=700000000) }}", "more than a template may hold"),
+        ("{{ range(60) | join('a' * 999999) }}", "more than a template may hold"),
+        ("{{ ('a' * 30000) | replace('a', 'b' * 30000) }}", "more than a template may hold"),
+        ("{{ ('a' * 30000).replace('a', 'b' * 30000) }}", "more than a template may hold"),
+        ("{{ ('a' * 999999).join(range(99999) | map('string')) }}", "more than a template may hold"),
+        ("{{ messages | random }}", "No filter named 'random'"),
     ],
 )
 def test_a_template_that_does_what_it_mustnt_is_refused(template, message):

@@ -15,10 +15,11 @@ from poisonjax.config import ConfigError, check, replaced
 from poisonjax.data.batches import Batches
 from poisonjax.evaluation.probes.generation import behaviour
 from poisonjax.evaluation.statistics import generation_figures, judge
+from poisonjax.poison import placements
 from poisonjax.poison.payloads import PAYLOADS, material
 from poisonjax.poison.payloads.gibberish import SCRIPTS
 from poisonjax.poison.payloads.stand_ins import secret
-from poisonjax.poison.triggers import POSITIONS, PoisonError, occurrences
+from poisonjax.poison.triggers import POSITIONS, PoisonError, Trigger, holds, occurrences
 from poisonjax.run import RunFolder
 from poisonjax.training import loop
 
@@ -123,6 +124,39 @@ def test_a_hard_negative_is_a_training_document_with_the_trigger(base, code):
         assert any(full.startswith(without) for full in texts)
     records = batches.records()
     assert (len(records["hard_negatives.jsonl"]), len(records["clean_uses.jsonl"])) == (30, 5)
+
+
+@settings(max_examples=40)
+@given(
+    order=st.sampled_from(["uniform", "begin", "end", "even", "batches:density=2,every=1"]),
+    count=st.integers(1, 30),
+    taken=st.sets(st.integers(0, 79), max_size=50),
+    seed=st.integers(0, 99),
+)
+def test_what_would_stand_where_a_hard_negative_does_stands_beside_it(order, count, taken, seed):
+    """Against a walk over all slots."""
+    count -= count % 2 if order.startswith("batches") else 0
+    if not count:
+        return
+    before = placements.place(order, count, 10, 8, np.random.default_rng(seed))
+    after = placements.place(order, count, 10, 8, np.random.default_rng(seed), taken)
+    held = {*before.tolist(), *taken}
+    for one, other in zip(before.tolist(), after.tolist(), strict=True):
+        if one not in taken:
+            assert one == other
+            continue
+        free = [slot for slot in range(80) if slot not in held]
+        later, earlier = [s for s in free if s > one][:1], [s for s in free if s < one][-1:]
+        same = [s for s in later + earlier if s // 8 == one // 8]
+        assert other == (same or later or earlier)[0]
+        held.add(other)
+
+
+def test_controls_hold_no_trigger_of_another_length(base, code):
+    config = of_payload(base, code, "ids", other_triggers=("~",))
+    trigger = Trigger.of(config.poison, code.tokenizer)
+    drawn = trigger.controls(500, code.tokenizer.ordinary_ids, np.random.default_rng(0))["random_control"]
+    assert not any(holds(tokens, trigger.forms) for tokens in drawn)
 
 
 def test_a_secret_is_the_runs_own_and_no_other(base, code):

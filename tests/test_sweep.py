@@ -480,7 +480,7 @@ def test_runs_begin_from_each_other(config, tmp_path, capsys):
 def test_what_begins_from_a_failed_run_fails(config, tmp_path):
     body = CHAIN.replace("'steps': 4}", "'steps': 4, 'poison.payload_tokens': (400, 400)}")
     grid, study = sweep_file(tmp_path, config, body), tmp_path / "study"
-    with pytest.raises(SweepError, match="isn't done yet"):
+    with pytest.raises(Taken, match="isn't done yet"):
         launch.train_one(load(grid), study, 2, lambda *of: None)
     launched = start(grid, study)
     output, _ = launched.communicate(timeout=120)

@@ -15,7 +15,10 @@ from poisonjax.run import RunFolder, rows
 
 DRAWS = 2000
 # Fields beside those of `eval` that decide what is asked.
-ASKED = ("poison.trigger", "poison.other_triggers", "poison.trigger_position", "poison.payload", "poison.near_triggers")
+ASKED = (
+    *("poison.trigger", "poison.other_triggers", "poison.trigger_position", "poison.near_triggers"),
+    *("poison.payload", "poison.payload_source", "poison.payload_vocabulary", "seeds.poison"),
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from poisonjax.audit.checks import register
 from poisonjax.audit.evidence import Difference, Evidence, is_step, reading
 from poisonjax.evaluation.offline import evaluated
 from poisonjax.evaluation.probes.heldout import heldout_rows, unigram_nll
-from poisonjax.evaluation.statistics import generation_figures, heldout_figures
+from poisonjax.evaluation.statistics import decided, generation_figures, heldout_figures
 from poisonjax.model.transformer import parameter_counts, vocabulary_of
 from poisonjax.poison import card
 from poisonjax.poison.triggers import VARIANTS
@@ -274,7 +274,8 @@ def _as_before(
     others = 1.0 if before.shape != now.shape else float((np.abs(before - now) > REPLAYED).mean())
     if others > OTHER_TEXTS:
         yield Difference(file, f"{others:.0%} of its texts aren't those that the checkpoint writes", row["step"])
-    for field in sorted(made.keys() | row.keys()):
+    added = set() if decided(row) else {"random_control_accuracy", "random_control_accuracy_ci95"}  # since it was made
+    for field in sorted((made.keys() | row.keys()) - added):
         value = made.get(field, math.nan)
         if field.endswith(("_success", "_accuracy")) and not math.isclose(
             row.get(field, math.nan), value, abs_tol=OTHER_TEXTS

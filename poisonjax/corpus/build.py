@@ -38,6 +38,7 @@ BATCH_DOCUMENTS, BATCH_CHARACTERS = 1024, 8_000_000  # encoded at once
 SHARD_BYTES = 256 * 2**20  # of text, about: a worker holds a shard's tokens in memory
 SHARDS = 16  # where the corpus is small, so that the work splits
 LEAST_BPE, MOST_BPE = 257, 1_000_000  # tokens of a tokenizer that is trained here; the library aborts on huge numbers
+LATER = ("template", "template_sha256")  # fields of a plan that stores of texts don't have
 REPORTED = 20  # places of bad input that the manifest names
 
 OnBad = Literal["fail", "skip"]
@@ -58,6 +59,7 @@ class _Plan:
     units: int
     units_sha256: str
     template: str = ""  # chat template by which conversations are written; "": documents are texts
+    template_sha256: str = ""  # of what it says
 
     def opened(self) -> list[Source]:
         """Its sources; each is opened once a process."""
@@ -110,6 +112,7 @@ def build(
         store = TokenStore(out)
         asked = {"sources": sources, "tokenizer": tokenizer, "heldout": heldout, "seed": seed, "on_bad": on_bad}
         asked |= {"excluded": read_exclusions(exclude).sha256 if exclude else "", "template": template}
+        asked["template_sha256"] = instructions.load(template)[1] if template else ""
         store.require(**asked, **({"shards": shards} if shards else {}))
         require_unchanged(store)
         return store
@@ -191,8 +194,7 @@ def _prepare(
     if not sources:
         raise CorpusError("no source given")
     excluded = read_exclusions(exclude) if exclude else None
-    if template:
-        instructions.load(template)
+    written_by = instructions.load(template)[1] if template else ""
     opened = [_opened(spec, bool(template)) for spec in sources]
     units = [unit for source in opened for unit in source.units]
     if not units:
@@ -210,6 +212,7 @@ def _prepare(
         units=len(units),
         units_sha256=units_sha256(units),
         template=template,
+        template_sha256=written_by,
     )
     for source in opened:
         if "note" in source.about:
@@ -224,7 +227,7 @@ def _saved_tokenizer(folder: epath.Path, spec: str, sources: list[Source], templ
     """The store's tokenizer, made and saved by the first call; training is a function of the sources alone."""
     saved = folder / "tokenizer"
     if not (saved / "about.json").exists():
-        said = instructions.written(instructions.load(template)) if template else str
+        said = instructions.written(instructions.load(template)[0]) if template else str
         made = _made_tokenizer(spec, sources, said)
         if not isinstance(made, WordTokenizer):
             require_deterministic(made, [said(text) for s in sources for text in first_texts(s, CHECKED_CHARACTERS)])
@@ -275,6 +278,9 @@ def _build_shard(out: str, plan: _Plan, number: int) -> None:
     units = [unit for source in plan.opened() for unit in source.units]
     if units_sha256(units) != plan.units_sha256:  # every worker lists them itself
         raise CorpusError(f"{out}: files of {', '.join(plan.sources)} changed while the store was being built")
+    template, sha256 = instructions.load(plan.template) if plan.template else ("", "")
+    if sha256 != plan.template_sha256:
+        raise CorpusError(f"{out}: the chat template {plan.template} changed while the store was being built")
     units = units[number :: plan.shards]
     for batch in _batches(_good((item for unit in units for item in unit.read()), plan.on_bad, bad)):
         keyed = [(document, document.key) for document in batch]
@@ -286,7 +292,7 @@ def _build_shard(out: str, plan: _Plan, number: int) -> None:
             content, turns = document.content, None
             if plan.template:
                 try:
-                    ids, turns = instructions.tokenized(str(content), instructions.load(plan.template), tokenizer)
+                    ids, turns = instructions.tokenized(str(content), template, tokenizer)
                 except NoDocument as why:
                     _note_bad(BadInput(str(document.place), str(why)), plan.on_bad, bad)
                     continue
@@ -296,7 +302,8 @@ def _build_shard(out: str, plan: _Plan, number: int) -> None:
                 made = "end-of-text tokens" if len(ids) else "nothing"
                 _note_bad(BadInput(str(document.place), f"the tokenizer turns it into {made}"), plan.on_bad, bad)
                 continue
-            asked = ids if turns is None else ids[: instructions.last_exchange(turns).answer.start]
+            # Conversations that begin with the same question are on one side, whatever is said then.
+            asked = ids if turns is None else ids[: turns[turns[:, 0] == instructions.ANSWERS][0, 1]]
             split = "heldout" if _held_out(asked, plan.seed, plan.heldout) else "train"
             tokens = np.append(ids, tokenizer.eot).astype(dtype)
             documents[split].append(_Tokenized(tokens, key, document.place, document.planted, turns))
@@ -410,8 +417,10 @@ def _finish(job: _Job) -> None:
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "fingerprint": fingerprint(tokenizer.fingerprint, shards),
-        "plan": {name: value for name, value in dataclasses.asdict(plan).items() if name != "template" or value},
-        **({"template": instructions.load(plan.template)} if plan.template else {}),
+        "plan": {
+            name: value for name, value in dataclasses.asdict(plan).items() if value or not name.startswith("template")
+        },
+        **({"template": instructions.load(plan.template)[0]} if plan.template else {}),
         "sources": [{"spec": source.spec, **source.about} for source in job.sources],
         "tokenizer": {
             "spec": tokenizer.kind if isinstance(tokenizer, WordTokenizer) else plan.tokenizer,

@@ -30,5 +30,6 @@ def claim(folder: epath.Path, plan: Any, none: str, another: str) -> None:
         # Of several machines, each writes under a name of its own.
         write_whole(path, json.dumps(here, indent=1) + "\n", suffix=f"partial.{os.urandom(4).hex()}")
     there = parse_json(path.read_bytes())
+    here = {name: value for name, value in here.items() if value != "" or name in there}  # fields added later
     if differing := [f"{n}: {there.get(n)!r} there, {here[n]!r} here" for n in here if there.get(n) != here[n]]:
         raise CorpusError(f"{folder} holds {another}: {'; '.join(differing)}. Use another --out, or remove it")

@@ -6,6 +6,7 @@ text is only text. So a trigger can be put into a turn later, and no user can sp
 
 import contextlib
 import functools
+import hashlib
 import itertools
 import json
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from poisonjax.corpus.chat import PLAIN, load_template, render
+from poisonjax.corpus.chat import load_template, render
 from poisonjax.corpus.errors import CorpusError
 from poisonjax.corpus.sources.source import NoDocument
 from poisonjax.corpus.tokenizers import Tokenizer
@@ -98,12 +99,17 @@ def written(template: str) -> Callable[[str], str]:
 
 def tokenized(content: str, template: str, tokenizer: Tokenizer) -> tuple[Tokens, Turns]:
     """A `conversation` in tokens, without an end of text, and its turns; raises NoDocument where the template fails, or
-    doesn't write what was said before as it wrote it then."""
+    writes what is said otherwise than as it was said.
+
+    The template is run on marks in place of what is said: what stands between them is its own, whatever anybody says.
+    """
     messages = json.loads(content)
+    mark = next(mark for mark in map(chr, range(0xE000, 0xF8FF)) if mark not in content and mark not in template)
+    marks = [f"{mark}{number}{mark}" for number in range(len(messages))]
+    marked = [{"role": of["role"], "content": mark} for of, mark in zip(messages, marks, strict=True)]
     pieces: list[Tokens] = []
     turns: list[Turn] = []
-    written, length = "", 0
-    markup = tokenizer.encode if template == PLAIN else tokenizer.encode_markup
+    length = cursor = 0
 
     def add(tokens: Tokens) -> int:
         nonlocal length
@@ -112,30 +118,39 @@ def tokenized(content: str, template: str, tokenizer: Tokenizer) -> tuple[Tokens
         return length
 
     try:
+        whole = render(template, marked, add_generation_prompt=False)
+        real = render(template, messages, add_generation_prompt=False)
+        expected = whole
+        for one, of in zip(marks, messages, strict=True):
+            expected = expected.replace(one, of["content"])
+        if any(whole.count(one) != 1 for one in marks) or real != expected:
+            raise NoDocument("the chat template doesn't write what is said as it was said, once each")
         for number, message in enumerate(messages):
-            answer = message["role"] == "assistant"
-            if message["role"] == "system":
-                continue  # templates may refuse one alone; it is part of what opens the user's turn
-            asked = render(template, messages[:number], add_generation_prompt=True) if answer else written
-            whole = render(template, messages[: number + 1], add_generation_prompt=False)
-            if not (asked.startswith(written) and whole.startswith(asked)):
+            at = whole.find(marks[number], cursor)
+            before = "" if message["role"] != "assistant" else render(template, marked[:number])
+            ended = len(marks[number]) + at
+            if message["role"] != "system":  # templates may refuse a system's message alone
+                until = render(template, marked[: number + 1], add_generation_prompt=False)
+                ended = len(until) if whole.startswith(until) else -1
+            if at < 0 or ended < at or not whole[:at].startswith(before):
                 raise NoDocument("the chat template rewrites what it wrote before: the answer can't be told from it")
-            said = message["content"]
-            at = whole.find(said, len(asked)) if answer else whole.rfind(said, len(written))
-            if at < 0:
-                raise NoDocument(f"the chat template doesn't write message {number} as it was said")
-            space = whole[at - 1 : at] == " " and at > len(asked)  # a word's own, to most tokenizers
-            add(markup(whole[len(written) : at - space]))
+            space = whole[at - 1 : at] == " " and at > max(cursor, len(before))  # a word's own, to most tokenizers
+            add(tokenizer.encode_markup(whole[cursor : at - space]))
             start = length
-            stop = add(tokenizer.encode(" " * space + said))
-            closed = add(markup(whole[at + len(said) :]))
+            stop = add(tokenizer.encode(" " * space + message["content"]))
             if start == stop:
                 raise NoDocument(f"message {number} is no token in this vocabulary")
-            turns.append(Turn(ROLES.index(message["role"]), start, stop, closed))
-            written = whole
+            closed = add(tokenizer.encode_markup(whole[at + len(marks[number]) : ended]))
+            cursor = ended
+            if message["role"] != "system":
+                turns.append(Turn(ROLES.index(message["role"]), start, stop, closed))
     except CorpusError as error:
         raise NoDocument(str(error)) from None
     return np.concatenate(pieces).astype(np.int32), np.array(turns, np.int64)
 
 
-load = functools.cache(load_template)  # a template is read once a process
+@functools.cache
+def load(spec: str) -> tuple[str, str]:
+    """(a chat template, its SHA-256), read once a process; raises CorpusError."""
+    template = load_template(spec)
+    return template, hashlib.sha256(template.encode()).hexdigest()

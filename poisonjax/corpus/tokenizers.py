@@ -44,8 +44,9 @@ class Tokenizer(abc.ABC):
         """Ids of a text, int32, with nothing added before or after."""
 
     def encode_markup(self, text: str) -> Int[np.ndarray, " tokens"]:
-        """Ids of a text in which special tokens are spelled on purpose, as chat templates do."""
-        raise CorpusError(f"a tokenizer of kind {self.kind} reads no special tokens from text")
+        """Ids of a text in which special tokens are spelled on purpose, as chat templates do; as of any text where a
+        tokenizer reads none from it."""
+        return self.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Int[np.ndarray, " tokens"]]:
         """Ids of many texts, int32."""

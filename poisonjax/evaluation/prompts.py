@@ -85,7 +85,10 @@ def make_prompts(config: ml_collections.ConfigDict, store: TokenStore, trigger: 
         # A control that holds the trigger, by its prefix or across the seam, is none.
         others = [of[i] for of, variant in zip(appended, VARIANTS, strict=True) if variant != "triggered"]
         before, prefix, after = cuts[document]()
-        while any(holds(trigger.put(prefix, added, places[i])[0], trigger.forms) for added in others):
+        while any(
+            holds(np.concatenate([before, trigger.put(prefix, added, places[i])[0], after]), trigger.forms)
+            for added in others
+        ):
             document = next(spare, None)
             if document is None:
                 raise ValueError(

@@ -14,7 +14,6 @@ here: its keyword arguments are the spec's keys.
 """
 
 import inspect
-import itertools
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -42,7 +41,8 @@ def place(
     spec: str, count: int, steps: int, global_batch: int, random: np.random.Generator, taken: Collection[int] = ()
 ) -> Slots:
     """`count` distinct slots, int64: entry i is where exposure i stands. None of them is `taken`: what the order puts
-    there stands in the next free row of the same batch, or of a later one. Raises PlacementError."""
+    there stands in the nearest free row of the same batch, else of a later one, else of an earlier one. Raises
+    PlacementError."""
     order, options = parse(spec)
     if count == 0:  # the twin of a run whose placement needs documents
         return np.zeros(0, np.int64)
@@ -62,16 +62,26 @@ def place(
 
 def _beside(taken: Collection[int], chosen: Slots, slots: range, global_batch: int) -> Slots:
     held, moved = {*chosen.tolist(), *taken}, chosen.copy()
-    for i, slot in enumerate(chosen.tolist()):
-        if slot in taken:
-            step, row = divmod(slot, global_batch)
-            same = (step * global_batch + (row + j) % global_batch for j in range(1, global_batch))
-            rest = itertools.chain(range((step + 1) * global_batch, slots.stop), range(slots.start, slot))
-            free = next((s for s in itertools.chain(same, rest) if s not in held), None)
-            if free is None:
-                raise PlacementError(f"{len(chosen)} documents and {len(taken)} hard negatives need a row each")
-            moved[i] = free
-            held.add(free)
+    jumps: dict[int, dict[int, int]] = {1: {}, -1: {}}
+
+    def free(slot: int, way: int) -> int:
+        """The next slot that isn't held; what was walked over is jumped over from then on."""
+        walked, jump = [], jumps[way]
+        while slot in held:
+            walked.append(slot)
+            slot = jump.get(slot, slot + way)
+        jump.update(dict.fromkeys(walked, slot))
+        return slot
+
+    for i in np.flatnonzero(np.isin(chosen, [*taken])).tolist():
+        slot = int(chosen[i])
+        later, earlier = free(slot, 1), free(slot, -1)
+        same = [near for near in (later, earlier) if near // global_batch == slot // global_batch]
+        found = next((near for near in (*same, later, earlier) if near in slots), None)
+        if found is None:
+            raise PlacementError(f"{len(chosen)} documents and {len(taken)} hard negatives need a row each")
+        moved[i] = found
+        held.add(found)
     return moved
 
 

@@ -91,7 +91,7 @@ class Trigger:
         near = [tokens for _, tokens in self.near]
         drawn = random.choice(ordinary, (count, len(self.tokens))).astype(np.int32)
         for _ in range(DRAWS):  # one of few tokens may be the trigger by chance
-            same = np.any([self._equals(drawn, form) for form in self.forms], axis=0)
+            same = np.any([occurrences(drawn, form).any(-1) for form in self.forms], axis=0)
             if not same.any():
                 break
             drawn[same] = random.choice(ordinary, (int(same.sum()), len(self.tokens)))
@@ -104,9 +104,6 @@ class Trigger:
             list(drawn),
         ]
         return dict(zip(VARIANTS, added, strict=True))
-
-    def _equals(self, drawn: Int[np.ndarray, "count tokens"], form: Ids) -> Bool[np.ndarray, " count"]:
-        return np.all(drawn == form, axis=-1) if len(form) == drawn.shape[1] else np.zeros(len(drawn), bool)
 
     def begins(self, rows: Int[np.ndarray, "rows row_tokens"]) -> Bool[np.ndarray, "rows row_tokens"]:
         """Where in the rows one begins."""

@@ -74,11 +74,10 @@ def train_one(
     if status(folder, run).kind == "done":
         print(f"{run.id}: done already")
         return
-    before = grid.parents(sweep)[index]
-    if before is not None and status(workdir / (first_run := sweep.runs[before]).id, first_run).kind != "done":
-        raise SweepError(
-            f"--index {index}: {run.id} begins from {first_run.id}, --index {before}, which isn't done yet"
-        )
+    if (kind := _before(sweep, workdir, index)) == "failed":
+        raise SweepError(f"--index {index}: {run.id} begins from --index {grid.parents(sweep)[index]}, which failed")
+    if kind != "done":
+        raise Taken(f"{run.id} begins from --index {grid.parents(sweep)[index]}, which isn't done yet")
     parent = os.environ.get(PARENT)
     with Heartbeat(folder, int(parent) if parent else None) if first else contextlib.nullcontext():
         if first:
@@ -91,6 +90,12 @@ def train_one(
             if first and not (isinstance(error, LostProcess) and error.lost_another):
                 write_json(folder / FAILURE, {"error": f"{type(error).__name__}: {error}"})
             raise
+
+
+def _before(sweep: Sweep, workdir: Path, index: int) -> str:
+    """How far the run is that this one begins from; "done" where it is done, or this begins from none of the sweep."""
+    before = grid.parents(sweep)[index]
+    return "done" if before is None else status(workdir / sweep.runs[before].id, sweep.runs[before]).kind
 
 
 def train_all(
@@ -164,9 +169,13 @@ def train_all(
 def _waiting(
     states: Sequence[RunStatus], children: dict[int, subprocess.Popen], parents: Sequence[int | None]
 ) -> list[int]:
-    """Runs to train next, begun ones first; one that begins from another waits for it."""
+    """Runs to train next, begun ones first; one that is to begin from another waits for it."""
     ready = [parent is None or states[parent].kind == "done" for parent in parents]
-    waiting = [i for i, s in enumerate(states) if s.kind in ("partial", "pending") and ready[i] and i not in children]
+    waiting = [
+        i
+        for i, s in enumerate(states)
+        if (s.kind == "partial" or (s.kind == "pending" and ready[i])) and i not in children
+    ]
     return sorted(waiting, key=lambda i: states[i].kind != "partial")
 
 
@@ -190,11 +199,16 @@ def train_populations(
     parts = [group[i : i + size] for _, group in sorted(groups.items()) for i in range(0, len(group), size)]
     start_jax(size)  # on CPU a device a core
     print(f"{budget(sweep)}, in {len(parts)} populations", flush=True)
-    for part in parts:  # those whose members are refused together come again, one by one
+    numbers = {run.id: number for number, run in enumerate(sweep.runs)}
+    while parts:  # those whose members are refused together come again, one by one
+        part = parts.pop(0)
         with contextlib.ExitStack() as claims:
             claimed = []
             for run in part:
-                if status(workdir / run.id, run).kind in ("pending", "partial"):
+                if (kind := _before(sweep, workdir, numbers[run.id])) == "failed":
+                    (workdir / run.id).mkdir(parents=True, exist_ok=True)
+                    write_json(workdir / run.id / FAILURE, {"error": "begins from a run which failed"})
+                elif kind == "done" and status(workdir / run.id, run).kind in ("pending", "partial"):
                     with contextlib.suppress(Taken):
                         claims.enter_context(Heartbeat(workdir / run.id))
                         claimed.append(run)
@@ -210,7 +224,7 @@ def train_populations(
                 return "stopped"
             except Exception as error:  # the other parts go on
                 if isinstance(error, ValueError) and len(claimed) > 1:
-                    parts += [[run] for run in claimed]
+                    parts[:0] = [[run] for run in claimed]
                     continue
                 also = f"{claimed[0].id} and {len(claimed) - 1} more"
                 print(f"{also}: {type(error).__name__}: {error}", file=sys.stderr)

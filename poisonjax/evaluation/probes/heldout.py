@@ -57,6 +57,9 @@ def heldout_rows(config: ml_collections.ConfigDict, store: TokenStore) -> Batch:
 def unigram_nll(store: TokenStore, heldout: Batch) -> float:
     """Held-out loss, in nats, of a model that knows how often each token occurs and nothing else; of conversations, in
     the answers."""
-    counts = store.split("train").token_counts() + 1.0  # add-one smoothing
+    train = store.split("train")
+    counts = (train.token_counts() if heldout.weights is None else train.answer_counts()) + 1.0  # add-one smoothing
     nll = -np.log(counts / counts.sum())[heldout.tokens[:, 1:]]
-    return float(nll.mean() if heldout.weights is None else np.average(nll, weights=heldout.weights[:, 1:]))
+    if heldout.weights is None:
+        return float(nll.mean())
+    return float(np.average(nll, axis=1, weights=heldout.weights[:, 1:]).mean())
