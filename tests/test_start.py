@@ -136,7 +136,7 @@ def test_a_clean_child_of_a_poisoned_model_is_poisoned(config, parent, tmp_path)
     assert [row["inherited"] for row in run.inherited()] == ["parent"]
     assert run.record["parent"]["weights"] == weights.parent["weights"]
     assert audit(str(tmp_path / "grandchild")).ok
-    (found,) = parents(run.record["parent"])
+    (found,) = parents(run.path)
     assert found.ok
 
 

@@ -474,6 +474,7 @@ def test_runs_begin_from_each_other(config, tmp_path, capsys):
     again = start(grid, tmp_path / "moved")
     output, _ = again.communicate(timeout=120)
     assert again.returncode == 0, output
+    assert main(["audit", str(tmp_path / "moved" / runs[2].id), "--parents", "--json"]) == 0
     assert before == {path: path.read_bytes() for path in (tmp_path / "moved").rglob("summary.json")}
 
 

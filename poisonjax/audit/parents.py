@@ -4,9 +4,12 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from etils import epath
+
 from poisonjax.audit.evidence import Difference, Evidence
 from poisonjax.audit.result import Audit, checked
-from poisonjax.run import RunFolderError, rows
+from poisonjax.run import RunFolder, RunFolderError, rows
+from poisonjax.run.folder import beside
 from poisonjax.weights import open_weights
 from poisonjax.weights.open import run_and_step
 
@@ -36,10 +39,11 @@ class ParentAudit:
         return {"spec": self.spec, **found, "ok": self.ok, "child_differs": own, "sentence": self.sentence()}
 
 
-def parents(parent: rows.Parent | None, *, weights: bool = True) -> Iterator[ParentAudit]:
-    """An audit of each in the line, the nearest first; `weights` as of `audit`. Files of models are always read."""
+def parents(run_folder: epath.Path, *, weights: bool = True) -> Iterator[ParentAudit]:
+    """An audit of each in a run's line, the nearest first; `weights` as of `audit`. Files of models are always read."""
+    folder, parent = run_folder, RunFolder(run_folder).record.get("parent")
     while parent:
-        spec = parent["spec"]
+        spec = beside(parent["spec"], folder)
         if parent["steps"] is None or spec.startswith(("hf:", "gguf:")):
             yield _of_files(parent)
             parent = None  # what an exported model says of its own past is sealed by its child alone

@@ -73,9 +73,7 @@ def _audit(arguments: argparse.Namespace) -> int:
         parents=arguments.parents,
     )
     line = (
-        list(parents(RunFolder(arguments.workdir).record.get("parent"), weights=not arguments.no_weights))
-        if arguments.parents
-        else []
+        list(parents(RunFolder(arguments.workdir).path, weights=not arguments.no_weights)) if arguments.parents else []
     )
     if arguments.json:
         of_line = {"parents": [parent.as_json() for parent in line]} if arguments.parents else {}

@@ -231,6 +231,12 @@ def _exists(spec: str) -> bool:
     return bool(path) and (os.path.exists(path) or bool(glob.glob(without)))
 
 
+def beside(spec: str, folder: epath.Path) -> str:
+    """A spec of weights, `beside:RUN[@STEP]` as the path of a run in the folder that the run in `folder` lies in."""
+    named = spec.removeprefix(config_lib.BESIDE)
+    return spec if named == spec else str(folder.parent / named)
+
+
 def is_run(folder: epath.PathLike) -> bool:
     """Whether a run folder is there."""
     return (epath.Path(folder) / rows.CONFIG).exists()

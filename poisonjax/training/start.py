@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from poisonjax import config as config_lib
 from poisonjax import corpus
 from poisonjax.run import RunFolder, rows
-from poisonjax.run.folder import is_run
+from poisonjax.run.folder import beside, is_run
 from poisonjax.training.optimizer import make_optimizer
 from poisonjax.training.step import TrainState
 from poisonjax.weights import Weights, find_weights, open_weights
@@ -56,11 +56,9 @@ def _found_or_built(c: ml_collections.ConfigDict, template: str) -> corpus.Token
 def weights_of(config: ml_collections.ConfigDict, folder: epath.Path | None) -> str:
     """The spec of `start.weights` for `open_weights`, of the run in `folder`; "" where it begins from none."""
     spec = config.start.weights
-    if not spec.startswith(config_lib.BESIDE):
-        return spec
-    if folder is None:
+    if folder is None and spec.startswith(config_lib.BESIDE):
         raise config_lib.ConfigError(f"start.weights = {spec!r}: a run folder says what it lies beside")
-    return str(folder.parent / spec.removeprefix(config_lib.BESIDE))
+    return beside(spec, folder) if folder else spec
 
 
 def with_inherited_model(
@@ -112,7 +110,9 @@ def open_parent(
             f"start.weights = {spec!r} reads other tokens than corpus.store = {config.corpus.store!r} holds: build it "
             f"with --tokenizer {spec if spec.startswith(('hf:', 'gguf:')) else 'of the run, STORE/tokenizer'}"
         )
-    return weights.parent, weights
+    parent = weights.parent.copy()
+    parent["spec"] = config.start.weights  # as it is typed: runs beside each other may be moved together
+    return parent, weights
 
 
 @dataclasses.dataclass(frozen=True)
