@@ -74,7 +74,11 @@ def of_run(fields: dict[str, Any], store: corpus.TokenStore) -> dict[str, Any]:
         "digest_chain": link[:16],
         "ledger": sha(ledger),
         "dose": dose(ledger, config.steps),
-        "clean_records": {name: sha(rows) for name, rows in batches.records().items() if name != "ledger.jsonl"},
+        "clean_records": {
+            name: sha(rows)
+            for name, rows in batches.records().items()
+            if name != "ledger.jsonl" and (rows or name != "hard_negatives.jsonl")  # came after these were recorded
+        },
         "prompts": sha(prompts.tokens),
     }
     if config.canary.repeats:

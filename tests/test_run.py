@@ -24,7 +24,7 @@ from poisonjax.weights.checkpoints import Checkpoints, checksum
 def finished(store, tmp_path_factory):
     config, folder = tiny_config(store), tmp_path_factory.mktemp("run") / "run"
     config.poison.clean_uses, config.canary.repeats, config.canary.each, config.canary.tokens = 3, (1, 2), 2, 8
-    config.poison.payload = "sentinel"
+    config.poison.payload, config.poison.hard_negatives = "sentinel", 2
     train(config, str(folder))
     return folder
 
@@ -43,7 +43,8 @@ def test_a_run_reads_what_it_wrote(finished):
     assert [row["step"] for row in run.evals()] == [6, 12]
     assert [row["step"] for row in run.steps()] == list(range(12))
     assert {row["step"] for row in run.samples()} == {row["step"] for row in run.prefixes()} == {6, 12}
-    assert (len(run.lines(rows.CANARIES)), len(run.lines(rows.CLEAN_USES))) == (6, 3)
+    planned = (rows.CANARIES, rows.CLEAN_USES, rows.HARD_NEGATIVES)
+    assert [len(run.lines(file)) for file in planned] == [6, 3, 2]
     assert run.summary["status"] == "finished"
     assert run.environment["processes"] == 1
     assert {path.name for path in finished.iterdir()} >= {*rows.LINES, rows.CONFIG, rows.ENVIRONMENT, rows.SUMMARY}

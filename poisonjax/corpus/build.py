@@ -195,7 +195,7 @@ def _prepare(
         raise CorpusError("no source given")
     excluded = read_exclusions(exclude) if exclude else None
     written_by = instructions.load(template)[1] if template else ""
-    opened = [_opened(spec, bool(template)) for spec in sources]
+    opened = [_open(spec, bool(template)) for spec in sources]
     units = [unit for source in opened for unit in source.units]
     if not units:
         raise CorpusError(f"the sources {', '.join(sources)} hold no document")
@@ -357,9 +357,11 @@ class _Tokenized(NamedTuple):
     turns: instructions.Turns | None
 
 
-@functools.cache
-def _opened(spec: str, conversations: bool) -> Source:
+def _open(spec: str, conversations: bool) -> Source:
     return open_source(spec, instructions.conversation) if conversations else open_source(spec)
+
+
+_opened = functools.cache(_open)
 
 
 def _good(items: Iterable[Document | BadInput], on_bad: str, bad: list[BadInput]) -> Iterator[Document]:
