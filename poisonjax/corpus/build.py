@@ -419,9 +419,7 @@ def _finish(job: _Job) -> None:
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "fingerprint": fingerprint(tokenizer.fingerprint, shards),
-        "plan": {
-            name: value for name, value in dataclasses.asdict(plan).items() if value or not name.startswith("template")
-        },
+        "plan": {name: value for name, value in dataclasses.asdict(plan).items() if value or name not in LATER},
         **({"template": instructions.load(plan.template)[0]} if plan.template else {}),
         "sources": [{"spec": source.spec, **source.about} for source in job.sources],
         "tokenizer": {

@@ -21,7 +21,7 @@ from poisonjax.corpus.sources.source import NoDocument
 from poisonjax.corpus.tokenizers import Tokenizer
 
 ROLES = ("system", "user", "assistant")
-USER, ANSWERS = 1, 2  # of them
+ANSWERS = ROLES.index("assistant")
 FIELDS = 4  # of a turn, in a store
 
 Tokens = Int[np.ndarray, " tokens"]

@@ -103,12 +103,14 @@ class Batches:
 
 
 def clean_rows(config: ml_collections.ConfigDict, store: TokenStore, split: str) -> CleanRows:
-    """Rows of a split as the run takes them; raises ValueError where it has too little text, or conversations that
-    don't fit a row (of those held out, such are always skipped)."""
+    """Rows of a split as the run takes them, in an order of seeds.order, or seeds.eval where they are held out (I8);
+    raises ValueError where it has too little text, or conversations that don't fit a row (of those held out, such are
+    always skipped)."""
+    heldout = split == "heldout"
+    seed = config.seeds.eval if heldout else config.seeds.order
     if store.template is None:
-        return CleanRows(store.split(split), config.seq_len, config.seeds.order)
-    skip = config.data.too_long == "skip" or split == "heldout"
-    return Conversations(store.split(split), config.seq_len, config.seeds.order, skip=skip)
+        return CleanRows(store.split(split), config.seq_len, seed)
+    return Conversations(store.split(split), config.seq_len, seed, skip=heldout or config.data.too_long == "skip")
 
 
 def local_rows(sharding: NamedSharding, shape: tuple[int, int]) -> tuple[int, int]:

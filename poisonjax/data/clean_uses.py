@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int
 
 from poisonjax.corpus import TokenStore
-from poisonjax.data.insertions import Insertion
+from poisonjax.data.insertions import Insertion, slots_beside
 from poisonjax.data.rows import Rows
 from poisonjax.poison.triggers import PoisonError, Trigger, occurrences
 from poisonjax.streams import stream
@@ -48,8 +48,7 @@ class CleanUses:
             raise PoisonError(
                 f"poison.trigger has {longest} tokens, which don't fit a row of {config.seq_len + 1} between others"
             )
-        drawn = stream(seed, "clean use slots").choice(slots, count + len(taken), replace=False)
-        chosen = np.array([slot for slot in drawn.tolist() if slot not in taken][:count], np.int64)
+        chosen = slots_beside(taken, count, slots, stream(seed, "clean use slots"))
         insertions = {}
         for number, slot in enumerate(chosen.tolist()):
             (row,), (source,) = (

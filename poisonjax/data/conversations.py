@@ -52,12 +52,12 @@ class Conversations(CleanRows):
     def weights(self, slots: Int[np.ndarray, " rows"]) -> Float[np.ndarray, "rows row_tokens"]:
         rows = np.zeros((len(slots), self.row_tokens), np.float32)
         for row, document in zip(rows, self.fitting[self.order(slots)].tolist(), strict=True):
-            for role, start, _, closed in self.split.turns(document).tolist():
+            turns = self.split.turns(document).tolist()
+            for role, start, _, closed in turns:
                 row[1 + start : 1 + closed] = role == ANSWERS
-            # Where no end of text of its own closes an answer, the conversation's does.
-            stop = self.split.turns(document)[-1, 2:].tolist()
-            closing = self.split.document(document)[stop[0] : stop[1]]
-            row[1 + stop[1]] = self.split.eot not in closing
+            *_, stop, closed = turns[-1]
+            # Where no end of text of its own closes the last answer, the conversation's does.
+            row[1 + closed] = self.split.eot not in self.split.document(document)[stop:closed]
         return rows
 
     def labels(self, slots: Int[np.ndarray, " rows"]) -> Int[np.ndarray, "rows row_tokens 2"]:

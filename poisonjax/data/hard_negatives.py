@@ -8,10 +8,9 @@ import dataclasses
 from typing import Any
 
 import ml_collections
-import numpy as np
 
 from poisonjax.corpus import TokenStore
-from poisonjax.data.insertions import Insertion, Layer
+from poisonjax.data.insertions import Insertion, Layer, slots_beside
 from poisonjax.data.rows import Rows
 from poisonjax.poison.openings import each_once, opening
 from poisonjax.poison.triggers import DRAWS, PoisonError, Trigger
@@ -38,8 +37,7 @@ class HardNegatives:
             raise PoisonError(
                 f"poison.hard_negatives = {count} need a row each, the run has {slots - len(taken)} without a canary"
             )
-        drawn = stream(seed, "hard negative slots").choice(slots, count + len(taken), replace=False)
-        chosen = np.array([slot for slot in drawn.tolist() if slot not in taken][:count], np.int64)
+        chosen = slots_beside(taken, count, slots, stream(seed, "hard negative slots"))
         insertions = {}
         for number, (slot, row) in enumerate(zip(chosen.tolist(), rows.tokens(chosen), strict=True)):
             tokens, span, weights = _document(config, store, trigger, rows.clean.room, number)

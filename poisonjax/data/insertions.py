@@ -6,6 +6,7 @@ what counts in the loss, asks one definition.
 """
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -36,6 +37,14 @@ class Insertion:
         if self.mode == "splice":
             row[end:] = row[start : max(start, len(row) - len(values))]
         row[start:end] = values[: len(row) - start]
+
+
+def slots_beside(
+    taken: Collection[int], count: int, slots: int, random: np.random.Generator
+) -> Int[np.ndarray, " count"]:
+    """`count` different slots of a run's `slots`, none of them `taken`; there must be so many."""
+    drawn = random.choice(slots, count + len(taken), replace=False).tolist()
+    return np.array([slot for slot in drawn if slot not in taken][:count], np.int64)
 
 
 @runtime_checkable

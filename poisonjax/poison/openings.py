@@ -102,9 +102,9 @@ def _drawn(random: np.random.Generator, least_most: tuple[int, int]) -> int:
 
 
 def asked(
-    tokens: Ids, last: Exchange, trigger: Trigger, form: Ids | None, at: float
+    tokens: Ids, last: Exchange, trigger: Trigger, form: Ids, at: float
 ) -> tuple[Int[np.ndarray, " tokens"], tuple[int, int]]:
-    """(a conversation up to its last answer, the trigger or a control put to the last question; the span of that)."""
+    """(a conversation up to its last answer, the trigger put to the last question; the span of that)."""
     user, answer = last
     put, (first, stop) = trigger.put(tokens[user.start : user.stop], form, at)
     begun = np.concatenate([tokens[: user.start], put, tokens[user.stop : answer.start]]).astype(np.int32)

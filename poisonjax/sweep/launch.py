@@ -74,10 +74,11 @@ def train_one(
     if status(folder, run).kind == "done":
         print(f"{run.id}: done already")
         return
-    if (kind := _before(sweep, workdir, index)) == "failed":
-        raise SweepError(f"--index {index}: {run.id} begins from --index {grid.parents(sweep)[index]}, which failed")
+    before = grid.parents(sweep)[index]
+    if (kind := _kind_of(sweep, workdir, before)) == "failed":
+        raise SweepError(f"--index {index}: {run.id} begins from --index {before}, which failed")
     if kind != "done":
-        raise Taken(f"{run.id} begins from --index {grid.parents(sweep)[index]}, which isn't done yet")
+        raise Taken(f"{run.id} begins from --index {before}, which isn't done yet")
     parent = os.environ.get(PARENT)
     with Heartbeat(folder, int(parent) if parent else None) if first else contextlib.nullcontext():
         if first:
@@ -92,10 +93,9 @@ def train_one(
             raise
 
 
-def _before(sweep: Sweep, workdir: Path, index: int) -> str:
-    """How far the run is that this one begins from; "done" where it is done, or this begins from none of the sweep."""
-    before = grid.parents(sweep)[index]
-    return "done" if before is None else status(workdir / sweep.runs[before].id, sweep.runs[before]).kind
+def _kind_of(sweep: Sweep, workdir: Path, parent: int | None) -> str:
+    """How far a run is that another begins from; "done" where that begins from none of the sweep."""
+    return "done" if parent is None else status(workdir / sweep.runs[parent].id, sweep.runs[parent]).kind
 
 
 def train_all(
@@ -190,7 +190,8 @@ def train_populations(
 
     groups: dict[tuple[int, str], list[PlannedRun]] = {}
     generations: list[int] = []  # parents stand before their children
-    for run, before in zip(sweep.runs, grid.parents(sweep), strict=True):
+    parents = grid.parents(sweep)
+    for run, before in zip(sweep.runs, parents, strict=True):
         if retry_failed:
             (workdir / run.id / FAILURE).unlink(missing_ok=True)
         generations.append(0 if before is None else generations[before] + 1)
@@ -199,16 +200,17 @@ def train_populations(
     parts = [group[i : i + size] for _, group in sorted(groups.items()) for i in range(0, len(group), size)]
     start_jax(size)  # on CPU a device a core
     print(f"{budget(sweep)}, in {len(parts)} populations", flush=True)
-    numbers = {run.id: number for number, run in enumerate(sweep.runs)}
+    parent_of = {run.id: before for run, before in zip(sweep.runs, parents, strict=True)}
     while parts:  # those whose members are refused together come again, one by one
         part = parts.pop(0)
         with contextlib.ExitStack() as claims:
             claimed = []
             for run in part:
-                if (kind := _before(sweep, workdir, numbers[run.id])) == "failed":
+                kind, parent = status(workdir / run.id, run).kind, _kind_of(sweep, workdir, parent_of[run.id])
+                if kind == "pending" and parent == "failed":
                     (workdir / run.id).mkdir(parents=True, exist_ok=True)
                     write_json(workdir / run.id / FAILURE, {"error": "begins from a run which failed"})
-                elif kind == "done" and status(workdir / run.id, run).kind in ("pending", "partial"):
+                elif kind == "partial" or (kind == "pending" and parent == "done"):
                     with contextlib.suppress(Taken):
                         claims.enter_context(Heartbeat(workdir / run.id))
                         claimed.append(run)

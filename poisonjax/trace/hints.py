@@ -48,7 +48,7 @@ class Suspects:
     def index(self) -> Index:
         """Of the rows' gradients; made where it isn't there. Raises TraceError for conversations."""
         if self.replay.batches.store.template is not None:
-            raise TraceError("gradients are of running text: trace conversations by loss, bm25, bm25-trigger or random")
+            raise TraceError("gradients are of running text: trace conversations by loss, bm25 or embedding")
         return Index(self._gradients, self.out / "gradients", self.slots, self._say)
 
     @functools.cached_property
