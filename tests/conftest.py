@@ -48,6 +48,14 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_one_file():
+    """A compiled program holds a dozen of the 65,530 memory maps that Linux gives a process, and a worker compiles
+    thousands: it would be killed near its end."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def thorough(request) -> bool:
     return request.config.getoption("thorough")

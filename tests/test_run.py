@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -138,3 +139,17 @@ def test_a_checksum_is_the_same_in_whatever_pieces_arrays_lie(tmp_path, monkeypa
         saved.save(step, jax.tree.map(jnp.asarray, arrays), {"count": jnp.zeros(1)}, record | {"poison": None})
         saved.close()
         assert Checkpoints(tmp_path).stored_checksums(step)["weights"] == as_hex(lanes)
+
+
+def test_a_save_leaves_no_thread_behind(tmp_path):
+    """Each has three files open, too: a run of some hundred checkpoints would reach the usual limit of 1,024."""
+
+    def loops() -> int:
+        return sum("_run_loop" in thread.name for thread in threading.enumerate())
+
+    before, saved, weights = loops(), Checkpoints(tmp_path), {"a": jnp.ones(3)}
+    record = {"config": {}, "store_fingerprint": "", "store_description": "", "digest_chain": "", "sealed": {}}
+    for step in range(5):
+        saved.save(step, weights, weights, record | {"poison": None})
+    saved.close()
+    assert loops() == before

@@ -131,6 +131,7 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy(keep),
             cleanup_tmp_directories=clean_up,
         )
+        self._saving: Any = None  # orbax's answer for the save that was started last
 
     def steps(self) -> list[int]:
         """Saved steps, ascending."""
@@ -145,8 +146,17 @@ class Checkpoints:
             saved = {"weights": weights, "optimizer": optimizer}
             checksums = {name: _checksum(tree) for name, tree in saved.items()}
             record = {"step": step, "checksums": checksums, **metadata}
-            self._checkpointer.save_checkpointables_async(step, saved, force=True, custom_metadata=record)
+            self._wait()
+            self._saving = self._checkpointer.save_checkpointables_async(
+                step, saved, force=True, custom_metadata=record
+            )
         self.label()
+
+    def _wait(self) -> None:
+        """Until the save that was started last is written. Unasked, its thread and three files stay open for ever."""
+        if self._saving is not None:
+            self._saving.result()
+            self._saving = None
 
     def record(self, step: int) -> rows.CheckpointRecord:
         """What a checkpoint says of itself; raises CheckpointError where that isn't as the format asks."""
@@ -238,6 +248,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits until all is written."""
+        self._wait()
         self._checkpointer.wait()
         self.label()
         self._checkpointer.close()
