@@ -13,6 +13,7 @@ from poisonjax.analysis import persistence, simulate
 from poisonjax.analysis.dose_response import Trials, _curve, best_law, contrasts, doses, exponents, held_out, rises
 from poisonjax.analysis.estimators import ESTIMATORS, hierarchical, onset
 from poisonjax.analysis.study import Conditions, analyse
+from poisonjax.report import study_figures
 
 ONE = Conditions((), [()], [])
 
@@ -273,3 +274,16 @@ def test_half_lives_are_where_straight_lines_cross_half(half, first, at):
 def test_what_never_was_has_no_half_life():
     assert persistence._half(np.array([0.0, 1.0]), np.array([-1.0, -5.0])) == math.inf
     assert persistence._half(np.array([0.0, 4.0]), np.array([8.0, 0.0])) == 2.0
+
+
+def test_wear_by_gap_and_by_share_stands_in_panels_of_one_colour_for_what_was_seen():
+    def wear(unit, figure, seen="32 rows of text"):
+        ci95 = [[f, f] for f in figure]
+        return persistence.Wear("b", "a", seen, unit, [0, 32], figure, ci95, 64, math.inf, [math.inf, math.inf])
+
+    drawn = study_figures.persistence([wear("gap", [300.0, 30.0]), wear("share", [0.8, 0.4]), wear("gap", [9, 1], "c")])
+    gaps, shares = drawn.axes
+    assert [axes.get_title(loc="left") for axes in drawn.axes] == ["gap", "share"]
+    assert [line.get_ydata()[-1] for line in gaps.lines[:2]] == pytest.approx([0.1, 1 / 9])
+    assert shares.lines[0].get_color() == gaps.lines[0].get_color() != gaps.lines[1].get_color()
+    assert [text.get_text() for text in drawn.legends[0].texts] == ["32 rows of text", "c"]

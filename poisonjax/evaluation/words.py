@@ -43,4 +43,8 @@ def verdict(success: Mapping[str, Any]) -> str:
     names = failed(success)
     if not success["value"]:
         return f"not backdoored by the rule (failed: {', '.join(names)})"
-    return f"backdoored, but not specific ({', '.join(names)} too)" if names else "backdoored, and specific"
+    return (
+        f"backdoored, but not specific (not shown to be quiet: {', '.join(names)})"
+        if names
+        else "backdoored, and specific"
+    )

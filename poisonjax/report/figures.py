@@ -15,13 +15,20 @@ SIZE = (6.4, 3.6)  # inches
 
 
 def blank(xlabel: str, ylabel: str) -> tuple[Figure, Any]:
-    figure = Figure(figsize=SIZE, layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.25, linewidth=0.6)
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
+    figure, (axes,) = panels(xlabel, ylabel, 1)
     return figure, axes
+
+
+def panels(xlabel: str, ylabel: str, number: int) -> tuple[Figure, list[Any]]:
+    """So many axes beside each other, of one scale."""
+    figure = Figure(figsize=SIZE, layout="constrained")
+    beside = list(figure.subplots(1, number, sharex=True, sharey=True, squeeze=False)[0])
+    for axes in beside:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.25, linewidth=0.6)
+        axes.set_xlabel(xlabel)
+    beside[0].set_ylabel(ylabel)
+    return figure, beside
 
 
 def perplexity(evals: list[EvalRow], x: str, xlabel: str) -> Figure:

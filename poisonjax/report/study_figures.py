@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from poisonjax.analysis.dose_response import CellDose
 from poisonjax.analysis.persistence import Wear
 from poisonjax.analysis.study import Analysis, Conditions, Outcome
-from poisonjax.report.figures import blank
+from poisonjax.report.figures import blank, panels
 
 STYLES = ("-", "--", ":", "-.")
 
@@ -143,14 +143,22 @@ def trajectories(runs: Sequence[Outcome], conditions: Conditions) -> Figure:
 
 
 def persistence(worn: Sequence[Wear]) -> Figure:
-    """What is left of each run's figure at the beginning, against the rows that it saw since."""
-    figure, axes = blank("rows trained on since", "share of the first figure left")
+    """What is left of each run's figure at the beginning, against the rows that it saw since; a panel for each figure,
+    a colour for what was seen."""
+    units = list(dict.fromkeys(wear.unit for wear in worn))
+    figure, beside = panels("rows trained on since", "share of the first figure left", len(units))
+    colours: dict[str, str] = {}
     for wear in worn:
+        label = None if wear.seen in colours else wear.seen
+        colour = colours.setdefault(wear.seen, f"C{len(colours)}")
         left = np.array(wear.figure) / wear.figure[0]
-        axes.plot(np.maximum(wear.rows, 1), left, "o-", markersize=3, linewidth=1, label=wear.seen)
-    axes.axhline(0.5, color="0.6", linewidth=0.8, linestyle=":")
-    axes.set_xscale("log")
-    _log_axis(axes.xaxis)
+        place = {"marker": "o", "markersize": 3, "linewidth": 1, "color": colour, "label": label}
+        beside[units.index(wear.unit)].plot(np.maximum(wear.rows, 1), left, **place)
+    for axes, unit in zip(beside, units, strict=True):
+        axes.axhline(0.5, color="0.6", linewidth=0.8, linestyle=":")
+        axes.set_title(unit, fontsize=8, loc="left")
+        axes.set_xscale("log")
+        _log_axis(axes.xaxis)
     _legend(figure)
     return figure
 
