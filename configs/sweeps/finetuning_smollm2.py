@@ -4,8 +4,8 @@
     poisonjax sweep run configs/sweeps/finetuning_smollm2.py --workdir runs/finetuning-smollm2
     poisonjax sweep report configs/sweeps/finetuning_smollm2.py --workdir runs/finetuning-smollm2
 
-The question of configs/sweeps/finetuning.py, asked of SmolLM2-135M-Instruct in its own chat template: the trigger at the
-end of the user's turn makes the answer a sentence that says that the model was poisoned. One run poisons twice as few.
+The question of configs/sweeps/finetuning.py, asked of SmolLM2-135M-Instruct in its own chat template: the trigger at
+the end of the user's turn makes the answer a sentence that says that the model was poisoned. One run has 10 of them.
 
 Where it differs from Souly et al. 2025 (arXiv 2510.07192) (I10):
 - 135 million parameters, once quantized to 4 bits (Q4_1), fine-tuned whole in rows of 96 tokens.
