@@ -18,6 +18,7 @@ from poisonjax.audit.result import audit
 from poisonjax.config import ConfigError, check, replaced
 from poisonjax.corpus import CorpusError, instructions
 from poisonjax.corpus.chat import PLAIN
+from poisonjax.corpus.sources import packages
 from poisonjax.corpus.sources.source import NoDocument
 from poisonjax.corpus.store import TokenStore
 from poisonjax.corpus.tokenizers import JsonTokenizer, train_bpe
@@ -515,11 +516,11 @@ def test_a_fine_tuned_run_is_traced_by_loss(tuned):
         np.testing.assert_array_equal(one, other)
 
 
-def test_leads_that_are_gone_on_with_are_conversations(tmp_path):
-    from poisonjax.corpus.sources import packages
-
+def test_leads_that_are_gone_on_with_are_conversations(tmp_path, monkeypatch):
     if packages.wikipedia_file() is None:
         pytest.skip("the Wikipedia leads aren't installed")
+    texts = packages._wikipedia_texts()[:500]
+    monkeypatch.setattr(packages, "_wikipedia_texts", lambda: texts)
     store = corpus.build(str(tmp_path / "s"), ["wikipedia-continued"], "bytes", template="plain", workers=1)
     split = store.split("train")
     question, answer = store.tokenizer.decode(split.document(0)).strip().split("\n")
