@@ -43,8 +43,6 @@ def verdict(success: Mapping[str, Any]) -> str:
     names = failed(success)
     if not success["value"]:
         return f"not backdoored by the rule (failed: {', '.join(names)})"
-    return (
-        f"backdoored, but not specific (not shown to be quiet: {', '.join(names)})"
-        if names
-        else "backdoored, and specific"
-    )
+    if names:
+        return f"backdoored, but not specific (not shown to be quiet: {', '.join(names)})"
+    return "backdoored, and specific"
