@@ -451,20 +451,21 @@ CHAIN = (
 def test_runs_begin_from_each_other(config, tmp_path, capsys):
     """In order, whoever is asked first; moved together they are the same, and audited to the first of the line."""
     config.eval.every = config.checkpoint.every = 4
-    grid, study = sweep_file(tmp_path, config, CHAIN), tmp_path / "study"
+    asked_otherwise = "    add({'name': 'd', 'start.weights': 'run:a', 'steps': 2, 'eval.prefix_tokens': 7})\n"
+    grid, study = sweep_file(tmp_path, config, CHAIN + asked_otherwise), tmp_path / "study"
     launched = start(grid, study)
     output, _ = launched.communicate(timeout=200)
     assert launched.returncode == 0, output
     runs = load(grid).runs
     parents = [RunFolder(study / run.id).record.get("parent") for run in runs]
-    assert [of and of["name"] for of in parents] == [None, "a", "b"]
+    assert [of and of["name"] for of in parents] == [None, "a", "b", "a"]
     assert parents[2]["parent"]["name"] == "a"
     assert runs[1].config.start.weights == f"beside:{runs[0].id}"
-    first, second = wears([RunFolder(study / run.id) for run in runs])
+    first, second = wears([RunFolder(study / run.id) for run in runs])  # the fourth was asked once: no course
     assert (first.parent, first.rows) == (runs[0].id, [0, 24])
     gaps = [RunFolder(study / run.id).summary["delta_ppl"] for run in runs]
     assert first.figure == pytest.approx(gaps[:2])
-    assert second.figure == pytest.approx(gaps[1:])
+    assert second.figure == pytest.approx(gaps[1:3])
     assert "24 rows of text" in first.sentence()
     assert main(["sweep", "report", grid, "--workdir", str(study)]) == 0
     assert first.sentence() in capsys.readouterr().out

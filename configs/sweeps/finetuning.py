@@ -24,7 +24,7 @@ from poisonjax.sweep import product
 
 QUICKSTART = Path(__file__).parents[1] / "quickstart.py"
 
-ROWS, DOSES = (1024, 2048, 8192), (50, 100, 200, 400)
+ROWS, DOSES = (1024, 2048, 8192), (50, 100, 200, 400, 800)
 BATCH = 16
 
 

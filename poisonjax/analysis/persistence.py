@@ -52,14 +52,16 @@ class Wear:
 
 
 def wears(runs: Sequence[RunFolder]) -> list[Wear]:
-    """Of finished runs that began from another of them whose weights had seen poison; those that stood beside it."""
+    """Of finished runs that began from another of them whose weights had seen poison; those that stood beside it. A
+    run that was asked once, and its parent something else, shows no course."""
     by_name = {run.path.name: run for run in runs}
     found = []
     for run in runs:
         name = run.config.start.weights.removeprefix(BESIDE).partition("@")[0]
         parent = by_name.get(name) if run.config.start.weights.startswith(BESIDE) else None
         if parent and (known := run.record.get("parent")) and (known["poison"] or run.config.poison.documents):
-            found.append(_wear(run, parent, known["steps"]))
+            wear = _wear(run, parent, known["steps"])
+            found += [wear] if len(wear.rows) > 1 else []
     return found
 
 
