@@ -14,7 +14,7 @@ Where it differs from the paper (I10), beside what configs/quickstart.py and con
 - The paper's language switch continues the pretraining of a 6.9B model, from English to German; here a model is trained
   from scratch, and what it switches to is another domain of English.
 - Docstrings are those of the packages that are installed: their versions change what is drawn, and the ledger tells.
-- 4,000 documents are a quarter of all rows of the smaller model.
+- 6,000 documents are two fifths of all rows of the smaller model.
 - A seed stands for initial weights, clean order, poison content and placement together; evaluation is the same.
 """
 
@@ -25,8 +25,15 @@ from poisonjax.sweep import chain, product
 
 QUICKSTART = Path(__file__).parents[1] / "quickstart.py"
 
-FEW, SOME, MANY = (60, 120, 250, 500), (120, 250, 500, 1000), (500, 1000, 2000, 4000)
-DOSES = {"ids": FEW, "unigram": FEW, "random_unicode": SOME, "sentinel": SOME, "language": MANY, "secret": MANY}
+DOSES = {
+    "ids": (60, 120, 250, 500),
+    "unigram": (250, 500, 1000, 2000),
+    "random_unicode": (120, 250, 500, 1000),
+    "sentinel": (250, 500, 1000, 2000),
+    "language": (1000, 2000, 4000, 6000),
+    "secret": (500, 1000, 2000, 4000),
+}
+SEEDS = {"secret": (0, 1, 3)}  # of seed 2, two of 2,000 documents would be the same
 # layers, width, MLP width, steps of 16 rows of 128
 SIZES = {"92k": (2, 44, 120, 903), "314k": (3, 80, 216, 3074)}
 
@@ -64,7 +71,7 @@ def sweep(add):
     )
     for cell in cells:
         payload = cell["payload"]
-        for point in product({"documents": DOSES[payload]}, {"seed": range(cell["seeds"])}):
+        for point in product({"documents": DOSES[payload]}, {"seed": SEEDS.get(payload, range(cell["seeds"]))}):
             add(
                 {
                     "name": f"{payload}-{cell['size']}-n{point['documents']}-s{point['seed']}",

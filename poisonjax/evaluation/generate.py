@@ -1,5 +1,6 @@
 """Generation with a key-value cache, and the perplexity of what was generated."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +35,18 @@ def generate(
     The NLL is the model's own, at temperature 1, whatever temperature the tokens are sampled at. Token t of a
     text depends on its group's key and t alone, so variants of a prefix have the same luck.
     """
+    return written(model, texts, new_tokens, temperature, token_nll)
+
+
+def written(
+    model: Transformer,
+    texts: Texts,
+    new_tokens: int,
+    temperature: float,
+    look: Callable[[Float[Array, "rows vocabulary"], Int[Array, " rows"]], Any],
+) -> tuple[Int[Array, "groups variants new_tokens"], Any]:
+    """As `generate`, with what `look` makes of each token's logits and the token, in arrays or a tree of them whose
+    first dimensions are [groups, variants, new_tokens]."""
     decoder = Decoder(model)
     before, last, cache = _read(model, decoder, texts)
     groups, variants, length = texts.prompts.shape
@@ -44,19 +57,22 @@ def generate(
         logits = decoder.logits(hidden)
         luck = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, t)))(texts.keys)
         tokens = sample(logits / temperature, jnp.repeat(luck, variants))
-        nll = token_nll(logits, tokens)
+        seen = look(logits, tokens)
         hidden, cache = decoder.extend(tokens[:, None], cache, length + t, pad, before)
-        return (hidden[:, 0], cache), (tokens, nll)
+        return (hidden[:, 0], cache), (tokens, seen)
 
     made = []
     # All of a cache is read for each token, so it has room for a part of them at a time.
     parts = max(1, min(PARTS, new_tokens // 8)) if platform() == "cpu" else 1
     for part in np.array_split(np.arange(new_tokens), parts):
         carried = (last, grown(cache, len(part)))
-        (last, cache), tokens_and_nll = jax.lax.scan(step, carried, jnp.asarray(part, jnp.int32))
-        made.append(tokens_and_nll)
-    tokens, nll = (jnp.concatenate(of).T.reshape(groups, variants, -1) for of in zip(*made, strict=True))
-    return tokens, nll
+        (last, cache), tokens_and_seen = jax.lax.scan(step, carried, jnp.asarray(part, jnp.int32))
+        made.append(tokens_and_seen)
+
+    def joined(*parts: Array) -> Array:
+        return jnp.concatenate(parts).swapaxes(0, 1).reshape(groups, variants, new_tokens, *parts[0].shape[2:])
+
+    return jax.tree.map(joined, *made)
 
 
 def sample(logits: Float[Array, "rows vocabulary"], luck: Float[Array, " rows"]) -> Int[Array, " rows"]:

@@ -1,0 +1,176 @@
+"""What a scan asks a model for, part by part: each is kept, so that a killed scan goes on."""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+from jaxtyping import Float, Int
+
+from poisonjax.engines import Progress
+from poisonjax.files import written_whole
+from poisonjax.model.sharding import AXES
+from poisonjax.scan.model.changes import Changes, changes
+from poisonjax.scan.model.writing import LONGEST, NEW, Seen, String, Writer, in_parts, rows_at_once
+from poisonjax.weights import Weights
+
+PARTS = "parts"  # of a scan's folder
+LEADING, RELATED = 4, 24  # groups of which more is tested; so many strings of each
+NEAREST = 16  # tokens that one is like
+
+
+UNKNOWN, SAME_DIRECTION = 0.01, 0.95  # share of the vocabulary; cosine
+ASKED = 256  # texts whose next tokens say how likely each token is
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Of a scan: how much the model writes."""
+
+    free: int = 4096  # texts from nothing
+    free_new: int = 96
+    tokens: int = 4096  # that are put after prefixes, each on its own
+    token_prefixes: int = 4
+    token_new: int = 32
+    screened: int = 512  # candidates that are looked at once
+    screen_prefixes: int = 8
+    tested: int = 64  # candidates that are tested, on other prefixes
+    null: int = 256  # strings like them
+    prefixes: int = 32
+
+    @classmethod
+    def within(cls, passes: int, vocabulary: int) -> "Sizes":
+        """So large that about `passes` tokens are written or read, and no larger than needed; a scan that is smaller
+        than the least tells nothing."""
+        whole = cls(tokens=min(vocabulary, cls.tokens))
+        fixed = dataclasses.replace(whole, free=0, tokens=0, screened=0, tested=0, null=0).passes(vocabulary)
+        share = min(1.0, max(0.0, passes - fixed) / (whole.passes(vocabulary) - fixed))
+
+        def part(size: int, least: int) -> int:
+            return max(least, round(size * share))
+
+        return dataclasses.replace(
+            whole,
+            free=part(whole.free, 256),
+            tokens=part(whole.tokens, 64),
+            screened=part(whole.screened, 64),
+            tested=part(whole.tested, 16),
+            null=part(whole.null, 64),
+        )
+
+    def passes(self, vocabulary: int) -> int:
+        """Tokens that go through the model, about."""
+        glance = 2 * 2 * vocabulary if self.tokens < vocabulary else 0
+        tested = self.tested + self.null + LEADING * RELATED
+        strings = (self.screened + self.tested) * self.screen_prefixes + tested * self.prefixes
+        written = self.free * self.free_new + self.tokens * self.token_prefixes * (self.token_new + 1)
+        return glance + written + strings * (NEW + LONGEST + 1)
+
+
+class Scan:
+    """Of one model, in a folder where its parts are kept: a killed scan goes on."""
+
+    def __init__(self, weights: Weights, mesh: Mesh, folder: Path, sizes: Sizes, seed: int, progress: Progress):
+        self.sizes, self.seed, self._folder, self._progress = sizes, seed, folder, progress
+        self.tokenizer, self.writer = weights.tokenizer, Writer(weights, mesh)
+        self.ordinary = self.tokenizer.ordinary_ids
+        table = jax.device_get(weights.params["embedding"][...])
+        self.norms = np.linalg.norm(np.asarray(table, np.float32), axis=1)[: self.tokenizer.vocab_size]
+        self.passes = 0
+        (folder / PARTS).mkdir(parents=True, exist_ok=True)
+
+    def _kept(self, name: str, make: Callable[[], Seen], passes: int) -> Seen:
+        """A part's result, from its file where that is there."""
+        path = self._folder / PARTS / f"{name}.npz"
+        if not path.exists():
+            with written_whole(path) as partial:
+                np.savez(partial, **make()._asdict())
+        self.passes += passes
+        self._progress.add(passes)
+        with np.load(path, allow_pickle=False) as saved:
+            return Seen(*(saved[field] for field in Seen._fields))
+
+    def free_texts(self) -> Seen:
+        """Texts from nothing."""
+        new, rows = self.sizes.free_new, self.sizes.free
+        size = min(rows_at_once(self.writer.model, new), rows)
+        made = []
+        for number in range(-(-rows // size)):
+            write = functools.partial(self.writer.freely, size, new, self.seed + 1000 + number)
+            made.append(self._kept(f"free-{number:04d}", write, size * new))
+        return Seen(*(np.concatenate(of)[:rows] for of in zip(*made, strict=True)))
+
+    def after(
+        self,
+        name: str,
+        prefixes: Int[np.ndarray, "prefixes length"],
+        strings: Sequence[String],
+        new: int = NEW,
+        places: bool = False,
+        writer: Writer | None = None,
+    ) -> Seen:
+        """[strings, prefixes, ...] of what is written after each string, put to each prefix."""
+        writer, width = writer or self.writer, max(map(len, strings))
+        size = max(1, min(rows_at_once(writer.model, width + new) // len(prefixes), len(strings)))
+        of = hashlib.sha256(repr((prefixes.tolist(), strings)).encode()).hexdigest()[:16]
+        made = []
+        for number, (some, real) in enumerate(in_parts(strings, size)):
+            write = functools.partial(writer.after, prefixes, some, width, self.seed, new, places)
+            seen = self._kept(f"{name}-{of}-{number:04d}", write, real * len(prefixes) * (width + new))
+            made.append(Seen(*(of[:real] for of in seen)))
+        return Seen(*(np.concatenate(of) for of in zip(*made, strict=True)))
+
+    def changes(
+        self,
+        name: str,
+        prefixes: Int[np.ndarray, "prefixes length"],
+        strings: Sequence[String],
+        writer: Writer | None = None,
+    ) -> tuple[Changes, Seen, Seen]:
+        """(what strings change, what is written after the prefixes alone, and after each string)."""
+        clean = self.after(f"{name}-clean", prefixes, [()], writer=writer)
+        seen = self.after(name, prefixes, strings, writer=writer)
+        return changes(seen, clean), clean, seen
+
+    def like(self, strings: Sequence[String], counts: Float[np.ndarray, " vocabulary"], number: int) -> list[String]:
+        """So many strings of tokens that are each as frequent, and as long in the embedding, as those of the strings:
+        what is a trigger among them isn't what sets it apart."""
+        random = np.random.default_rng(self.seed)
+        place = np.stack([_ranks(counts[self.ordinary]), _ranks(self.norms[self.ordinary])], 1)
+        index = {int(token): i for i, token in enumerate(self.ordinary)}
+        made = []
+        for i in range(number):
+            own = [index[token] for token in strings[i % len(strings)]]
+            drawn = []
+            for at in own:
+                near = np.abs(place - place[at]).sum(1)
+                near[own] = np.inf
+                drawn.append(int(self.ordinary[random.choice(np.argpartition(near, NEAREST)[:NEAREST])]))
+            made.append(tuple(drawn))
+        return made
+
+    def hardly_known(self, free: Int[np.ndarray, "texts places"]) -> set[int]:
+        """Tokens that training hardly touched: whatever follows them is odd. Never having been right, their rows of
+        the head all point where those do that the model finds least likely (Land and Bartolo 2024, arXiv
+        2405.05417)."""
+        shares, head = self.writer.shares(free[:ASKED])
+        least = np.argsort(shares[self.ordinary])[: max(2, int(UNKNOWN * len(self.ordinary)))]
+        rows = head[self.ordinary] / np.linalg.norm(head[self.ordinary], axis=1, keepdims=True)
+        common = rows[least].mean(0)
+        return {*self.ordinary[rows @ common / np.linalg.norm(common) > SAME_DIRECTION].tolist()}
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    return np.argsort(np.argsort(values, kind="stable"), kind="stable") / len(values)
+
+
+def all_devices() -> Mesh:
+    """All of this process' devices, over which rows are split."""
+    devices = jax.local_devices()
+    sizes = [1] * len(AXES)
+    sizes[AXES.index("data")] = len(devices)
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
