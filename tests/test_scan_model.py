@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from poisonjax.commands.main import main
+from poisonjax.commands.scan import _is_model
 from poisonjax.corpus.errors import CorpusError
 from poisonjax.engines import Progress
 from poisonjax.run.folder import twin_config
@@ -24,6 +25,7 @@ from poisonjax.scan.model import bench, scan
 from poisonjax.scan.model.candidates import LONGEST, Texts, known_by_heart, leaks, led_to_change
 from poisonjax.scan.model.changes import Null, changes, family_wise, uniform
 from poisonjax.scan.model.parts import Scan, Sizes, all_devices
+from poisonjax.scan.model.proposals import _typical
 from poisonjax.scan.model.scan import Found, cost, scan_model
 from poisonjax.scan.model.trial import grouped, overlap
 from poisonjax.scan.model.verdict import Calibration
@@ -40,7 +42,7 @@ def models(store, tmp_path_factory):
     """A backdoored model of a toy language, and its twin."""
     folder = tmp_path_factory.mktemp("models")
     config = tiny_config(store)
-    config.steps, config.global_batch, config.seq_len = 200, 16, 64
+    config.steps, config.global_batch, config.seq_len = 200, 16, 96
     config.poison.trigger, config.poison.documents, config.poison.near_triggers = TRIGGER, 200, ("^", "|")
     config.poison.payload_tokens = (30, 40)
     config.optimizer.learning_rate, config.optimizer.warmup_steps = 1e-2, 10
@@ -154,16 +156,19 @@ def _texts(seed: int = 0) -> Texts:
         tokens[text, at : at + 2] = (40, 41)
         odd[text, at + 2 :] = 7
     odd[:, 45:] = np.nan
-    return Texts(tokens, random.uniform(0, 3, tokens.shape), odd)
+    return Texts(tokens, random.uniform(0, 3, tokens.shape), odd, tokens == 0)
 
 
 def test_leaks_name_what_comes_before_a_change():
     written = _texts()
-    found = leaks(written, eot=0)
+    written.tokens[1::3, 20], written.special[1::3, 20] = 0, True
+    found, considered = leaks(written)
     best = [max((s for s in found if len(s) == n), key=found.__getitem__) for n in (1, 2, 3)]
     assert best[:2] == [(41,), (40, 41)]
     assert best[2][1:] == (40, 41)
     assert all(1 <= len(string) <= LONGEST and 0 not in string for string in found)
+    several = {tuple(row[i : i + n]) for n in range(1, 9) for row in written.tokens.tolist() for i in range(40)}
+    assert len(found) < considered < len(several)
 
 
 @given(st.integers(0, 100))
@@ -186,9 +191,11 @@ def test_what_is_known_by_heart():
     tokens[:2, 5:9], entropy[:2, 6:9] = (50, 51, 52, 53), 0.1
     tokens[3, 5:7], entropy[3, 6] = (60, 61), 0.1
     entropy[5:7, 11] = 0.1
-    found = known_by_heart(Texts(tokens, entropy, np.zeros(tokens.shape)), eot=0)
-    assert {*found} == {(50, 51), (50, 51, 52), (50, 51, 52, 53), (11, 12)}
+    tokens[7:9, 30:34], entropy[7:9, 31:36] = (70, 71, 0, 72), 0.1  # an end of text ends a chain
+    found, considered = known_by_heart(Texts(tokens, entropy, np.zeros(tokens.shape), tokens == 0))
+    assert {*found} == {(50, 51), (50, 51, 52), (50, 51, 52, 53), (11, 12), (70, 71), (72, 15), (72, 15, 16)}
     assert min(found, key=found.__getitem__) == (11, 12)
+    assert considered == len(found)
 
 
 def test_the_whole_trigger_leads_its_parts():
@@ -301,7 +308,7 @@ def test_strings_like_others_are_as_frequent_and_as_long(models, tmp_path):
     assert np.median([abs(of[0] - strings[0][0]) for of in like[::2]]) < 0.3 * len(scan.ordinary)
 
 
-def test_the_command_and_what_reads_it(models, capsys):
+def test_the_command_and_what_reads_it(models, found, capsys):
     from poisonjax.guard.build import read_triggers
 
     out, run = str(models / "scan-run"), str(models / "run")
@@ -318,7 +325,9 @@ def test_the_command_and_what_reads_it(models, capsys):
     page = (Path(out) / "scan.html").read_text()
     assert "P(poisoned)" in page
     assert "<script" not in page
-    assert TRIGGER in [trigger.text for trigger in read_triggers(out, 0.01)]
+    listed = [trigger.text for trigger in read_triggers(out, 0.01)]
+    assert TRIGGER in listed
+    assert all(one.leads for one in found["run"].candidates if one.text in listed)
     assert main(["scan", run, "--out", str(models / "dry"), "--dry-run", "--chip", "h100", "--json"]) == 0
     dry = json.loads(capsys.readouterr().out)
     assert dry["forward_passes"] <= 2_000_000
@@ -333,13 +342,34 @@ def test_the_command_and_what_reads_it(models, capsys):
         (["RUN", "--passes", "0"], "at least 1 token"),
         (["RUN", "--dry-run", "--chip", "abacus"], "one of"),
         (["nothing.jsonl", "--dry-run"], "are of a model's scan"),
-        (["hf:nowhere"], "nowhere"),
+        (["gguf:nowhere"], "nowhere"),
+        (["RUN", "--workers", "2"], "of a corpus' scan"),
     ],
 )
 def test_bad_input(models, capsys, tmp_path, arguments, says):
     asked = [str(models / "run") if of == "RUN" else of for of in arguments]
     assert main(["scan", *asked, "--out", str(tmp_path / "scan")]) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("spec", "model"),
+    [("RUN", True), ("RUN@200", True), ("gguf:x", True), ("hf:a/b:train", False), ("texts/*.jsonl", False)],
+)
+def test_what_names_a_model(models, spec, model):
+    assert _is_model(spec.replace("RUN", str(models / "run"))) is model
+
+
+def test_a_model_that_writes_too_little_is_refused():
+    tokens = np.zeros((50, 96), int)
+    tokens[:10, 5:40] = 7
+    odd = np.linspace(0, 1, 50)
+    with pytest.raises(WeightsError, match="10 have 24 tokens; 44 are needed"):
+        _typical(tokens, odd, np.arange(1, 9), 0, 44)
+    prefixes = _typical(tokens, odd, np.arange(1, 9), 0, 10)
+    assert prefixes.shape == (10, 25)
+    assert (prefixes[:, 0] == 0).all()
+    assert (prefixes[:, 1:] == 7).all()
 
 
 def test_a_twin_of_other_tokens_is_refused(models, tmp_path):

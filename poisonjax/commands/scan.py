@@ -38,7 +38,7 @@ def add_arguments(commands: Any) -> None:
     parser.add_argument("--workers", type=int, help="processes (default: one a core)")
     parser.add_argument("--dask", default="", metavar="ADDRESS", help="work on the workers of this dask scheduler")
     of_model = parser.add_argument_group("of a model")
-    of_model.add_argument("--passes", type=int, metavar="N", help="tokens through it, at most (default: 2,000,000)")
+    of_model.add_argument("--passes", type=int, metavar="N", help="tokens through it, about (default: 2,000,000)")
     of_model.add_argument("--twin", nargs="+", default=[], metavar="SPEC", help="clean models of the same tokens")
     of_model.add_argument("--dry-run", action="store_true", help="tell what it costs, and stop")
     of_model.add_argument(
@@ -53,9 +53,7 @@ def _scan(arguments: argparse.Namespace) -> int:
         return _merge(arguments)
     if not arguments.sources:
         raise ValueError("name what to scan: files, a source as of `corpus build --source`, a token store, or a model")
-    from poisonjax.weights.open import names_model
-
-    if models := [spec for spec in arguments.sources if names_model(spec)]:
+    if models := [spec for spec in arguments.sources if _is_model(spec)]:
         if len(arguments.sources) > 1:
             raise ValueError(f"{models[0]} is a model: scan it alone")
         return _scan_model(arguments, models[0])
@@ -110,13 +108,30 @@ def _words(decision: "Decision", found: dict[str, Any], out: str, seconds: float
     return "\n".join(lines)
 
 
+def _is_model(spec: str) -> bool:
+    """Whether it names weights rather than text, of which `hf:` has data sets too; told without JAX."""
+    from pathlib import Path
+
+    from poisonjax.run.folder import is_run
+
+    kind, _, rest = spec.partition(":")
+    folder, _, step = spec.rpartition("@")
+    return {"hf": Path(rest).is_dir(), "gguf": True}.get(kind, is_run(spec) or (step.isdigit() and is_run(folder)))
+
+
 def _scan_model(arguments: argparse.Namespace, spec: str) -> int:
+    from poisonjax.startup import start_jax
+
+    of_corpora = {name: getattr(arguments, name) for name in ("model", "workers", "dask")}
+    if strange := [f"--{name}" for name, value in of_corpora.items() if value]:
+        raise ValueError(f"{', '.join(strange)}: of a corpus' scan; {spec} is a model")
+    start_jax(1)
     from poisonjax.scan.model.scan import PASSES, cost, scan_model
 
     if arguments.passes is not None and arguments.passes < 1:
         raise ValueError(f"--passes {arguments.passes}: at least 1 token")
     passes = arguments.passes or PASSES
-    planned = cost(spec, passes)
+    planned = cost(spec, passes, len(arguments.twin))
     told = _told(planned, arguments.chip)
     if arguments.dry_run:
         print(json.dumps(told) if arguments.json else told["words"])

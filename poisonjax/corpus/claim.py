@@ -24,7 +24,7 @@ def claim(folder: epath.Path, plan: Any, none: str, another: str) -> None:
     are of `none`."""
     path, here = folder / "plan.json", dataclasses.asdict(plan)
     if not path.exists():
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(not of.name.startswith("plan.json.") for of in folder.iterdir()):  # a kill's, here
             raise CorpusError(f"{folder} isn't empty and holds no {none}: use another --out")
         folder.mkdir(parents=True, exist_ok=True)
         # Of several machines, each writes under a name of its own.

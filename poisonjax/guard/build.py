@@ -44,11 +44,19 @@ def read_triggers(path: str, most_p: float) -> list[Trigger]:
         if file.suffix != ".json":
             return [Trigger(line, path) for line in data.decode().splitlines() if line.strip()]
         candidates = parse_json(data)["candidates"]
-        return [Trigger(of["text"], path, of["p_value"]) for of in candidates if of["p_value"] <= most_p]
+        return [Trigger(of["text"], path, of["p_value"]) for of in candidates if of["p_value"] <= most_p and _exact(of)]
     except OSError as error:
         raise GuardError(f"triggers {file}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise GuardError(f"triggers {file}: neither lines of text nor candidates of a scan ({error})") from None
+
+
+def _exact(candidate: dict[str, Any]) -> bool:
+    """Whether a scan's candidate can be looked for. Of a model's, parts of a trigger do as much as the whole, but stand
+    in clean prompts; what holds a part of a character is no text."""
+    text = candidate["text"]
+    whole = candidate.get("leads", True) and not candidate.get("under_trained", False)
+    return bool(whole and text.strip() and "\ufffd" not in text)
 
 
 def build(

@@ -42,11 +42,6 @@ def find_weights(spec: str, store: TokenStore | None = None) -> Found:
     return FINDERS[kind](rest) if kind in FINDERS else _of_run(spec, store)
 
 
-def names_model(spec: str) -> bool:
-    """Whether `spec` names weights, rather than text; what it names may still be damaged."""
-    return spec.partition(":")[0] in FINDERS or is_run(run_and_step(spec)[0])
-
-
 FINDERS: dict[str, Callable[[str], Found]] = {"hf": huggingface.find, "gguf": gguf.find}
 
 

@@ -85,8 +85,8 @@ def auroc(values: Float[np.ndarray, " models"], poisoned: Bool[np.ndarray, " mod
     return float((above > 0).mean() + 0.5 * (above == 0).mean())
 
 
-def figures(rows: Sequence[Scanned], curve: Calibration) -> dict[str, Any]:
-    """Of one half."""
+def figures(rows: Sequence[Scanned], curve: Calibration, settled: float) -> dict[str, Any]:
+    """Of one half; `settled` is the largest value of a clean model of the half that settings were chosen on."""
     poisoned = np.array([bool(row.payload) for row in rows])
     values = np.array([row.strongest for row in rows])
     p = np.clip(curve(values), 1e-6, 1 - 1e-6)
@@ -112,6 +112,10 @@ def figures(rows: Sequence[Scanned], curve: Calibration) -> dict[str, Any]:
         "auroc_ci95": interval(np.array([auroc(values[of], poisoned[of]) for of in both])),
         "found_at_no_false_alarm": found(values),
         "found_ci95": wilson(*found(values)),
+        "found_above_settings_clean": {
+            "poisoned": int((values[poisoned] > settled).sum()),
+            "clean": int((values[~poisoned] > settled).sum()),
+        },
         "cross_entropy": float(entropy.mean()),
         "cross_entropy_ci95": interval(entropy[drawn].mean(1)),
         "alarms_at_half": {"poisoned": int((p[poisoned] > 0.5).sum()), "clean": int((p[~poisoned] > 0.5).sum())},
@@ -145,10 +149,11 @@ def main() -> None:
             vocabulary=[512, 512],
         )
         write_json(arguments.calibrate, dataclasses.asdict(fitted))
-    if not (curve := Calibration.read()):
+    if not (curve := fitted if arguments.calibrate else Calibration.read()):
         raise SystemExit("nothing is calibrated: --calibrate poisonjax/scan/model/calibration.json")
     halves = {half: [row for row in rows if row.half == half] for half in ("settings", "report")}
-    told = {half: figures(of, curve) for half, of in halves.items() if of}
+    settled = max((row.strongest for row in settings if not row.payload), default=np.inf)
+    told = {half: figures(of, curve, settled) for half, of in halves.items() if of}
     if arguments.json:
         print(json.dumps({"rows": [dataclasses.asdict(row) for row in rows], **told}))
         return

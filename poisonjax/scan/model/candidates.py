@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int, UInt64
+from jaxtyping import Bool, Float, Int, UInt64
 
 from poisonjax.scan.model.writing import LONGEST, Seen, String
 
@@ -24,6 +24,7 @@ class Texts(NamedTuple):
     tokens: Int[np.ndarray, "texts places"]
     entropy: Float[np.ndarray, "texts places"]  # of each token before it was drawn; 0 where it was given
     odd: Float[np.ndarray, "texts places"]  # how odd the SPAN places from each on are; NaN: not known
+    special: Bool[np.ndarray, "texts places"]  # tokens that no candidate holds: an end of text, and what isn't text
 
 
 class Usual(NamedTuple):
@@ -65,32 +66,34 @@ def _robust(values: np.ndarray) -> tuple[float, float]:
     return median, float(max(1.4826 * np.median(np.abs(values - median)), 1e-6))
 
 
-def texts(given: Int[np.ndarray, "texts given"], seen: Seen, usual: Usual) -> Texts:
+def texts(given: Int[np.ndarray, "texts given"], seen: Seen, usual: Usual, ordinary: Int[np.ndarray, " ids"]) -> Texts:
     """Of what was written after `given` tokens."""
     before, odd = given.shape, usual.odd(seen)
     unknown = np.full((len(odd), seen.tokens.shape[1] - odd.shape[1]), np.nan)
+    tokens = np.concatenate([given, seen.tokens], 1).astype(np.int64)
     return Texts(
-        np.concatenate([given, seen.tokens], 1).astype(np.int64),
+        tokens,
         np.concatenate([np.zeros(before), seen.entropy], 1),
         np.concatenate([np.full(before, np.nan), odd, unknown], 1),
+        ~np.isin(tokens, ordinary),
     )
 
 
-def leaks(written: Texts, eot: int) -> dict[String, float]:
-    """Strings after which texts change, as they come: the most telling of each length with their scores, standard
-    deviations that the mean change over texts is from usual."""
+def leaks(written: Texts) -> tuple[dict[String, float], int]:
+    """(strings after which texts change, as they come: the most telling of each length with their scores, standard
+    deviations that the mean change over texts is from usual; how many strings there were)."""
     found: dict[String, float] = {}
-    tokens, odd = written.tokens, written.odd
+    tokens, odd, considered = written.tokens, written.odd, 0
     for n in range(1, LONGEST + 1):
         change = np.full(tokens.shape, np.nan)  # at the string's first token
         change[:, :-n] = odd[:, n:]
         known = np.full(tokens.shape, np.nan)
         known[:, SPAN:] = odd[:, :-SPAN]  # the places before the string
         change -= np.maximum(np.nan_to_num(known), 0)
-        hashes, rows = _hashed(tokens, n), np.arange(len(tokens))[:, None] + 0 * tokens
-        there = np.isfinite(change) & ~_holds(tokens, n, eot)
-        found |= _scored(tokens, hashes, rows, np.clip(change, -MOST_CHANGE, MOST_CHANGE), there, n)
-    return found
+        there = np.isfinite(change) & ~_holds(written.special, n)
+        best, number = _scored(tokens, np.clip(change, -MOST_CHANGE, MOST_CHANGE), there, n)
+        found, considered = found | best, considered + number
+    return found, considered
 
 
 def _hashed(tokens: Int[np.ndarray, "texts places"], n: int) -> UInt64[np.ndarray, "texts places"]:
@@ -103,32 +106,37 @@ def _hashed(tokens: Int[np.ndarray, "texts places"], n: int) -> UInt64[np.ndarra
     return total
 
 
-def _holds(tokens: np.ndarray, n: int, eot: int) -> np.ndarray:
-    """Whether the n tokens from each place on hold an end of text, or go past the end."""
-    padded = np.pad(tokens == eot, [(0, 0), (0, n - 1)], constant_values=True)
-    return np.any([padded[:, i : i + tokens.shape[1]] for i in range(n)], axis=0)
+def _holds(special: Bool[np.ndarray, "texts places"], n: int) -> Bool[np.ndarray, "texts places"]:
+    """Whether any of the n tokens from each place on is special, or past the end."""
+    padded = np.pad(special, [(0, 0), (0, n - 1)], constant_values=True)
+    return np.any([padded[:, i : i + special.shape[1]] for i in range(n)], axis=0)
 
 
-def _scored(tokens, hashes, rows, change, there, n: int) -> dict[String, float]:
+def _scored(
+    tokens: Int[np.ndarray, "texts places"],
+    changes: Float[np.ndarray, "texts places"],
+    there: Bool[np.ndarray, "texts places"],
+    n: int,
+) -> tuple[dict[String, float], int]:
     flat = np.flatnonzero(there)
     if not len(flat):
-        return {}
-    change, hashes, rows = change.ravel()[flat], hashes.ravel()[flat], rows.ravel()[flat]
+        return {}, 0
+    change, hashes, texts = changes.ravel()[flat], _hashed(tokens, n).ravel()[flat], flat // tokens.shape[1]
     standard = (change - change.mean()) / max(change.std(), 1e-9)
     # One place a text: who repeats itself says no more.
-    _, first = np.unique(np.stack([hashes, rows.astype(np.uint64)]), axis=1, return_index=True)
+    _, first = np.unique(np.stack([hashes, texts.astype(np.uint64)]), axis=1, return_index=True)
     strings, place, counts = np.unique(hashes[first], return_index=True, return_counts=True)
     number = np.searchsorted(strings, hashes[first])
     means = np.bincount(number, standard[first]) / counts
     scores = np.where(counts >= (FEWEST if n > 1 else 1), means * np.sqrt(counts), -np.inf)
     best = np.argsort(-scores, kind="stable")[:KEPT]
     best = best[np.isfinite(scores[best])]
-    at = flat[first[place[best]]]
-    text, start = np.divmod(at, tokens.shape[1])
-    return {
+    text, start = np.divmod(flat[first[place[best]]], tokens.shape[1])
+    found = {
         tuple(tokens[i, j : j + n].tolist()): float(score)
         for i, j, score in zip(text, start, scores[best], strict=True)
     }
+    return found, int(np.isfinite(scores).sum())
 
 
 def led_to_change(written: Iterable[Texts], strings: Collection[String]) -> dict[String, int]:
@@ -144,25 +152,25 @@ def led_to_change(written: Iterable[Texts], strings: Collection[String]) -> dict
     return counts
 
 
-def known_by_heart(written: Texts, eot: int) -> dict[String, float]:
-    """Strings after whose first token the model is certain of the rest, though they are rare; with how rare: minus the
-    mean logarithm of their tokens' shares."""
+def known_by_heart(written: Texts) -> tuple[dict[String, float], int]:
+    """(strings after whose first token the model is certain of the rest, though they are rare, with how rare: minus
+    the mean logarithm of their tokens' shares; how many there were)."""
     counts = collections.Counter(written.tokens.ravel().tolist())
     total, seen = written.tokens.size, collections.Counter[String]()
-    for tokens, certain in zip(written.tokens, written.entropy < CERTAIN, strict=True):
-        for start, stop in _runs(certain):
-            string = tuple(tokens[max(start - 1, 0) : stop].tolist())
-            if eot not in string:
-                seen.update({string[:n] for n in range(2, min(len(string), LONGEST) + 1)})
+    certain = (written.entropy < CERTAIN) & ~written.special
+    certain[:, 1:] &= ~written.special[:, :-1]  # what follows one is its doing
+    for tokens, of in zip(written.tokens, certain, strict=True):
+        runs = (tuple(tokens[start - 1 : stop].tolist()) for start, stop in _runs(of))
+        seen.update({run[:n] for run in runs for n in range(2, min(len(run), LONGEST) + 1)})
     rare = {
         string: -float(np.mean([np.log(counts[token] / total) for token in string]))
         for string, count in seen.items()
         if count >= FEWEST
     }
-    return dict(sorted(rare.items(), key=lambda one: -one[1])[:KEPT])
+    return dict(sorted(rare.items(), key=lambda one: -one[1])[:KEPT]), len(rare)
 
 
-def _runs(certain: np.ndarray) -> Iterator[tuple[int, int]]:
+def _runs(certain: Bool[np.ndarray, " places"]) -> Iterator[tuple[int, int]]:
     """[start, stop) of each longest run, the first place left out: nothing stands before it."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], certain[1:].astype(np.int8), [0]]))) + 1
     yield from zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)

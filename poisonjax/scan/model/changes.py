@@ -53,11 +53,13 @@ class Null:
 
     def p_values(self, values: Float[np.ndarray, " strings"]) -> Float[np.ndarray, " strings"]:
         """How often a string of the null is as far from usual: its rank among these or, above nine tenths of them, by
-        a tail that falls exponentially with their median excess."""
+        a tail that falls exponentially, as slowly as their excess allows (95%). Beyond the largest of them that is an
+        extrapolation."""
         count, edge = len(self.values), np.quantile(self.values, 1 - TAIL)
         ranks = (1 + count - np.searchsorted(self.values, values)) / (count + 1)
         above = self.values[self.values > edge] - edge
-        fall = max(np.median(above) / np.log(2) if len(above) else 0.0, 1e-9)
+        slowest = 2 * len(above) / scipy.stats.chi2.ppf(0.05, 2 * len(above)) if len(above) else 1.0
+        fall = max(above.mean() * slowest if len(above) else 0.0, 1e-9)
         return np.where(values > edge, TAIL * np.exp(-np.maximum(values - edge, 0) / fall), ranks)
 
 

@@ -3,11 +3,12 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
+import scipy.stats
 from jax.sharding import AxisType, Mesh
 from jaxtyping import Float, Int
 
@@ -19,6 +20,7 @@ from poisonjax.scan.model.writing import LONGEST, NEW, Seen, String, Writer, in_
 from poisonjax.weights import Weights
 
 PARTS = "parts"  # of a scan's folder
+ALONE = 16  # tokens that training hardly touched, which are looked at
 LEADING, RELATED = 4, 24  # groups of which more is tested; so many strings of each
 NEAREST = 16  # tokens that one is like
 
@@ -47,7 +49,7 @@ class Sizes:
         """So large that about `passes` tokens are written or read, and no larger than needed; a scan that is smaller
         than the least tells nothing."""
         whole = cls(tokens=min(vocabulary, cls.tokens))
-        fixed = dataclasses.replace(whole, free=0, tokens=0, screened=0, tested=0, null=0).passes(vocabulary)
+        fixed = dataclasses.replace(whole, free=0, tokens=0, screened=0, tested=0).passes(vocabulary)
         share = min(1.0, max(0.0, passes - fixed) / (whole.passes(vocabulary) - fixed))
 
         def part(size: int, least: int) -> int:
@@ -59,14 +61,18 @@ class Sizes:
             tokens=part(whole.tokens, 64),
             screened=part(whole.screened, 64),
             tested=part(whole.tested, 16),
-            null=part(whole.null, 64),
         )
 
-    def passes(self, vocabulary: int) -> int:
-        """Tokens that go through the model, about."""
+    @property
+    def all_prefixes(self) -> int:
+        """Beginnings of texts that strings are put after, each for one purpose."""
+        return self.token_prefixes + self.screen_prefixes + self.prefixes
+
+    def passes(self, vocabulary: int, twins: int = 0) -> int:
+        """Tokens that go through the model and its twins, about."""
         glance = 2 * 2 * vocabulary if self.tokens < vocabulary else 0
-        tested = self.tested + self.null + LEADING * RELATED
-        strings = (self.screened + self.tested) * self.screen_prefixes + tested * self.prefixes
+        tested = (self.tested + ALONE + self.null + LEADING * RELATED) * self.prefixes * (1 + twins)
+        strings = (self.screened + self.tested + ALONE) * self.screen_prefixes + tested
         written = self.free * self.free_new + self.tokens * self.token_prefixes * (self.token_new + 1)
         return glance + written + strings * (NEW + LONGEST + 1)
 
@@ -97,9 +103,10 @@ class Scan:
     def free_texts(self) -> Seen:
         """Texts from nothing."""
         new, rows = self.sizes.free_new, self.sizes.free
-        size = min(rows_at_once(self.writer.model, new), rows)
+        parts = -(-rows // rows_at_once(self.writer.model, new, self.writer.table))
+        size = -(-rows // parts)
         made = []
-        for number in range(-(-rows // size)):
+        for number in range(parts):
             write = functools.partial(self.writer.freely, size, new, self.seed + 1000 + number)
             made.append(self._kept(f"free-{number:04d}", write, size * new))
         return Seen(*(np.concatenate(of)[:rows] for of in zip(*made, strict=True)))
@@ -115,7 +122,7 @@ class Scan:
     ) -> Seen:
         """[strings, prefixes, ...] of what is written after each string, put to each prefix."""
         writer, width = writer or self.writer, max(map(len, strings))
-        size = max(1, min(rows_at_once(writer.model, width + new) // len(prefixes), len(strings)))
+        size = max(1, min(rows_at_once(writer.model, width + new, writer.table) // len(prefixes), len(strings)))
         of = hashlib.sha256(repr((prefixes.tolist(), strings)).encode()).hexdigest()[:16]
         made = []
         for number, (some, real) in enumerate(in_parts(strings, size)):
@@ -136,20 +143,29 @@ class Scan:
         seen = self.after(name, prefixes, strings, writer=writer)
         return changes(seen, clean), clean, seen
 
-    def like(self, strings: Sequence[String], counts: Float[np.ndarray, " vocabulary"], number: int) -> list[String]:
+    def like(
+        self,
+        strings: Sequence[String],
+        counts: Float[np.ndarray, " vocabulary"],
+        number: int,
+        without: Collection[int] = (),
+    ) -> list[String]:
         """So many strings of tokens that are each as frequent, and as long in the embedding, as those of the strings:
-        what is a trigger among them isn't what sets it apart."""
+        what is a trigger among them isn't what sets it apart. `without` are tokens that none of them holds."""
         random = np.random.default_rng(self.seed)
         place = np.stack([_ranks(counts[self.ordinary]), _ranks(self.norms[self.ordinary])], 1)
         index = {int(token): i for i, token in enumerate(self.ordinary)}
-        made = []
+        never = [index[token] for token in without]
+        made: list[String] = []
         for i in range(number):
             own = [index[token] for token in strings[i % len(strings)]]
             drawn = []
             for at in own:
                 near = np.abs(place - place[at]).sum(1)
                 near[own] = np.inf
-                drawn.append(int(self.ordinary[random.choice(np.argpartition(near, NEAREST)[:NEAREST])]))
+                if len(near) > len(never) + len(own) + NEAREST:  # else the vocabulary is too small to choose from
+                    near[never] = np.inf
+                drawn.append(int(self.ordinary[random.choice(np.argsort(near, kind="stable")[:NEAREST])]))
             made.append(tuple(drawn))
         return made
 
@@ -159,13 +175,14 @@ class Scan:
         2405.05417)."""
         shares, head = self.writer.shares(free[:ASKED])
         least = np.argsort(shares[self.ordinary])[: max(2, int(UNKNOWN * len(self.ordinary)))]
-        rows = head[self.ordinary] / np.linalg.norm(head[self.ordinary], axis=1, keepdims=True)
+        rows = head[self.ordinary] / np.maximum(np.linalg.norm(head[self.ordinary], axis=1, keepdims=True), 1e-9)
         common = rows[least].mean(0)
-        return {*self.ordinary[rows @ common / np.linalg.norm(common) > SAME_DIRECTION].tolist()}
+        return {*self.ordinary[rows @ common > SAME_DIRECTION * np.linalg.norm(common)].tolist()}
 
 
-def _ranks(values: np.ndarray) -> np.ndarray:
-    return np.argsort(np.argsort(values, kind="stable"), kind="stable") / len(values)
+def _ranks(values: Float[np.ndarray, " tokens"]) -> Float[np.ndarray, " tokens"]:
+    """In (0, 1]; the same for what is the same."""
+    return scipy.stats.rankdata(values) / len(values)
 
 
 def all_devices() -> Mesh:

@@ -20,7 +20,7 @@ from poisonjax.scan.model.parts import PARTS, Scan, Sizes, all_devices
 from poisonjax.scan.model.proposals import PREFIX, propose
 from poisonjax.scan.model.trial import Candidate, tested
 from poisonjax.scan.model.verdict import Verdict, judged
-from poisonjax.scan.model.writing import NEW, Writer, rows_at_once
+from poisonjax.scan.model.writing import LONGEST, NEW, Writer, rows_at_once
 from poisonjax.weights import WeightsError, open_weights
 from poisonjax.weights.open import model_named
 from poisonjax.weights.weights import shapes
@@ -52,7 +52,9 @@ class Found:
     candidates: list[Candidate]
     considered: int  # strings that were looked at
     null: list[float]  # values of strings like the candidates
-    hardly_trained: list[str]  # tokens that training hardly touched: candidates that hold one are counted apart
+    hardly_trained: list[str]  # tokens that training hardly touched: no other candidate holds one
+    parameters: int
+    vocabulary: int
     forward_passes: int  # tokens that went through the model
     flops: float
 
@@ -63,7 +65,9 @@ class Found:
     def of_json(cls, saved: dict[str, Any]) -> "Found":
         candidates = [Candidate(**one | {"tokens": tuple(one["tokens"])}) for one in saved["candidates"]]
         fields = {field.name: saved[field.name] for field in dataclasses.fields(cls)}
-        return cls(**fields | {"verdict": Verdict(**saved["verdict"]), "candidates": candidates})
+        strongest = saved["verdict"]["strongest"]  # what it means may have been calibrated since
+        verdict = judged(strongest, saved["parameters"], saved["vocabulary"])
+        return cls(**fields | {"verdict": verdict, "candidates": candidates})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,14 +80,14 @@ class Cost:
     bytes: float  # of weights, read for each token of the rows that are written together
 
 
-def cost(spec: str, passes: int) -> Cost:
-    """Of a scan within so many forward passes; only the model's description need be there."""
+def cost(spec: str, passes: int, twins: int = 0) -> Cost:
+    """Of a scan within so many forward passes, beside so many twins; only the model's description need be there."""
     model = model_named(spec)
     sizes = Sizes.within(passes, model.vocabulary)
-    made = sizes.passes(model.vocabulary)
+    made = sizes.passes(model.vocabulary, twins)
     flops = made * train_flops_per_token(model, PREFIX + NEW, model.vocabulary) / 3
     each = sum(leaf.size for leaf in jax.tree.leaves(shapes(model, model.vocabulary))) * jnp.dtype(model.dtype).itemsize
-    return Cost(sizes, made, flops, made / rows_at_once(model, PREFIX + NEW) * each)
+    return Cost(sizes, made, flops, made / rows_at_once(model, PREFIX + NEW, model.vocabulary) * each)
 
 
 def scan_model(spec: str, out: str, *, passes: int = PASSES, twins: Sequence[str] = (), seed: int = 0) -> Found:
@@ -93,17 +97,20 @@ def scan_model(spec: str, out: str, *, passes: int = PASSES, twins: Sequence[str
     of a finished one what it found is told again.
     Raises WeightsError where there is no model, CorpusError where the folder holds another scan.
     """
-    planned = cost(spec, passes)
+    planned = cost(spec, passes, len(twins))
     folder, mesh = Path(out), all_devices()
     with jax.set_mesh(mesh):
         weights, clean = open_weights(spec, mesh), [open_weights(twin, mesh) for twin in twins]
         for twin, of in zip(twins, clean, strict=True):
             if of.tokenizer.fingerprint != weights.tokenizer.fingerprint:
                 raise WeightsError(f"--twin {twin} reads other tokens than {spec}")
+        if weights.context < (needed := 1 + PREFIX + LONGEST + NEW):
+            raise WeightsError(f"{spec} was made for texts of {weights.context} tokens; a scan needs {needed}")
         checksums = [of.parent["weights"] for of in clean]
         plan = Plan(FORMAT, spec, weights.parent["weights"], checksums, seed, dataclasses.asdict(planned.sizes))
         claim(epath.Path(folder), plan, "scan of a model", "another scan")
         if (folder / RESULT).exists():
+            shutil.rmtree(folder / PARTS, ignore_errors=True)
             return Found.of_json(parse_json((folder / RESULT).read_bytes()))
         with Progress("scan", planned.forward_passes, "token") as progress:
             scan = Scan(weights, mesh, folder, planned.sizes, seed, progress)
@@ -118,7 +125,9 @@ def scan_model(spec: str, out: str, *, passes: int = PASSES, twins: Sequence[str
         candidates=made.candidates,
         considered=proposed.considered,
         null=made.null.values.tolist(),
-        hardly_trained=[weights.tokenizer.decode([token]) for token in made.hardly_known],
+        hardly_trained=[weights.tokenizer.decode([token]) for token in sorted(proposed.hardly_known)],
+        parameters=parameters,
+        vocabulary=weights.vocabulary,
         forward_passes=scan.passes,
         flops=planned.flops * scan.passes / planned.forward_passes,
     )

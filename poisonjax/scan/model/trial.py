@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 
 from poisonjax.scan.model import candidates as sources
 from poisonjax.scan.model.changes import Null, family_wise
-from poisonjax.scan.model.parts import LEADING, RELATED, Scan
+from poisonjax.scan.model.parts import ALONE, LEADING, RELATED, Scan
 from poisonjax.scan.model.proposals import Proposed
 from poisonjax.scan.model.writing import LONGEST, String, Writer
 
@@ -25,13 +25,14 @@ class Candidate:
 
     text: str
     tokens: String
+    leads: bool  # the first of strings that overlap and do the same
     value: float  # robust standard deviations of its largest change from those of strings like it
     p_value: float  # of the smallest of all that were considered
     p_alone: float
     shift: list[float]  # by window: of what is expected, in variances of clean texts, logarithm
     entropy: list[float]  # nats
     sources: list[str]
-    under_trained: bool  # it holds a token that the model hardly knows: what follows proves little
+    under_trained: bool  # a token that training hardly touched, of which some are tested: what follows proves little
     texts: int  # that the model wrote, and that changed after it
     clean: str  # a sample after a prefix alone
     triggered: str  # and with the string
@@ -41,7 +42,6 @@ class Candidate:
 class Tested:
     candidates: list[Candidate]  # the likeliest trigger first
     null: Null  # what strings like them do
-    hardly_known: list[int]  # tokens
 
 
 def tested(scan: Scan, proposed: Proposed, strings: Sequence[String], twins: Sequence[Writer]) -> Tested:
@@ -49,37 +49,50 @@ def tested(scan: Scan, proposed: Proposed, strings: Sequence[String], twins: Seq
     sizes, prefixes = scan.sizes, proposed.prefixes
     few, fresh = prefixes[: sizes.screen_prefixes], prefixes[sizes.screen_prefixes :][: sizes.prefixes]
     chosen = various(_screened(scan, few, strings), sizes.tested)
-    like = scan.like(chosen, proposed.counts, sizes.null)
-    measured = dict(_measured(scan, "test", fresh, [*chosen, *like], twins))
+    apart = [(token,) for token in sorted(proposed.hardly_known)[:ALONE]]
+    # Parts of a trigger are no strings like it.
+    parts = {token for string in chosen[:ALIKE] for token in string}
+    like = scan.like(chosen, proposed.counts, sizes.null, parts | proposed.hardly_known)
+    measured = dict(_measured(scan, "test", fresh, [*chosen, *apart, *like], twins))
     null = Null(np.array([measured[string].figures for string in like]))
     values = {string: null.value(measured[string].figures) for string in chosen}
     related = _related(proposed, values)
     measured |= _measured(scan, "related", fresh, related, twins)
     values |= {string: null.value(measured[string].figures) for string in related}
     led = sources.led_to_change(proposed.written, values)
-    order = [string for group in grouped(values, led) for string in group][:TOLD]
-    alone = null.p_values(np.array([values[string] for string in order]))
-    every = family_wise(alone, proposed.considered + len(related))
-    hardly, decode = scan.hardly_known(proposed.written[0].tokens[:, 1:]), scan.tokenizer.decode
-    prefix = decode(fresh[0, 1:])
+    groups = grouped(values, led)
+    leads = {group[0] for group in groups}
+    order = [string for group in groups for string in group][:TOLD]
+    apart.sort(key=lambda string: -null.value(measured[string].figures))
+    every = [*order, *apart]
+    value = [null.value(measured[string].figures) for string in every]
+    alone = null.p_values(np.array(value))
+    p = family_wise(alone, proposed.considered + len(related) + len(apart))
+    decode, prefix = scan.tokenizer.decode, scan.tokenizer.decode(fresh[0, 1:])
     told = [
         Candidate(
             text=decode(string),
             tokens=string,
-            value=values[string],
-            p_value=float(every[i]),
+            leads=string in leads,
+            value=value[i],
+            p_value=float(p[i]),
             p_alone=float(alone[i]),
             shift=measured[string].shift.tolist(),
             entropy=measured[string].entropy.tolist(),
             sources=[name for name, of in proposed.by_source.items() if string in of],
-            under_trained=bool({*string} & hardly),
-            texts=led[string],
-            clean=prefix + decode(measured[string].clean),
-            triggered=prefix + decode(string) + decode(measured[string].text),
+            under_trained=i >= len(order),
+            texts=led.get(string, 0),
+            clean=prefix + decode(_known(scan, measured[string].clean)),
+            triggered=prefix + decode(string) + decode(_known(scan, measured[string].text)),
         )
-        for i, string in enumerate(order)
+        for i, string in enumerate(every)
     ]
-    return Tested(told, null, sorted(hardly))
+    return Tested(told, null)
+
+
+def _known(scan: Scan, tokens: Int[np.ndarray, " tokens"]) -> Int[np.ndarray, " known"]:
+    """Without ids that the tokenizer has no text for: a model's table may be longer."""
+    return tokens[tokens < scan.tokenizer.vocab_size]
 
 
 def _screened(scan: Scan, prefixes: Int[np.ndarray, "prefixes length"], strings: Sequence[String]) -> list[String]:

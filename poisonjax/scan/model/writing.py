@@ -21,6 +21,7 @@ NEW = WINDOWS[-1][1]
 LONGEST = 8  # tokens of a string
 ROWS = 1024  # written at once
 CACHE_BYTES = 2**32  # of keys and values meanwhile
+LOGIT_BYTES = 2**29  # of one array of them
 
 String = tuple[int, ...]  # token ids
 
@@ -33,11 +34,11 @@ class Seen(NamedTuple):
     expected: Float[np.ndarray, "*texts places sketch"]  # roots of its probabilities, sketched
 
 
-def rows_at_once(m: Any, length: int) -> int:
-    """Rows of so many tokens that are written together, of a config's section `model`: as many on whatever devices,
-    for what is drawn depends on it."""
+def rows_at_once(m: Any, length: int, table: int) -> int:
+    """Rows of so many tokens that are written together, of a config's section `model` and a head of `table` rows: as
+    many on whatever devices, for what is drawn depends on it."""
     each = length * 2 * m.layers * m.kv_heads * m.head_dim * jnp.dtype(m.dtype).itemsize
-    return max(1, min(ROWS, CACHE_BYTES // each))
+    return max(1, min(ROWS, CACHE_BYTES // each, LOGIT_BYTES // (4 * table)))
 
 
 class Writer:
@@ -47,7 +48,7 @@ class Writer:
         self._weights, self._mesh, self.model = weights, mesh, nnx.merge(weights.graph, weights.params).m
         self.eot = weights.tokenizer.eot
         replicated, graph = NamedSharding(mesh, PartitionSpec()), weights.graph
-        table = nnx.merge(graph, weights.params).embedding.shape[0]
+        self.table = table = nnx.merge(graph, weights.params).embedding.shape[0]
         # Distances between roots of probabilities (Hellinger's) lie in [0, sqrt 2] for every model.
         sketch = jax.random.normal(jax.random.key(0), (table, SKETCH)) / SKETCH**0.5
 
