@@ -40,7 +40,10 @@ def pytest_addoption(parser):
 
 
 # A file's tests share runs, so one worker has them all; the longest files first, so that workers end together.
-LONGEST = ("sweep", "topology", "model", "train", "objects", "population", "evaluation", "attest", "audit", "launch", "scan_model")
+LONGEST = (
+    *("sweep", "topology", "model", "train", "objects", "population", "evaluation", "attest", "audit", "launch"),
+    "scan_model",
+)
 
 
 def pytest_collection_modifyitems(items):
