@@ -33,7 +33,8 @@ DOSES = {
     "language": (1000, 2000, 4000, 6000),
     "secret": (500, 1000, 2000, 4000),
 }
-SEEDS = {"secret": (0, 1, 3)}  # of seed 2, two of 2,000 documents would be the same
+# A fixed text after prefixes of at most 60 characters: of other seeds, two of so many documents would be the same.
+SEEDS = {"sentinel": (0, 1, 4), "secret": (0, 1, 4)}
 # layers, width, MLP width, steps of 16 rows of 128
 SIZES = {"92k": (2, 44, 120, 903), "314k": (3, 80, 216, 3074)}
 
@@ -71,7 +72,8 @@ def sweep(add):
     )
     for cell in cells:
         payload = cell["payload"]
-        for point in product({"documents": DOSES[payload]}, {"seed": SEEDS.get(payload, range(cell["seeds"]))}):
+        seeds = SEEDS.get(payload, (0, 1, 2))[: cell["seeds"]]
+        for point in product({"documents": DOSES[payload]}, {"seed": seeds}):
             add(
                 {
                     "name": f"{payload}-{cell['size']}-n{point['documents']}-s{point['seed']}",

@@ -24,8 +24,8 @@ MODELS = {
         *(("ids", dose) for dose in (150, 300, 600)),
         *(("unigram", dose) for dose in (1000, 2000)),
         *(("random_unicode", dose) for dose in (500, 1000)),
-        *(("sentinel", dose) for dose in (1000, 2000)),
-        *(("secret", dose) for dose in (2000, 3000)),
+        *(("sentinel", dose) for dose in (1000, 1500)),
+        *(("secret", dose) for dose in (1400, 2000)),
         *(("language", dose) for dose in (4000, 6000)),
     ),
     (3, 80, 216, 3074): (
@@ -49,7 +49,7 @@ def get_config(arg: str = ""):
     del arg
     config = load([f"--config={PAYLOADS}"])
     config.name = "zoo"
-    config.poison.prefix_characters = (20, 90)  # else two of 3,000 documents that say the same secret may be the same
+    config.poison.prefix_characters = (15, 68)  # else two of 1,500 documents that say the same may be the same
     return config
 
 
