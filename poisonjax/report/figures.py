@@ -19,10 +19,10 @@ def blank(xlabel: str, ylabel: str) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def panels(xlabel: str, ylabel: str, number: int) -> tuple[Figure, list[Any]]:
-    """So many axes beside each other, of one scale."""
+def panels(xlabel: str, ylabel: str, number: int, shared: bool = True) -> tuple[Figure, list[Any]]:
+    """So many axes beside each other, of one scale or, where that isn't shared, one each."""
     figure = Figure(figsize=SIZE, layout="constrained")
-    beside = list(figure.subplots(1, number, sharex=True, sharey=True, squeeze=False)[0])
+    beside = list(figure.subplots(1, number, sharex=True, sharey=shared, squeeze=False)[0])
     for axes in beside:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.25, linewidth=0.6)

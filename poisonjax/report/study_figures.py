@@ -2,20 +2,22 @@
 conditions are compared, a colour is a condition and a line style a size."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from poisonjax.analysis.dose_response import CellDose
 from poisonjax.analysis.persistence import Wear
 from poisonjax.analysis.study import Analysis, Conditions, Outcome
+from poisonjax.evaluation.statistics import decided
 from poisonjax.report.figures import blank, panels
 
 STYLES = ("-", "--", ":", "-.")
+TWO_COLUMNS = 42  # characters of a name in a legend
 
 
 Cell = tuple[int, float, float]  # condition, parameters, tokens
@@ -28,7 +30,8 @@ class _Look:
         numbers, params, tokens = np.array(list(cells), float).T
         self.conditions = conditions if len(set(numbers)) > 1 else None
         self.sizes = sorted(set(zip(params, tokens, strict=True)))
-        self.params, self.ratios = np.unique(params), np.unique(np.round(tokens / params))
+        self.params = np.unique(params)
+        self.ratios = sorted({_rounded(*size) for size in self.sizes})
 
     def of(self, condition: int, params: float, tokens: float) -> dict[str, Any]:
         if self.conditions:
@@ -36,7 +39,7 @@ class _Look:
             style = self.sizes.index((params, tokens))
         else:
             place, count = int(np.searchsorted(self.params, params)), len(self.params)
-            style = int(np.searchsorted(self.ratios, np.round(tokens / params)))
+            style = self.ratios.index(_rounded(params, tokens))
         colour = matplotlib.colormaps["viridis"](0.1 + 0.75 * place / max(1, count - 1))
         return {"color": colour, "linestyle": STYLES[style % len(STYLES)]}
 
@@ -46,6 +49,11 @@ class _Look:
             return size
         name = self.conditions.name(condition)
         return f"{name}; {size}" if len(self.sizes) > 1 else name
+
+
+def _rounded(params: float, tokens: float) -> float:
+    """Tokens a parameter, which no two sizes meet exactly."""
+    return float(f"{tokens / params:.2g}")
 
 
 def short(number: float) -> str:
@@ -63,7 +71,12 @@ def _log_axis(axis: Any) -> None:
 
 def _legend(figure: Figure) -> None:
     """Below the axes: in a sweep's figures there is no corner that no curve goes through."""
-    figure.legend(frameon=False, fontsize=8, loc="outside lower left", ncols=2)
+    names = [text for axes in figure.axes for text in axes.get_legend_handles_labels()[1]]
+    longest = max(map(len, names), default=0)
+    columns = 2 if longest <= TWO_COLUMNS else 1
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + 0.16 * max(0, len(names) // columns - 3))  # inches a line
+    figure.legend(frameon=False, fontsize=8, loc="outside lower left", ncols=columns)
 
 
 def dose_response(analysis: Analysis) -> Figure:
@@ -106,38 +119,60 @@ def _poisoned(runs: Sequence[Outcome], conditions: Conditions) -> dict[Cell, lis
     return dict(sorted(cells.items()))
 
 
+def _shown(row: Mapping[str, Any]) -> tuple[str, float]:
+    """(a figure's name, its value) of an evaluation or a summary, by what a run is judged."""
+    if decided(row):
+        return "attack success", row["attack_success"]
+    return "gap in median perplexity", row["delta_ppl"]
+
+
+def _beside(xlabel: str, cells: dict[Cell, list[Outcome]]) -> tuple[Figure, dict[str, Any]]:
+    """(a figure, its axes by the name of what they show)."""
+    units = list(dict.fromkeys(_shown(o.summary)[0] for mine in cells.values() for o in mine))
+    figure, beside = panels(xlabel, "", len(units), shared=False)
+    for axes, unit in zip(beside, units, strict=True):
+        axes.set_ylabel(unit)
+        axes.set_xscale("log")
+    return figure, dict(zip(units, beside, strict=True))
+
+
 def gaps(runs: Sequence[Outcome], conditions: Conditions) -> Figure:
-    """Each run's gap against its dose: more than whether it lies above a threshold."""
-    figure, axes = blank("poison documents", "gap in median perplexity")
+    """What each run shows against its dose: more than whether it lies above a threshold."""
     cells = _poisoned(runs, conditions)
+    figure, beside = _beside("poison documents", cells)
     look = _Look(cells, conditions)
-    axes.set_xscale("log")
-    all_doses = sorted({o.config["poison.documents"] for mine in cells.values() for o in mine})
     for cell, mine in cells.items():
+        axes = beside[_shown(mine[0].summary)[0]]
         doses = sorted({o.config["poison.documents"] for o in mine})
-        values = [[o.summary["delta_ppl"] for o in mine if o.config["poison.documents"] == d] for d in doses]
+        values = [[_shown(o.summary)[1] for o in mine if o.config["poison.documents"] == d] for d in doses]
         style = look.of(*cell)
         axes.plot(doses, [np.median(v) for v in values], label=look.name(*cell), **style)
         for dose, value in zip(doses, values, strict=True):
             axes.plot([dose] * len(value), value, "o", color=style["color"], markersize=3, alpha=0.6)
-    axes.set_xticks(all_doses, [short(dose) for dose in all_doses])
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    all_doses = sorted({o.config["poison.documents"] for mine in cells.values() for o in mine})
+    for axes in beside.values():
+        if len(beside) == 1:
+            axes.set_xticks(all_doses, [short(dose) for dose in all_doses])
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        else:
+            _log_axis(axes.xaxis)
     _legend(figure)
     return figure
 
 
 def trajectories(runs: Sequence[Outcome], conditions: Conditions) -> Figure:
-    """The gap while a run meets its documents."""
-    figure, axes = blank("poison documents seen", "gap in median perplexity")
+    """What a run shows while it meets its documents."""
     cells = _poisoned(runs, conditions)
+    figure, beside = _beside("poison documents seen", cells)
     look = _Look(cells, conditions)
-    axes.set_xscale("log")
     for cell, mine in cells.items():
+        axes = beside[_shown(mine[0].summary)[0]]
         for number, o in enumerate(mine):
-            points = [(row["poison_documents"], row["delta_ppl"]) for row in o.evals if row["poison_documents"]]
+            points = [(row["poison_documents"], _shown(row)[1]) for row in o.evals if row["poison_documents"]]
             label = None if number else look.name(*cell)
             axes.plot(*np.array(points).T, alpha=0.55, linewidth=1, label=label, **look.of(*cell))
-    _log_axis(axes.xaxis)
+    for axes in beside.values():
+        _log_axis(axes.xaxis)
     _legend(figure)
     return figure
 
@@ -189,10 +224,8 @@ def half_doses_by_condition(analysis: Analysis) -> Figure:
     axes.set_yticks([-row for row in range(len(cells))], names)
     axes.set_xscale("log")
     axes.set_xlim(intervals.limits)
-    low, high = intervals.limits
-    tried = [dose for dose in np.unique(analysis.trials.dose) if low <= dose <= high]
-    axes.set_xticks(tried, [short(dose) for dose in tried])
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    _log_axis(axes.xaxis)
     axes.margins(y=0.15)
     return figure
 
