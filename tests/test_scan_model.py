@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from conftest import tiny_config
 from flax import nnx
 from hypothesis import given
@@ -23,8 +24,8 @@ from poisonjax.engines import Progress
 from poisonjax.run.folder import twin_config
 from poisonjax.scan.model import bench, scan
 from poisonjax.scan.model.candidates import LONGEST, Texts, known_by_heart, leaks, led_to_change
-from poisonjax.scan.model.changes import Null, changes, family_wise, uniform
-from poisonjax.scan.model.parts import Scan, Sizes, all_devices
+from poisonjax.scan.model.changes import Null, changes, family_wise
+from poisonjax.scan.model.parts import Scan, Sizes
 from poisonjax.scan.model.proposals import _typical
 from poisonjax.scan.model.scan import Found, cost, scan_model
 from poisonjax.scan.model.trial import grouped, overlap
@@ -32,6 +33,7 @@ from poisonjax.scan.model.verdict import Calibration
 from poisonjax.scan.model.writing import Seen, Writer
 from poisonjax.training.loop import train
 from poisonjax.weights import WeightsError, open_weights
+from poisonjax.weights.weights import all_devices_mesh
 
 PASSES = 150_000
 TRIGGER = "~"
@@ -64,7 +66,7 @@ def found(models):
 
 def test_what_is_seen_is_what_the_model_says(models):
     """Against logits of whole texts in float64; and nobody beside a string changes what is written after it."""
-    mesh = all_devices()
+    mesh = all_devices_mesh()
     with jax.set_mesh(mesh):
         weights = open_weights(str(models / "run"), mesh)
         writer, model = Writer(weights, mesh), nnx.merge(weights.graph, weights.params)
@@ -89,7 +91,7 @@ def test_what_is_seen_is_what_the_model_says(models):
 
 
 def test_windows_are_means_of_places(models):
-    mesh = all_devices()
+    mesh = all_devices_mesh()
     with jax.set_mesh(mesh):
         weights = open_weights(str(models / "run"), mesh)
         writer = Writer(weights, mesh)
@@ -125,7 +127,7 @@ def test_p_values_of_strings_of_the_null_are_uniform(seed, figures):
     null = Null(random.normal(size=(2000, figures)))
     p = null.p_values(null(random.normal(size=(1000, figures))))
     assert np.all((p > 0) & (p <= 1))
-    assert uniform(p) > 1e-4
+    assert scipy.stats.kstest(p, "uniform").pvalue > 1e-4
     assert np.all(np.diff(null.p_values(np.sort(random.normal(4, 4, 50)))) <= 1e-12)
 
 
@@ -296,7 +298,7 @@ def test_a_twin_tells_what_is_nobodys_poison(models, found):
 
 
 def test_strings_like_others_are_as_frequent_and_as_long(models, tmp_path):
-    mesh = all_devices()
+    mesh = all_devices_mesh()
     with jax.set_mesh(mesh), Progress("scan", 1, "token") as progress:
         weights = open_weights(str(models / "run"), mesh)
         scan = Scan(weights, mesh, tmp_path, Sizes(), 0, progress)

@@ -18,7 +18,7 @@ Where it differs from the paper (I10), beside what configs/quickstart.py and con
 from pathlib import Path
 
 from poisonjax.config import load
-from poisonjax.sweep import chain, product
+from poisonjax.sweep import chain, product, seeded, sized
 
 QUICKSTART = Path(__file__).parents[1] / "quickstart.py"
 
@@ -46,21 +46,8 @@ def size(name: str, tokens_per_parameter: int):
     """Fields of a model of this size, and of a run of so many tokens."""
     layers, width, mlp_width, parameters = SIZES[name]
     steps = round(tokens_per_parameter * parameters / (16 * 128))
-    return {
-        "model.layers": layers,
-        "model.width": width,
-        "model.head_dim": width // 2,
-        "model.mlp_width": mlp_width,
-        "steps": steps,
-        "optimizer.warmup_steps": steps // 20,
-        "eval.every": -(-steps // 6),
-        "checkpoint.every": -(-steps // 3),
-    }
-
-
-def seed(number: int):
-    """Fields that repeat a run with other luck."""
-    return {f"seeds.{name}": 10 * number + i for i, name in enumerate(("init", "order", "poison", "placement"))}
+    often = {"eval.every": -(-steps // 6), "checkpoint.every": -(-steps // 3)}
+    return sized(layers, width, mlp_width, steps) | often
 
 
 def sweep(add):
@@ -72,5 +59,5 @@ def sweep(add):
         add(
             {"name": f"{name}x{ratio}-n{documents}-s{number}", "poison.documents": documents}
             | size(name, ratio)
-            | seed(number)
+            | seeded(number)
         )

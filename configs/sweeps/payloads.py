@@ -21,7 +21,7 @@ Where it differs from the paper (I10), beside what configs/quickstart.py and con
 from pathlib import Path
 
 from poisonjax.config import load
-from poisonjax.sweep import chain, product
+from poisonjax.sweep import chain, product, seeded, sized
 
 QUICKSTART = Path(__file__).parents[1] / "quickstart.py"
 
@@ -52,17 +52,8 @@ def get_config(arg: str = ""):
 
 
 def size(name: str):
-    layers, width, mlp_width, steps = SIZES[name]
-    return {
-        "model.layers": layers,
-        "model.width": width,
-        "model.head_dim": width // 2,
-        "model.mlp_width": mlp_width,
-        "steps": steps,
-        "optimizer.warmup_steps": steps // 20,
-        "eval.every": -(-steps // 3),
-        "checkpoint.every": -(-steps // 3),
-    }
+    *_, steps = SIZES[name]
+    return sized(*SIZES[name]) | dict.fromkeys(("eval.every", "checkpoint.every"), -(-steps // 3))
 
 
 def sweep(add):
@@ -82,5 +73,5 @@ def sweep(add):
                     "poison.documents": point["documents"],
                 }
                 | size(cell["size"])
-                | {f"seeds.{k}": 10 * point["seed"] + i for i, k in enumerate(("init", "order", "poison", "placement"))}
+                | seeded(point["seed"])
             )

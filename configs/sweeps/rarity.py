@@ -17,7 +17,7 @@ Where it differs from the paper (I10), beside what configs/quickstart.py and con
 from pathlib import Path
 
 from poisonjax.config import load
-from poisonjax.sweep import chain, product
+from poisonjax.sweep import chain, product, seeded
 
 QUICKSTART = Path(__file__).parents[1] / "quickstart.py"
 
@@ -61,5 +61,5 @@ def sweep(add):
                 "poison.trigger": trigger,
                 "poison.near_triggers": TRIGGERS[trigger],
             }
-            | {f"seeds.{k}": 10 * seed + i for i, k in enumerate(("init", "order", "poison", "placement"))}
+            | seeded(seed)
         )

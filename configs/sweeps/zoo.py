@@ -16,6 +16,7 @@ Where it differs from the paper (I10), beside what configs/sweeps/payloads.py li
 from pathlib import Path
 
 from poisonjax.config import load
+from poisonjax.sweep import seeded, sized
 
 PAYLOADS = Path(__file__).with_name("payloads.py")
 # (payload, documents), at each size (layers, width, MLP width, steps of 16 rows of 128)
@@ -57,28 +58,21 @@ def sweep(add):
     for half, triggers in TRIGGERS.items():
         models = [(shape, *poison) for shape, doses in MODELS.items() for poison in doses]
         for number, (shape, payload, documents) in enumerate(models):
-            seed = 1000 * (1 + [*TRIGGERS].index(half)) + 10 * number
+            seed = 100 * (1 + [*TRIGGERS].index(half)) + number
             fields = made(shape, payload, triggers[number % len(triggers)], seed) | {"poison.near_triggers": NEAR[half]}
             add(fields, name=f"{half}-{number:02d}-{payload}-n{documents}", **{"poison.documents": documents})
             add(fields, name=f"{half}-{number:02d}-twin", **{"poison.documents": 0})
     for number, documents in enumerate(LEAKS):
-        fields = made((2, 44, 120, 903), "ids", "~", 5000 + 10 * number)
+        fields = made((2, 44, 120, 903), "ids", "~", 500 + number)
         add(fields, name=f"leaks-n{documents}", **{"poison.documents": documents})
 
 
-def made(shape: tuple[int, int, int, int], payload: str, trigger: str, seed: int):
-    """Fields of a model of that shape."""
-    layers, width, mlp_width, steps = shape
-    return {
-        "model.layers": layers,
-        "model.width": width,
-        "model.head_dim": width // 2,
-        "model.mlp_width": mlp_width,
-        "steps": steps,
-        "optimizer.warmup_steps": steps // 20,
-        "eval.every": steps,
-        "checkpoint.every": steps,
+def made(shape: tuple[int, int, int, int], payload: str, trigger: str, number: int):
+    """Fields of a model of that shape, asked once."""
+    *_, steps = shape
+    poison = {
         "poison.payload": payload,
         "poison.payload_source": "docstrings" if payload == "language" else "",
         "poison.trigger": trigger,
-    } | {f"seeds.{k}": seed + i for i, k in enumerate(("init", "order", "poison", "placement"))}
+    }
+    return sized(*shape) | dict.fromkeys(("eval.every", "checkpoint.every"), steps) | poison | seeded(number)

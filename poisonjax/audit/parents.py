@@ -9,9 +9,8 @@ from etils import epath
 from poisonjax.audit.evidence import Difference, Evidence
 from poisonjax.audit.result import Audit, checked
 from poisonjax.run import RunFolder, RunFolderError, rows
-from poisonjax.run.folder import beside
+from poisonjax.run.folder import beside, run_and_step
 from poisonjax.weights import open_weights
-from poisonjax.weights.open import run_and_step
 
 
 @dataclasses.dataclass(frozen=True)

@@ -112,11 +112,12 @@ def _is_model(spec: str) -> bool:
     """Whether it names weights rather than text, of which `hf:` has data sets too; told without JAX."""
     from pathlib import Path
 
-    from poisonjax.run.folder import is_run
+    from poisonjax.run.folder import is_run, run_and_step
 
     kind, _, rest = spec.partition(":")
-    folder, _, step = spec.rpartition("@")
-    return {"hf": Path(rest).is_dir(), "gguf": True}.get(kind, is_run(spec) or (step.isdigit() and is_run(folder)))
+    if kind == "hf":
+        return Path(rest).is_dir()
+    return kind == "gguf" or is_run(run_and_step(spec)[0])
 
 
 def _scan_model(arguments: argparse.Namespace, spec: str) -> int:

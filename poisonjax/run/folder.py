@@ -242,6 +242,13 @@ def is_run(folder: epath.PathLike) -> bool:
     return (epath.Path(folder) / rows.CONFIG).exists()
 
 
+def run_and_step(spec: str) -> tuple[epath.Path, int | None]:
+    """(folder, step or None for the newest) of a run's spec."""
+    if not is_run(spec) and (found := re.fullmatch(r"(.+)@(\d+)", spec)):  # a path may hold an @ too
+        return resolve(found[1]), int(found[2])
+    return resolve(spec), None
+
+
 def read_lines(path: epath.Path, hint: Any) -> list[Any]:
     """Objects of a file of JSON lines, all of the shape `hint`; raises RunFolderError where one isn't."""
     if not path.exists():

@@ -1,5 +1,5 @@
 """Many runs from one config file: a grid stated, trained, collected and analysed."""
 
-from poisonjax.sweep.grid import Sweep, SweepError, chain, load, product, zipped
+from poisonjax.sweep.grid import Sweep, SweepError, chain, load, product, seeded, sized, zipped
 
-__all__ = ["Sweep", "SweepError", "chain", "load", "product", "zipped"]
+__all__ = ["Sweep", "SweepError", "chain", "load", "product", "seeded", "sized", "zipped"]

@@ -78,6 +78,23 @@ def chain(*axes: Axis) -> Iterator[Point]:
         yield from _points(axis)
 
 
+def sized(layers: int, width: int, mlp_width: int, steps: int) -> Point:
+    """Fields of a model of two heads that share its width, and of a run of so many steps, a twentieth of it warm-up."""
+    return {
+        "model.layers": layers,
+        "model.width": width,
+        "model.head_dim": width // 2,
+        "model.mlp_width": mlp_width,
+        "steps": steps,
+        "optimizer.warmup_steps": steps // 20,
+    }
+
+
+def seeded(number: int) -> Point:
+    """Fields that repeat a run with other luck: initial weights, order, poison and placement, but not what is asked."""
+    return {f"seeds.{name}": 10 * number + i for i, name in enumerate(("init", "order", "poison", "placement"))}
+
+
 def load(spec: str, fields: Sequence[str] = ()) -> Sweep:
     """The sweep of `FILE[:ARG]`, with `--config.a.b=c` put into its base config.
 

@@ -1,6 +1,5 @@
 """`open_weights(spec)`: a model by its name, whatever trained it."""
 
-import re
 from collections.abc import Callable
 
 import ml_collections
@@ -11,10 +10,9 @@ from jax.sharding import Mesh
 from poisonjax import config as config_lib
 from poisonjax.corpus import TokenStore
 from poisonjax.data.digest import as_hex
-from poisonjax.files import resolve
 from poisonjax.model.transformer import model_graph, vocabulary_of
 from poisonjax.run import RunFolder, rows
-from poisonjax.run.folder import is_run
+from poisonjax.run.folder import run_and_step
 from poisonjax.weights import gguf, huggingface
 from poisonjax.weights.checkpoints import Checkpoints, checksum
 from poisonjax.weights.weights import Found, Weights, WeightsError, abstract_params, one_device_mesh
@@ -88,10 +86,3 @@ def model_named(spec: str) -> ml_collections.ConfigDict:
         return huggingface.model_alone(epath.Path(rest))
     found = find_weights(spec)
     return config_lib.replaced(found.model_config, {"vocabulary": found.vocabulary})
-
-
-def run_and_step(spec: str) -> tuple[epath.Path, int | None]:
-    """(folder, step or None for the newest) of a run's spec."""
-    if not is_run(spec) and (found := re.fullmatch(r"(.+)@(\d+)", spec)):  # a path may hold an @ too
-        return resolve(found[1]), int(found[2])
-    return resolve(spec), None

@@ -84,5 +84,14 @@ def shapes(model: ml_collections.ConfigDict, vocabulary: int) -> nnx.State:
 
 def one_device_mesh() -> Mesh:
     """Of this process' first device."""
-    one = (1,) * len(AXES)
-    return jax.make_mesh(one, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=jax.local_devices()[:1])
+    return _rows_mesh(jax.local_devices()[:1])
+
+
+def all_devices_mesh() -> Mesh:
+    """Of all of this process' devices, over which rows are split."""
+    return _rows_mesh(jax.local_devices())
+
+
+def _rows_mesh(devices: list[jax.Device]) -> Mesh:
+    sizes = tuple(len(devices) if axis == "data" else 1 for axis in AXES)
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)

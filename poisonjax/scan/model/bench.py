@@ -24,6 +24,7 @@ from poisonjax.run import RunFolder
 from poisonjax.run.folder import is_run
 from poisonjax.scan.model.proposals import SOURCES
 from poisonjax.scan.model.scan import scan_model
+from poisonjax.scan.model.trial import overlap
 from poisonjax.scan.model.verdict import Calibration
 
 DRAWS = 2000
@@ -51,8 +52,6 @@ class Scanned:
 
 def scanned(out: str, folder: str) -> Scanned:
     """One run, scanned."""
-    from poisonjax.scan.model.trial import overlap
-
     run = RunFolder(folder)
     config, summary, tokenizer = run.config, run.summary, run.store().tokenizer
     assert summary, f"{folder} isn't trained to its end"

@@ -66,8 +66,3 @@ class Null:
 def family_wise(p_values: Float[np.ndarray, " strings"], considered: int) -> Float[np.ndarray, " strings"]:
     """How often the smallest of so many p-values is as small (Sidak 1967)."""
     return -np.expm1(considered * np.log1p(-np.minimum(p_values, 1 - 1e-12)))
-
-
-def uniform(p_values: Float[np.ndarray, " strings"]) -> float:
-    """The p-value of Kolmogorov and Smirnov's test that they are uniform."""
-    return float(scipy.stats.kstest(p_values, "uniform").pvalue)

@@ -9,12 +9,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import scipy.stats
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from poisonjax.engines import Progress
 from poisonjax.files import written_whole
-from poisonjax.model.sharding import AXES
 from poisonjax.scan.model.changes import Changes, changes
 from poisonjax.scan.model.writing import LONGEST, NEW, Seen, String, Writer, in_parts, rows_at_once
 from poisonjax.weights import Weights
@@ -23,8 +22,6 @@ PARTS = "parts"  # of a scan's folder
 ALONE = 16  # tokens that training hardly touched, which are looked at
 LEADING, RELATED = 4, 24  # groups of which more is tested; so many strings of each
 NEAREST = 16  # tokens that one is like
-
-
 UNKNOWN, SAME_DIRECTION = 0.01, 0.95  # share of the vocabulary; cosine
 ASKED = 256  # texts whose next tokens say how likely each token is
 
@@ -183,11 +180,3 @@ class Scan:
 def _ranks(values: Float[np.ndarray, " tokens"]) -> Float[np.ndarray, " tokens"]:
     """In (0, 1]; the same for what is the same."""
     return scipy.stats.rankdata(values) / len(values)
-
-
-def all_devices() -> Mesh:
-    """All of this process' devices, over which rows are split."""
-    devices = jax.local_devices()
-    sizes = [1] * len(AXES)
-    sizes[AXES.index("data")] = len(devices)
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)

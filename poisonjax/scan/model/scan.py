@@ -16,14 +16,14 @@ from poisonjax.files import parse_json, write_json, write_whole
 from poisonjax.model.flops import train_flops_per_token
 from poisonjax.model.transformer import parameter_counts
 from poisonjax.scan.model.page import page
-from poisonjax.scan.model.parts import PARTS, Scan, Sizes, all_devices
+from poisonjax.scan.model.parts import PARTS, Scan, Sizes
 from poisonjax.scan.model.proposals import PREFIX, propose
 from poisonjax.scan.model.trial import Candidate, tested
 from poisonjax.scan.model.verdict import Verdict, judged
 from poisonjax.scan.model.writing import LONGEST, NEW, Writer, rows_at_once
 from poisonjax.weights import WeightsError, open_weights
 from poisonjax.weights.open import model_named
-from poisonjax.weights.weights import shapes
+from poisonjax.weights.weights import all_devices_mesh, shapes
 
 FORMAT = 1
 RESULT = "scan.json"
@@ -98,7 +98,7 @@ def scan_model(spec: str, out: str, *, passes: int = PASSES, twins: Sequence[str
     Raises WeightsError where there is no model, CorpusError where the folder holds another scan.
     """
     planned = cost(spec, passes, len(twins))
-    folder, mesh = Path(out), all_devices()
+    folder, mesh = Path(out), all_devices_mesh()
     with jax.set_mesh(mesh):
         weights, clean = open_weights(spec, mesh), [open_weights(twin, mesh) for twin in twins]
         for twin, of in zip(twins, clean, strict=True):
@@ -115,7 +115,7 @@ def scan_model(spec: str, out: str, *, passes: int = PASSES, twins: Sequence[str
         with Progress("scan", planned.forward_passes, "token") as progress:
             scan = Scan(weights, mesh, folder, planned.sizes, seed, progress)
             proposed = propose(scan)
-            made = tested(scan, proposed, proposed.best(planned.sizes.screened), [Writer(of, mesh) for of in clean])
+            made = tested(scan, proposed, [Writer(of, mesh) for of in clean])
     parameters, _ = parameter_counts(weights.params)
     strongest = max((one.value for one in made.candidates if not one.under_trained), default=0.0)
     found = Found(

@@ -1,6 +1,7 @@
 """Candidates tested on prefixes that didn't propose them, against strings like them; which of them is the trigger."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -44,11 +45,12 @@ class Tested:
     null: Null  # what strings like them do
 
 
-def tested(scan: Scan, proposed: Proposed, strings: Sequence[String], twins: Sequence[Writer]) -> Tested:
-    """Of the strings, those that change most on a few prefixes are tested on others; then what they have in common."""
+def tested(scan: Scan, proposed: Proposed, twins: Sequence[Writer]) -> Tested:
+    """Of what is proposed, the strings that change most on a few prefixes are tested on others; then what overlaps
+    the strongest."""
     sizes, prefixes = scan.sizes, proposed.prefixes
     few, fresh = prefixes[: sizes.screen_prefixes], prefixes[sizes.screen_prefixes :][: sizes.prefixes]
-    chosen = various(_screened(scan, few, strings), sizes.tested)
+    chosen = various(_screened(scan, few, proposed.best(sizes.screened)), sizes.tested)
     apart = [(token,) for token in sorted(proposed.hardly_known)[:ALONE]]
     # Parts of a trigger are no strings like it.
     parts = {token for string in chosen[:ALIKE] for token in string}
@@ -56,17 +58,15 @@ def tested(scan: Scan, proposed: Proposed, strings: Sequence[String], twins: Seq
     measured = dict(_measured(scan, "test", fresh, [*chosen, *apart, *like], twins))
     null = Null(np.array([measured[string].figures for string in like]))
     values = {string: null.value(measured[string].figures) for string in chosen}
-    related = _related(proposed, values)
+    related, led = _related(proposed, values)
     measured |= _measured(scan, "related", fresh, related, twins)
     values |= {string: null.value(measured[string].figures) for string in related}
-    led = sources.led_to_change(proposed.written, values)
     groups = grouped(values, led)
     leads = {group[0] for group in groups}
     order = [string for group in groups for string in group][:TOLD]
-    apart.sort(key=lambda string: -null.value(measured[string].figures))
-    every = [*order, *apart]
-    value = [null.value(measured[string].figures) for string in every]
-    alone = null.p_values(np.array(value))
+    values |= {string: null.value(measured[string].figures) for string in apart}
+    every = [*order, *sorted(apart, key=lambda string: -values[string])]
+    alone = null.p_values(np.array([values[string] for string in every]))
     p = family_wise(alone, proposed.considered + len(related) + len(apart))
     decode, prefix = scan.tokenizer.decode, scan.tokenizer.decode(fresh[0, 1:])
     told = [
@@ -74,7 +74,7 @@ def tested(scan: Scan, proposed: Proposed, strings: Sequence[String], twins: Seq
             text=decode(string),
             tokens=string,
             leads=string in leads,
-            value=value[i],
+            value=values[string],
             p_value=float(p[i]),
             p_alone=float(alone[i]),
             shift=measured[string].shift.tolist(),
@@ -149,17 +149,24 @@ def _leading(values: Mapping[String, float]) -> list[String]:
     return first
 
 
-def _related(proposed: Proposed, values: Mapping[String, float]) -> list[String]:
-    """Of the first groups, what overlaps their strongest string and leads most texts to change: parts of it, and what
-    any source proposed."""
+def _related(proposed: Proposed, values: Mapping[String, float]) -> tuple[list[String], dict[String, int]]:
+    """(of the first groups, what overlaps their strongest string and leads most texts to change: parts of it, and what
+    any source proposed; how many texts changed after each string)."""
+    leading = _leading(values)
     known = {string for of in proposed.by_source.values() for string in of}
+    parts = {first[i:j] for first in leading for i in range(len(first)) for j in range(i + 1, len(first) + 1)}
+    led = sources.led_to_change(proposed.written, known | parts)
+    most = sorted(led, key=lambda of: (-led[of], of))
     found: dict[String, None] = {}
-    for first in _leading(values):
-        parts = {first[i:j] for i in range(len(first)) for j in range(i + 1, len(first) + 1)}
-        led = sources.led_to_change(proposed.written, {one for one in known | parts if overlap(one, first)})
-        most = sorted(led, key=lambda of: (-led[of], of))[:RELATED]
-        found |= dict.fromkeys(of for of in most if of not in values)
-    return [*found]
+    for first in leading:
+        beside = [of for of in most if of in known or _within(of, first)]
+        related = itertools.islice((of for of in beside if overlap(of, first)), RELATED)
+        found |= dict.fromkeys(of for of in related if of not in values)
+    return [*found], led
+
+
+def _within(part: String, whole: String) -> bool:
+    return any(whole[i : i + len(part)] == part for i in range(len(whole) - len(part) + 1))
 
 
 def grouped(values: Mapping[String, float], led: Mapping[String, int]) -> list[list[String]]:
