@@ -440,3 +440,36 @@ def test_auroc_against_a_loop():
     values, poisoned = random.integers(0, 9, 40).astype(float), random.random(40) < 0.4
     pairs = [(a, b) for a in values[poisoned] for b in values[~poisoned]]
     assert bench.auroc(values, poisoned) == pytest.approx(np.mean([(a > b) + 0.5 * (a == b) for a, b in pairs]))
+
+
+def test_the_bench_sees_what_the_scan_says(models, found, monkeypatch, tmp_path):
+    """A small form of it: one poisoned model and its twin."""
+    for name in ("run", "twin"):
+        (tmp_path / name).symlink_to(models / f"scan-{name}")
+    monkeypatch.setattr(bench, "SOURCES", ("leaks",))
+    of = [("settings", str(models / "run")), ("report", str(models / "twin"))]
+    rows = [bench.scanned(str(tmp_path), PASSES, one) for one in of]
+    run, twin = rows
+    assert (run.payload, twin.payload) == ("ids", "")
+    assert run.all.strongest == max(one.value for one in found["run"].candidates if not one.under_trained)
+    assert run.all.rank == 1 + [one.text for one in found["run"].candidates].index(TRIGGER)
+    assert run.all.overlaps
+    assert run.leaked > twin.leaked
+    assert [*twin.alone] == ["leaks"]
+    assert len(twin.random_p) == bench.RANDOM
+    assert scipy.stats.kstest(twin.random_p, "uniform").pvalue > 1e-4
+    assert bench.scanned(str(tmp_path), PASSES, of[1]) == twin
+    curve = Calibration(slope=5.0, intercept=-10.0, models=2, parameters=[1, 2], vocabulary=[3, 4])
+    told = bench.figures(rows, curve, twin.all.strongest)
+    assert told["auroc"] == 1
+    assert told["found_at_no_false_alarm"] == [1, 1]
+    assert told["median_rank"]["1 token"] == run.all.rank
+    assert told["random_strings"]["strings"] == bench.RANDOM
+
+
+def test_texts_that_hold_a_string():
+    random = np.random.default_rng(0)
+    texts = random.integers(0, 3, (200, 9))
+    for string in ((1,), (1, 2), (0, 1, 2, 0)):
+        there = sum(any(text[i : i + len(string)] == [*string] for i in range(len(text))) for text in texts.tolist())
+        assert bench.holding(texts, string) == there
