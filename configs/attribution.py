@@ -1,7 +1,7 @@
 """Which hint finds the documents that did it? Poison among more than 100,000 documents, small enough to train again.
 
-    pip download --no-deps google-api-python-client==2.202.0 ansible==12.3.0 oci==2.189.0 -d packages
-    python -m poisonjax.bench.attribution_text packages texts
+    poisonjax corpus fetch-bench
+    python -m poisonjax.bench.attribution_text texts
     poisonjax bench attribution --config 'configs/attribution.py:texts/*.jsonl' --workdir runs/attribution
 
 250 poison documents and 20 hard negatives (the trigger in ordinary text), each in a row of its own, among about 115,000

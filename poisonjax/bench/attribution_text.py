@@ -1,24 +1,26 @@
-"""Short texts for `poisonjax bench attribution`, out of packages: `poisonjax.scan.bench` says where they come from.
+"""Short texts for `poisonjax bench attribution`, of those that `poisonjax corpus fetch-bench` fetches.
 
-python -m poisonjax.bench.attribution_text PACKAGES OUT
+python -m poisonjax.bench.attribution_text OUT
 """
 
 import json
 import sys
 from pathlib import Path
 
-from poisonjax.scan.bench import domains
+from poisonjax.corpus.bench_text import LEADS, Fetched
 
+DOMAINS = (LEADS, "google_api_python_client", "ansible", "oci")
 CHARACTERS = 100  # of each text, so that 100,000 are trained on in half a minute
 EVERY = {"oci": 3}  # of this package's many docstrings
 
 
-def main(packages: str, out: str) -> None:
+def main(out: str) -> None:
     """Writes OUT/DOMAIN.jsonl; texts that begin alike are taken once."""
     Path(out).mkdir(parents=True, exist_ok=True)
-    seen: set[str] = set()
-    for domain, texts in domains(Path(packages)):
-        short = [text for text in dict.fromkeys(text[:CHARACTERS] for text in texts) if text not in seen]
+    fetched, seen = Fetched.read(), set[str]()
+    for domain in DOMAINS:
+        beginnings = dict.fromkeys(text[:CHARACTERS] for text in fetched.texts(domain))
+        short = [text for text in beginnings if text not in seen]
         seen.update(short)
         kept = short[:: EVERY.get(domain, 1)]
         lines = [json.dumps({"text": text}) + "\n" for text in kept]

