@@ -1,0 +1,322 @@
+"""What detectors find: recall of each rung at false-positive rates, over all clean text and in each domain of it."""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from poisonjax.bench.defence.ladder import COHERENT, RUNGS, TRIGGERS, TUNED_ON, Ladder
+from poisonjax.corpus.documents import content_key
+from poisonjax.engines import Progress
+from poisonjax.evaluation.statistics import wilson
+from poisonjax.files import written_whole
+from poisonjax.scan import thresholds
+from poisonjax.scan.background import Background
+from poisonjax.scan.detectors import Detector, cheap_detectors
+from poisonjax.scan.detectors.detector import Windowed
+from poisonjax.scan.detectors.model import ModelLoss
+from poisonjax.scan.detectors.words import surprise
+from poisonjax.scan.text import TextBatch, cut
+from poisonjax.weights import open_weights
+from poisonjax.weights.weights import one_device_mesh
+
+RATES = (1e-2, 1e-3, 1e-4)
+FEWEST = 10  # false positives that a rate must let one expect: below, it isn't resolvable
+BATCH_CHARACTERS = 100_000
+SIMPLE = {"compression": "zlib ratio", "document": "whole-document bigram"}  # baselines: what everybody has
+OURS = "combined"  # of several detectors, chosen on the other half
+ALL = "all"  # domains, or triggers
+FIRST_STAGE = 1e-2  # of the documents, that a cascade's model looks at
+MODEL_TRIGGER, MODEL_PLANTED = "tokens", 50  # what a model is asked about
+KEY = "key"  # of a document, beside its scores: says its fold
+COUNTED = ("words", "pairs", "folded_words", "folded_pairs", "triples")
+
+Scores = dict[str, Float[np.ndarray, " documents"]]  # by detector
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """One half of the domains: clean documents, and what is planted among them."""
+
+    clean: dict[str, Scores]  # by domain
+    planted: dict[tuple[str, str, str], Scores]  # by (domain, rung, trigger)
+    seconds: dict[str, float]  # CPU-seconds a GB, by detector
+
+
+def detectors(background: Background) -> dict[str, Detector]:
+    """Those of a scan, and the two that everybody has."""
+    document = Windowed("document", surprise, background, length=10**9)
+    return cheap_detectors(background) | {"document": document}
+
+
+def batches(texts: Sequence[str]) -> Iterator[TextBatch]:
+    """Cut into words, some together."""
+    some: list[str] = []
+    for text in texts:
+        some.append(text)
+        if sum(map(len, some)) >= BATCH_CHARACTERS:
+            yield cut(some)
+            some = []
+    if some:
+        yield cut(some)
+
+
+def scored(ladder: Ladder, half: str, rungs: Sequence[str], folder: Path) -> Scored:
+    """All detectors' scores of one half; kept in `folder`, part by part.
+
+    Counts are those of the half's clean text and of what is planted at once: DOCUMENTS of one rung, with one trigger,
+    into one domain. Clean documents are scored against the clean text alone.
+    """
+    texts = ladder.half(half)
+    folder.mkdir(parents=True, exist_ok=True)
+    kinds = [(rung, trigger) for rung in (*rungs, COHERENT) for trigger in TRIGGERS]
+    background = Background.empty(sum(len(text) for of in texts.values() for text in of))
+    clean, planted, seconds = dict[str, Scores](), dict[tuple[str, str, str], Scores](), dict[str, float]()
+    with Progress(f"counting, {half}", len(texts), "domain") as progress:
+        for of in texts.values():
+            for batch in batches(of):
+                background.add(batch)
+            progress.add(1)
+    with Progress(f"scoring, {half}", len(texts) * (1 + len(kinds)), "part") as progress:
+        for domain, of in texts.items():
+            scores, spent = _clean(folder / f"{half}-{domain}.npz", background, of)
+            clean[domain] = scores
+            for name, cost in spent.items():
+                seconds[name] = seconds.get(name, 0.0) + cost
+            progress.add(1)
+            for rung, trigger in kinds:
+                path = folder / f"{half}-{domain}-{rung}-{trigger}.npz"
+                if not path.exists():
+                    _write(path, scores_among(background, ladder.planted(domain, rung, trigger)))
+                planted[domain, rung, trigger] = _read(path)
+                progress.add(1)
+    size = sum(len(text.encode(errors="replace")) for of in texts.values() for text in of)
+    return Scored(clean, planted, {name: cost / size * 1e9 for name, cost in seconds.items()})
+
+
+def _write(path: Path, arrays: Mapping[str, Any]) -> None:
+    with written_whole(path) as partial:
+        np.savez(partial, **arrays)
+
+
+def _read(path: Path) -> Scores:
+    with np.load(path, allow_pickle=False) as saved:
+        return {name: saved[name] for name in saved.files}
+
+
+def _clean(path: Path, background: Background, texts: Sequence[str]) -> tuple[Scores, dict[str, float]]:
+    """(scores of a domain's documents, and their keys' first bytes as the domain's folds; CPU-seconds)."""
+    if not path.exists():
+        found: dict[str, list[np.ndarray]] = {}
+        spent: dict[str, float] = {}
+        for batch in batches(texts):
+            for name, detector in detectors(background).items():
+                began = time.process_time()
+                found.setdefault(name, []).append(detector.values(batch))
+                spent[name] = spent.get(name, 0.0) + time.process_time() - began
+        arrays: dict[str, Any] = {name: np.concatenate(of) for name, of in found.items()}
+        arrays |= {f"seconds:{name}": np.array(cost) for name, cost in spent.items()}
+        arrays[KEY] = np.array([int.from_bytes(content_key(text)[:8], "little") for text in texts], np.uint64)
+        _write(path, arrays)
+    saved = _read(path)
+    cost = {name.removeprefix("seconds:"): float(of) for name, of in saved.items() if name.startswith("seconds:")}
+    return {name: of for name, of in saved.items() if not name.startswith("seconds:")}, cost
+
+
+def scores_among(background: Background, texts: Sequence[str]) -> Scores:
+    """Of documents that stand among those that were counted."""
+    tables = Background({name: background.tables[name].copy() for name in COUNTED})
+    some = [*batches(texts)]
+    for batch in some:
+        tables.add(batch)
+    of = detectors(tables)
+    return {name: np.concatenate([detector.values(batch) for batch in some]) for name, detector in of.items()}
+
+
+# --- one number of several: how rare a document is in its domain, by the detectors that were chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class Combined:
+    """-log10 of a document's share among its domain's, by some detectors: their largest, or their sum."""
+
+    names: tuple[str, ...]
+    summed: bool
+
+    def together(self, of: Sequence[Float[np.ndarray, " documents"]]) -> Float[np.ndarray, " documents"]:
+        return np.sum(of, 0) if self.summed else np.max(of, 0)
+
+    def clean(self, scores: Scores) -> Float[np.ndarray, " documents"]:
+        return self.together([rarity(scores[name], scores[name], own=True) for name in self.names])
+
+    def planted(self, scores: Scores, clean: Scores) -> Float[np.ndarray, " documents"]:
+        return self.together([rarity(scores[name], clean[name]) for name in self.names])
+
+
+def rarity(
+    scores: Float[np.ndarray, " documents"], clean: Float[np.ndarray, " clean"], own: bool = False
+) -> Float[np.ndarray, " documents"]:
+    """-log10 of the share of the clean documents that score as high, itself counted."""
+    order = np.sort(clean)
+    above = len(order) - np.searchsorted(order, scores, side="left")
+    return -np.log10((above + (not own)) / (len(order) + (not own)))
+
+
+def chosen(scored: Scored, rate: float = 1e-3) -> Combined:
+    """The detectors, and how they are put together, that find most of the rungs that settings are chosen on."""
+    tuned = {key: scores for key, scores in scored.planted.items() if key[1] in TUNED_ON}
+    single = [Combined((name,), False) for name in next(iter(scored.clean.values())) if name != KEY]
+    clean = [np.concatenate([of.clean(scores) for scores in scored.clean.values()]) for of in single]
+    planted = [np.concatenate([of.planted(s, scored.clean[key[0]]) for key, s in tuned.items()]) for of in single]
+    best, most = single[0], -1.0
+    for size in range(1, len(single) + 1):
+        for which in itertools.combinations(range(len(single)), size):
+            for summed in (False, True)[: 1 + (size > 1)]:
+                of = Combined(tuple(single[i].names[0] for i in which), summed)
+                limit = threshold(of.together([clean[i] for i in which]), rate)
+                assert limit is not None, "too little clean text to choose settings on"
+                share = float((of.together([planted[i] for i in which]) > limit).mean())
+                if share > most + 1e-9:
+                    best, most = of, share
+    return best
+
+
+# --- figures
+
+
+def threshold(clean: Float[np.ndarray, " documents"], rate: float) -> float | None:
+    """The score that at most so large a share of them lies above; None where too few would be to tell."""
+    allowed = int(rate * len(clean))
+    return float(np.partition(clean, len(clean) - 1 - allowed)[len(clean) - 1 - allowed]) if allowed >= FEWEST else None
+
+
+def row(rung: str, trigger: str, detector: str, domain: str, metric: str, hits: int | None, n: int) -> dict[str, Any]:
+    """One figure; `hits` None: not resolvable."""
+    value, ci95 = (None, None) if hits is None else (hits / n, wilson(hits, n))
+    names = {"rung": rung, "trigger": trigger, "detector": detector, "domain": domain, "metric": metric}
+    return {**names, "value": value, "ci95": ci95, "n": n}
+
+
+def found(scored: Scored, combined: Combined) -> Iterator[dict[str, Any]]:
+    """Recall at each rate by every detector: of each rung and trigger under one threshold for all domains, of each rung
+    and domain under the domain's own; and what thresholds do to clean text."""
+    domains = [*scored.clean]
+    names = [name for name in scored.clean[domains[0]] if name != KEY]
+    for name in (*names, OURS):
+        clean, planted = _by(scored, combined, name)
+        everything = np.concatenate([*clean.values()])
+        limits = {rate: threshold(everything, rate) for rate in RATES}
+        own = {(domain, rate): threshold(clean[domain], rate) for domain in domains for rate in RATES}
+        for rung in {rung: None for _, rung, _ in planted}:
+            of = {key: scores for key, scores in planted.items() if key[1] == rung}
+            for rate in RATES:
+                metric = f"recall@{rate:g}"
+                for trigger in (ALL, *TRIGGERS):
+                    some = np.concatenate([s for (_, _, t), s in of.items() if trigger in (ALL, t)])
+                    yield row(rung, trigger, name, ALL, metric, _above(some, limits[rate]), len(some))
+                for domain in domains:
+                    some = np.concatenate([s for (d, _, _), s in of.items() if d == domain])
+                    yield row(rung, ALL, name, domain, metric, _above(some, own[domain, rate]), len(some))
+        for domain in domains:
+            for rate in RATES:
+                lost = _above(clean[domain], limits[rate])
+                yield row("clean", "", name, domain, f"flagged@{rate:g}", lost, len(clean[domain]))
+            if name != OURS:
+                yield _realised(scored.clean[domain], name, domain)
+
+
+def _above(scores: Float[np.ndarray, " documents"], limit: float | None) -> int | None:
+    return None if limit is None else int((scores > limit).sum())
+
+
+def _by(
+    scored: Scored, combined: Combined, name: str
+) -> tuple[dict[str, np.ndarray], dict[tuple[str, str, str], np.ndarray]]:
+    """(scores of the clean documents by domain, of the planted ones) by one detector."""
+    if name != OURS:
+        return {d: s[name] for d, s in scored.clean.items()}, {k: s[name] for k, s in scored.planted.items()}
+    clean = {domain: combined.clean(scores) for domain, scores in scored.clean.items()}
+    return clean, {key: combined.planted(scores, scored.clean[key[0]]) for key, scores in scored.planted.items()}
+
+
+def _realised(clean: Scores, name: str, domain: str) -> dict[str, Any]:
+    """Of the domain's conformal threshold at 1%, out of fold, over what was asked for."""
+    folds, uniform = (clean[KEY] % thresholds.FOLDS).astype(int), (clean[KEY] / 2**64).astype(float)
+    limit = thresholds.conformal(name, clean[name], folds, uniform, (domain, ""), RATES[0])
+    hits = None if limit.realised is None else round(limit.realised * limit.documents)
+    return row("clean", "", name, domain, f"realised@{RATES[0]:g}", hits, limit.documents)
+
+
+# --- models
+
+
+def by_model(
+    spec: str, scored: Scored, ladder: Ladder, combined: Combined, half: str, folder: Path, sampled: int
+) -> Iterator[dict[str, Any]]:
+    """Recall by a model's loss: of so many clean documents of each domain alone, and of the documents that cheap scores
+    find oddest (a cascade); and its CPU-seconds a GB."""
+    texts = ladder.half(half)
+    random = np.random.default_rng(0)
+    chance = {d: np.sort(random.permutation(len(of))[:sampled]) for d, of in texts.items()}
+    clean, planted = _by(scored, combined, OURS)
+    first = threshold(np.concatenate([*clean.values()]), FIRST_STAGE)
+    assert first is not None, "too little clean text for a cascade"
+    odd = {domain: np.flatnonzero(scores > first) for domain, scores in clean.items()}
+    loss, size, seconds = _Loss(spec, folder), 0, 0.0
+    alone, stage = list[np.ndarray](), list[np.ndarray]()
+    kept = dict[str, list[tuple[np.ndarray, np.ndarray]]]()
+    kinds = [*RUNGS, COHERENT]
+    with Progress(f"asking {spec}", len(texts) * (2 + len(kinds)), "part") as progress:
+        for domain, of in texts.items():
+            for name, which, into in (("chance", chance, alone), ("odd", odd, stage)):
+                some = [of[i] for i in which[domain].tolist()]
+                scores, cost = loss(f"{half}-{domain}-{name}-{len(some)}", some)
+                into.append(scores)
+                size, seconds = size + sum(len(text.encode(errors="replace")) for text in some), seconds + cost
+                progress.add(1)
+            for rung in kinds:
+                some = ladder.planted(domain, rung, MODEL_TRIGGER)[:MODEL_PLANTED]
+                scores, _ = loss(f"{half}-{domain}-{rung}", some)
+                passed = planted[domain, rung, MODEL_TRIGGER][:MODEL_PLANTED] > first
+                kept.setdefault(rung, []).append((scores, passed))
+                progress.add(1)
+    by_chance, looked_at, number = np.concatenate(alone), np.concatenate(stage), sum(map(len, clean.values()))
+    for rung, of_domains in kept.items():
+        scores, passed = (np.concatenate(of) for of in zip(*of_domains, strict=True))
+        for rate in RATES:
+            limit = threshold(by_chance, rate)
+            yield row(rung, MODEL_TRIGGER, spec, ALL, f"recall@{rate:g}", _above(scores, limit), len(scores))
+            allowed = int(rate * number)
+            last = np.sort(looked_at)[::-1][allowed] if FEWEST <= allowed < len(looked_at) else None
+            hits = None if last is None else int((passed & (scores > last)).sum())
+            yield row(rung, MODEL_TRIGGER, f"cascade: {spec}", ALL, f"recall@{rate:g}", hits, len(scores))
+    names = {"rung": "clean", "trigger": "", "detector": spec, "domain": ALL, "metric": "cpu_seconds_per_gb"}
+    yield {**names, "value": seconds / max(size, 1) * 1e9, "ci95": None, "n": size}
+
+
+class _Loss:
+    """A model's loss on documents, kept by name."""
+
+    def __init__(self, spec: str, folder: Path):
+        self._mesh = one_device_mesh()
+        with jax.set_mesh(self._mesh):
+            weights = open_weights(spec, self._mesh)
+            self._folder, self._of = folder / f"model-{weights.parent['weights'][:16]}", ModelLoss(weights)
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, name: str, texts: Sequence[str]) -> tuple[Float[np.ndarray, " documents"], float]:
+        """(scores, CPU-seconds)."""
+        path = self._folder / f"{name}.npz"
+        if not path.exists():
+            began = time.process_time()
+            with jax.set_mesh(self._mesh):
+                values = np.array([score.value for score in self._of.scores(texts)])
+            _write(path, {"values": values, "seconds": np.array(time.process_time() - began)})
+        saved = _read(path)
+        return saved["values"], float(saved["seconds"])
