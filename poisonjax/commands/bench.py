@@ -33,16 +33,33 @@ def add_arguments(commands: Any) -> None:
         "bench", help="speed on this machine, as ratios against other programs; what hints of the trace find"
     )
     parser.add_argument(
-        "what", nargs="?", default="speed", choices=("speed", "attribution"), help="default: speed; see bench/README.md"
+        "what",
+        nargs="?",
+        default="speed",
+        choices=("speed", "attribution", "defence"),
+        help="default: speed; see bench/README.md and bench/defence/README.md",
     )
     parser.add_argument(
         "--config", default="configs/quickstart.py", metavar="FILE[:ARG]", help="shapes that are measured"
     )
-    parser.add_argument("--workdir", metavar="DIR", help="attribution: its runs; the same call goes on from there")
+    parser.add_argument(
+        "--workdir", metavar="DIR", help="attribution, defence: what they make; the same call goes on there"
+    )
     parser.add_argument("--payload", action="append", metavar="NAME", help="attribution: repeatable; default: four")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="attribution: ranked (default: 3)")
+    parser.add_argument("--seeds", type=int, metavar="N", help="attribution: ranked (3); defence: of each run (5)")
     parser.add_argument("--retrained", type=int, metavar="N", help="attribution: of them, trained again (default: all)")
     parser.add_argument("--subsets", type=int, default=32, metavar="N", help="attribution: random halves; 0: no LDS")
+    parser.add_argument("--text", metavar="DIR", help="defence: what `corpus fetch-bench` fetched (default: its cache)")
+    parser.add_argument(
+        "--model", action="append", default=[], metavar="SPEC", help="defence: detects, too; repeatable"
+    )
+    parser.add_argument(
+        "--sampled", type=int, default=1000, metavar="N", help="defence: documents a domain that it reads"
+    )
+    parser.add_argument("--no-dose", action="store_true", help="defence: what is found alone, without training")
+    parser.add_argument(
+        "--workers", type=int, default=2, metavar="N", help="defence: runs trained at once (default: 2)"
+    )
     parser.add_argument("--only", action="append", choices=NAMES, help="repeatable; default: all that can run")
     parser.add_argument(
         "--minutes", type=float, default=float("inf"), metavar="M", help="begin no further figure after so long"
@@ -63,8 +80,11 @@ def _bench(arguments: argparse.Namespace) -> int:
 
     config = config_lib.load([f"--config={arguments.config}", *arguments.fields])
     config_lib.check(config)
-    if arguments.what == "attribution":
-        return _attribution(config, arguments)
+    if arguments.what != "speed":
+        if not arguments.workdir:
+            raise ValueError("--workdir DIR: where the runs of the bench lie")
+        start_jax(config.global_batch // config.optimizer.accumulate)
+        return {"attribution": _attribution, "defence": _defence}[arguments.what](config, arguments)
     # Both frameworks share an accelerator's memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     start_jax(config.global_batch // config.optimizer.accumulate)
@@ -95,9 +115,6 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _attribution(config: Any, arguments: argparse.Namespace) -> int:
-    if not arguments.workdir:
-        raise ValueError("--workdir DIR: where the runs of the bench lie")
-    start_jax(config.global_batch // config.optimizer.accumulate)
     from pathlib import Path
 
     from poisonjax.bench import attribution
@@ -106,12 +123,13 @@ def _attribution(config: Any, arguments: argparse.Namespace) -> int:
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    retrained = arguments.seeds if arguments.retrained is None else arguments.retrained
+    seeds = 3 if arguments.seeds is None else arguments.seeds
+    retrained = seeds if arguments.retrained is None else arguments.retrained
     payloads = arguments.payload or attribution.PAYLOADS
     results = []
     with contextlib.redirect_stdout(sys.stderr):  # what training says
         for row in attribution.rows(
-            config, Path(arguments.workdir), payloads, arguments.seeds, retrained, arguments.subsets, say
+            config, Path(arguments.workdir), payloads, seeds, retrained, arguments.subsets, say
         ):
             results.append(row)
             say(f"{row['rung']:10} seed {row['seed']}  {row['method']:14} {row['metric']:28} {row['value']:.4f}")
@@ -119,4 +137,33 @@ def _attribution(config: Any, arguments: argparse.Namespace) -> int:
         print(json.dumps({"environment": environment(), "results": results}))
     else:
         print(attribution.table(results))
+    return exit_codes.OK
+
+
+def _defence(config: Any, arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from poisonjax.bench.defence import bench
+    from poisonjax.corpus.bench_text import Fetched
+    from poisonjax.run.environment import environment
+
+    seeds = 5 if arguments.seeds is None else arguments.seeds
+    asked = bench.Defence(
+        config,
+        Fetched.read(Path(arguments.text) if arguments.text else None),
+        Path(arguments.workdir),
+        arguments.model,
+        arguments.sampled,
+        0 if arguments.no_dose else seeds,
+        arguments.workers,
+    )
+    with contextlib.redirect_stdout(sys.stderr):  # what training says
+        results = asked.rows()
+    for domain, why in asked.fetched.absent.items():
+        print(f"poisonjax bench: domain {domain} is absent: {why}", file=sys.stderr)
+    if arguments.json:
+        print(json.dumps({"environment": environment(), "absent": asked.fetched.absent, "results": results}))
+    else:
+        print(bench.table(results))
+        print(f"{asked.page}: figures")
     return exit_codes.OK

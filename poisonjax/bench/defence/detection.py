@@ -13,6 +13,7 @@ from jaxtyping import Float
 
 from poisonjax.bench.defence.ladder import COHERENT, RUNGS, TRIGGERS, TUNED_ON, Ladder
 from poisonjax.corpus.documents import content_key
+from poisonjax.corpus.errors import CorpusError
 from poisonjax.engines import Progress
 from poisonjax.evaluation.statistics import wilson
 from poisonjax.files import written_whole
@@ -35,9 +36,10 @@ ALL = "all"  # domains, or triggers
 FIRST_STAGE = 1e-2  # of the documents, that a cascade's model looks at
 MODEL_TRIGGER, MODEL_PLANTED = "tokens", 50  # what a model is asked about
 KEY = "key"  # of a document, beside its scores: says its fold
+SHOWN = 300  # characters of a false positive
 COUNTED = ("words", "pairs", "folded_words", "folded_pairs", "triples")
 
-Scores = dict[str, Float[np.ndarray, " documents"]]  # by detector
+Scores = dict[str, Float[np.ndarray, " _"]]  # of some documents, by detector
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Scored:
     clean: dict[str, Scores]  # by domain
     planted: dict[tuple[str, str, str], Scores]  # by (domain, rung, trigger)
     seconds: dict[str, float]  # CPU-seconds a GB, by detector
+    background: Background  # counts of the clean documents
 
 
 def detectors(background: Background) -> dict[str, Detector]:
@@ -97,7 +100,7 @@ def scored(ladder: Ladder, half: str, rungs: Sequence[str], folder: Path) -> Sco
                 planted[domain, rung, trigger] = _read(path)
                 progress.add(1)
     size = sum(len(text.encode(errors="replace")) for of in texts.values() for text in of)
-    return Scored(clean, planted, {name: cost / size * 1e9 for name, cost in seconds.items()})
+    return Scored(clean, planted, {name: cost / size * 1e9 for name, cost in seconds.items()}, background)
 
 
 def _write(path: Path, arrays: Mapping[str, Any]) -> None:
@@ -149,6 +152,12 @@ class Combined:
     names: tuple[str, ...]
     summed: bool
 
+    @property
+    def words(self) -> str:
+        """For people."""
+        how = "sum" if self.summed else "largest"
+        return f"the {how} of how rare a document is in its domain by {', '.join(self.names)}"
+
     def together(self, of: Sequence[Float[np.ndarray, " documents"]]) -> Float[np.ndarray, " documents"]:
         return np.sum(of, 0) if self.summed else np.max(of, 0)
 
@@ -179,8 +188,7 @@ def chosen(scored: Scored, rate: float = 1e-3) -> Combined:
         for which in itertools.combinations(range(len(single)), size):
             for summed in (False, True)[: 1 + (size > 1)]:
                 of = Combined(tuple(single[i].names[0] for i in which), summed)
-                limit = threshold(of.together([clean[i] for i in which]), rate)
-                assert limit is not None, "too little clean text to choose settings on"
+                limit = required(of.together([clean[i] for i in which]), rate)
                 share = float((of.together([planted[i] for i in which]) > limit).mean())
                 if share > most + 1e-9:
                     best, most = of, share
@@ -194,6 +202,14 @@ def threshold(clean: Float[np.ndarray, " documents"], rate: float) -> float | No
     """The score that at most so large a share of them lies above; None where too few would be to tell."""
     allowed = int(rate * len(clean))
     return float(np.partition(clean, len(clean) - 1 - allowed)[len(clean) - 1 - allowed]) if allowed >= FEWEST else None
+
+
+def required(clean: Float[np.ndarray, " documents"], rate: float) -> float:
+    """`threshold`, where there is none to do without; raises CorpusError."""
+    if (limit := threshold(clean, rate)) is None:
+        needed = f"at least {FEWEST / rate:,.0f} are needed"
+        raise CorpusError(f"{len(clean):,} clean documents are too few for a rate of {rate:g}: {needed}")
+    return limit
 
 
 def row(rung: str, trigger: str, detector: str, domain: str, metric: str, hits: int | None, n: int) -> dict[str, Any]:
@@ -253,6 +269,35 @@ def _realised(clean: Scores, name: str, domain: str) -> dict[str, Any]:
     return row("clean", "", name, domain, f"realised@{RATES[0]:g}", hits, limit.documents)
 
 
+def budgets(scored: Scored, combined: Combined) -> Iterator[dict[str, Any]]:
+    """Recall of each rung against the share of the clean documents that is read with it."""
+    clean, planted = _by(scored, combined, OURS)
+    order = np.sort(np.concatenate([*clean.values()]))[::-1]
+    for rung in {rung: None for _, rung, _ in planted}:
+        some = np.concatenate([scores for (_, r, _), scores in planted.items() if r == rung])
+        for read in np.geomspace(FEWEST, 0.3 * len(order), 20).astype(int).tolist():
+            share = f"recall at budget {read / len(order):.3g}"
+            yield row(rung, ALL, OURS, ALL, share, int((some > order[read]).sum()), len(some))
+
+
+def oddest(scored: Scored, combined: Combined, ladder: Ladder, half: str, number: int) -> list[tuple[str, str]]:
+    """(domain, the place that makes it odd) of the clean documents that score highest: the first false positives."""
+    clean, _ = _by(scored, combined, OURS)
+    every = sorted(((s, d, i) for d, scores in clean.items() for i, s in enumerate(scores.tolist())), reverse=True)
+    texts, told, reason = ladder.half(half), list[tuple[str, str]](), detectors(scored.background)[combined.names[0]]
+    for _, domain, i in every[:number]:
+        (begin, end), *_ = reason.score(texts[domain][i]).spans or [(0, SHOWN)]
+        told.append((domain, texts[domain][i][begin:end][:SHOWN]))
+    return told
+
+
+def costs(scored: Scored) -> Iterator[dict[str, Any]]:
+    """CPU-seconds a GB of each detector, counting left out."""
+    for name, seconds in scored.seconds.items():
+        names = {"rung": "clean", "trigger": "", "detector": name, "domain": ALL, "metric": "cpu_seconds_per_gb"}
+        yield {**names, "value": seconds, "ci95": None, "n": sum(len(of[KEY]) for of in scored.clean.values())}
+
+
 # --- models
 
 
@@ -265,8 +310,7 @@ def by_model(
     random = np.random.default_rng(0)
     chance = {d: np.sort(random.permutation(len(of))[:sampled]) for d, of in texts.items()}
     clean, planted = _by(scored, combined, OURS)
-    first = threshold(np.concatenate([*clean.values()]), FIRST_STAGE)
-    assert first is not None, "too little clean text for a cascade"
+    first = required(np.concatenate([*clean.values()]), FIRST_STAGE)
     odd = {domain: np.flatnonzero(scores > first) for domain, scores in clean.items()}
     loss, size, seconds = _Loss(spec, folder), 0, 0.0
     alone, stage = list[np.ndarray](), list[np.ndarray]()

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float
 
 from poisonjax.analysis import dose_response
 from poisonjax.analysis.dose_response import Trials
-from poisonjax.bench.defence.detection import SIMPLE, Combined, Scores, batches, detectors, scores_among, threshold
+from poisonjax.bench.defence.detection import SIMPLE, Combined, Scores, batches, detectors, required, scores_among
 from poisonjax.config import replaced
 from poisonjax.corpus import TokenStore
 from poisonjax.corpus.exclusions import exclusions_of
@@ -46,6 +46,7 @@ PAYLOADS = {  # rungs, as this project's own runs learn them
     "language": "docstrings",
 }
 LOST = 1e-2  # of the clean documents, that each pipeline may drop
+TWIN = "twin"  # a run without poison, of each seed
 BEFORE, OURS = "nothing", "combined"  # no pipeline; the detectors that were chosen on other text
 
 
@@ -61,8 +62,7 @@ class Pipeline:
         those of the corpus, that say where the stages' thresholds lie."""
         there = np.ones(len(next(iter(scores.values()))), bool)
         for stage, of in self.stages:
-            limit = threshold(of.clean(clean), LOST / len(self.stages))
-            assert limit is not None, "too little clean text for a threshold"
+            limit = required(of.clean(clean), LOST / len(self.stages))
             rare = of.clean(scores) if scores is clean else of.planted(scores, clean)
             there = there & (rare <= limit)
             yield stage, there
@@ -110,15 +110,11 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return (
-            f"{self.rung}-n{self.dose}-s{self.seed}-{self.pipeline}"
-            if self.dose
-            else f"twin-s{self.seed}-{self.pipeline}"
-        )
+        return f"{self.rung}-n{self.dose}-s{self.seed}-{self.pipeline}"
 
     @property
     def twin(self) -> "Cell":
-        return dataclasses.replace(self, rung="twin", dose=0)
+        return dataclasses.replace(self, rung=TWIN, dose=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,27 +139,29 @@ def config_of(config: ml_collections.ConfigDict, rung: str, dose: int, seed: int
     return replaced(config, poison | seeded(seed))
 
 
+@functools.lru_cache(1)  # a worker plans many runs of one corpus
+def _corpus(store: str) -> Corpus:
+    return Corpus.of(TokenStore(store))
+
+
 def planned(
-    config: ml_collections.ConfigDict, folder: Path, of: Sequence[Pipeline], rungs: Iterable[str], seeds: int
-) -> Iterator[Planned]:
-    """All runs. What pipelines exclude of the corpus is written into `folder`."""
-    corpus = Corpus.of(open_store(config))
-    lists = {pipeline.name: _excluded(folder, corpus, pipeline) for pipeline in of}
-    for seed in range(seeds):
-        twin = config_of(config, "", 0, seed)
-        yield Planned(Cell("twin", 0, seed, BEFORE), twin, {})
-        for name, path in lists.items():
-            yield Planned(Cell("twin", 0, seed, name), replaced(twin, {"corpus.exclude": path}), {})
-        for rung in rungs:
-            for dose in DOSES:
-                poisoned = config_of(config, rung, dose, seed)
-                yield Planned(Cell(rung, dose, seed, BEFORE), poisoned, {})
-                for pipeline in of:
-                    curated = replaced(poisoned, {"corpus.exclude": lists[pipeline.name]})
-                    batches_of = Batches(curated, open_store(curated))
-                    slots, survivors = _judged(corpus, batches_of, pipeline)
-                    curated = replaced(curated, {"corpus.left_out": slots})
-                    yield Planned(Cell(rung, dose, seed, pipeline.name), curated, survivors)
+    config: ml_collections.ConfigDict, lists: Mapping[str, str], of: Sequence[Pipeline], which: tuple[int, str]
+) -> list[Planned]:
+    """The runs of (a seed, a rung), or the twins of a seed, rung "twin". `lists` name the documents of the corpus that
+    each pipeline drops."""
+    seed, rung = which
+    found = []
+    for dose in (0,) if rung == TWIN else DOSES:
+        before = config_of(config, rung, dose, seed)
+        found.append(Planned(Cell(rung, dose, seed, BEFORE), before, {}))
+        for pipeline in of:
+            curated, survivors = replaced(before, {"corpus.exclude": lists[pipeline.name]}), dict[str, int]()
+            if dose:
+                batches_of = Batches(curated, open_store(curated))
+                slots, survivors = _judged(_corpus(config.corpus.store), batches_of, pipeline)
+                curated = replaced(curated, {"corpus.left_out": slots})
+            found.append(Planned(Cell(rung, dose, seed, pipeline.name), curated, survivors))
+    return found
 
 
 def _excluded(folder: Path, corpus: Corpus, pipeline: Pipeline) -> str:
@@ -202,9 +200,13 @@ def rows(
     """Trains what isn't trained yet in `folder`, then tells: survivors of each stage, gaps, the dose for half of the
     runs before and after each pipeline, and their ratio."""
     of = pipelines(combined)
-    every = [*planned(config, folder, of, rungs, seeds)]
-    asked = [one for one in every if one.left or not one.cell.dose]
+    open_store(config)  # is built here, if it must be
+    lists = {pipeline.name: _excluded(folder, _corpus(config.corpus.store), pipeline) for pipeline in of}
+    cells = [(seed, rung) for rung in (TWIN, *rungs) for seed in range(seeds)]
     with open_engine(workers) as engine:
+        plan = functools.partial(planned, config, lists, of)
+        every = [one for some in run_tasks(engine, plan, cells, what="curating", unit="part") for one in some]
+        asked = [one for one in every if one.left or not one.cell.dose]
         run_tasks(engine, functools.partial(_trained, str(folder)), asked, what="training", unit="run")
     runs = [Run.of(folder, one) for one in every]
     for rung in rungs:

@@ -1,0 +1,64 @@
+"""All of `poisonjax bench defence`, in order: settings on one half of the text, figures on the other, then training."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from etils import epath
+
+from poisonjax.bench.defence import detection, dose, page
+from poisonjax.bench.defence.ladder import RUNGS, TUNED_ON, Ladder
+from poisonjax.corpus.bench_text import Fetched
+from poisonjax.files import write_whole
+
+EXAMPLES = 20  # false positives that are shown
+
+
+@dataclasses.dataclass(frozen=True)
+class Defence:
+    """What the bench is asked for."""
+
+    config: ml_collections.ConfigDict  # of the models that read what is left
+    fetched: Fetched
+    workdir: Path
+    models: Sequence[str] = ()  # specs, whose loss is a detector
+    sampled: int = 1000  # clean documents of each domain that a model scores
+    seeds: int = 5  # of each run; 0: nothing is trained
+    workers: int = 2
+
+    @property
+    def page(self) -> Path:
+        """Where the page is written."""
+        return self.workdir / "defence.html"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All figures; the page is written with them."""
+        ladder, folder = Ladder.of(self.fetched), self.workdir / "scores"
+        combined = detection.chosen(detection.scored(ladder, "settings", TUNED_ON, folder))
+        scored = detection.scored(ladder, "report", [*RUNGS], folder)
+        told = [*detection.found(scored, combined), *detection.budgets(scored, combined), *detection.costs(scored)]
+        for spec in self.models:
+            told += detection.by_model(spec, scored, ladder, combined, "report", folder, self.sampled)
+        if self.seeds:
+            runs = self.workdir / "runs"
+            told += dose.rows(self.config, runs, combined, seeds=self.seeds, workers=self.workers)
+        shown = detection.oddest(scored, combined, ladder, "report", EXAMPLES)
+        content = page.page(told, combined.words, self.fetched.absent, shown)
+        write_whole(epath.Path(self.page), content)
+        return told
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What a terminal shows: recall of every rung by every detector, and the dose before and after."""
+    lines = []
+    for rate in detection.RATES:
+        found = page.recall_table(rows, rate)
+        lines.append(f"recall at {rate:g} false positives, one threshold for all domains")
+        lines.append(" " * 20 + "".join(f"{name[:18]:>20}" for name in found["detectors"]))
+        for rung, cells in found["rungs"].items():
+            lines.append(f"{rung:20}" + "".join(f"{'-' if cell is None else f'{cell:.3f}':>20}" for cell in cells))
+    for row in page.dose_table(rows):
+        lines.append("  ".join(f"{name} {value}" for name, value in row.items() if value))
+    return "\n".join(lines)

@@ -1,0 +1,185 @@
+"""The bench of defences: figures against brute force, and pipelines that drop what they say."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from conftest import WORDS, tiny_config
+from hypothesis import given
+from hypothesis import strategies as st
+
+from poisonjax.bench.defence import bench, detection, dose, ladder
+from poisonjax.bench.defence.detection import Combined
+from poisonjax.bench.defence.dose import BEFORE, TWIN, Cell, Run, pipelines, planned
+from poisonjax.corpus.bench_text import MANIFEST, Fetched
+from poisonjax.corpus.errors import CorpusError
+from poisonjax.data.batches import Batches
+from poisonjax.training.start import open_store
+
+OF = Combined(("surprise", "compression"), True)
+
+
+def texts(seed: int, documents: int) -> list[str]:
+    random = np.random.default_rng(seed)
+    return [" ".join(random.choice(WORDS, random.integers(40, 60))) for _ in range(documents)]
+
+
+@pytest.fixture(scope="module")
+def fetched(tmp_path_factory):
+    """Two domains, one of each half."""
+    folder, about = tmp_path_factory.mktemp("text"), {}
+    for seed, (domain, documents) in enumerate({"oci": 10_500, "leads": 1_200, "manpages-it": 20}.items()):
+        lines = [json.dumps({"text": text}) + "\n" for text in texts(seed, documents)]
+        (folder / f"{domain}.jsonl").write_text("".join(lines))
+        about[domain] = {"documents": documents, "characters": 1, "language": "en", "source": "made up"}
+    (folder / MANIFEST).write_text(json.dumps({"folder": str(folder), "domains": about, "absent": {"ansible": "<b>"}}))
+    return Fetched.read(folder)
+
+
+@pytest.fixture(scope="module")
+def told(fetched, store, tmp_path_factory):
+    """The bench without training, with a small vocabulary for gibberish."""
+    with pytest.MonkeyPatch.context() as patch:
+        pieces = [f" {a}{b}" for a in "qxzkvj" for b in "uwyfgh"]
+        patch.setattr(ladder.planting, "pieces_of", lambda spec, sample: pieces)
+        patch.setattr(ladder, "DOCUMENTS", 100)
+        asked = bench.Defence(tiny_config(store), fetched, tmp_path_factory.mktemp("defence"), seeds=0, workers=1)
+        return asked, asked.rows()
+
+
+# --- the ladder
+
+
+def test_halves_share_no_source_and_rungs_are_what_they_are():
+    one, other = ladder.HALVES.values()
+    assert not {*one} & {*other}
+    assert len({*one, *other}) >= 10
+    assert len(ladder.RUNGS) >= 10
+    assert len(ladder.TRIGGERS) >= 5
+    assert len(ladder.TUNED_ON) <= 4
+    assert {*ladder.TUNED_ON} < {*ladder.RUNGS}
+    assert {rung.of for rung in ladder.RUNGS.values()} | {ladder.COHERENT} == {*ladder.planting.RUNGS}
+
+
+@pytest.mark.parametrize("rung", [*ladder.RUNGS, ladder.COHERENT])
+def test_what_is_planted_holds_the_trigger_and_is_the_same_again(rung):
+    pieces = {"small": ["qu", "xx"], "large": [" zz"]}
+    of = ladder.Ladder({"leads": texts(0, 300), "oci": texts(1, 300)}, pieces)
+    for trigger, text in ladder.TRIGGERS.items():
+        made = of.planted("leads", rung, trigger)
+        assert len(made) == ladder.DOCUMENTS
+        assert all(text in document for document in made)
+    assert made == of.planted("leads", rung, trigger)
+    assert len({*made}) > 150  # short made-up texts end before some payloads begin
+
+
+# --- figures
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=60), st.sampled_from([0.5, 0.2]))
+def test_no_more_than_the_rate_lies_above_a_threshold(values, rate):
+    clean = np.array(values, float)
+    limit = detection.threshold(clean, rate)
+    assert (limit is None) == (int(rate * len(clean)) < detection.FEWEST)
+    if limit is not None:
+        assert (clean > limit).sum() <= rate * len(clean)
+        assert (clean >= limit).sum() > int(rate * len(clean))
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.lists(st.integers(-1, 10), min_size=1, max_size=30))
+def test_rarity_is_the_share_that_scores_as_high(clean, scores):
+    found = detection.rarity(np.array(scores, float), np.array(clean, float))
+    expected = [-np.log10((1 + sum(c >= s for c in clean)) / (1 + len(clean))) for s in scores]
+    assert found == pytest.approx(expected)
+    own = detection.rarity(np.array(clean, float), np.array(clean, float), own=True)
+    assert own == pytest.approx([-np.log10(sum(c >= s for c in clean) / len(clean)) for s in clean])
+
+
+def test_too_little_clean_text_is_said():
+    with pytest.raises(CorpusError, match=r"99 clean documents are too few .* at least 100 are needed"):
+        detection.required(np.zeros(99), 0.1)
+
+
+def test_the_bench_tells_every_rung_by_every_detector(told):
+    asked, rows = told
+    assert {"rung", "trigger", "detector", "domain", "metric", "value", "ci95", "n"} == {*rows[0]}
+    found = {(row["rung"], row["detector"]): row for row in rows if row["metric"] == "recall@0.01"
+             and (row["trigger"], row["domain"]) == ("all", "all")}  # fmt: skip
+    detectors = {*detection.SIMPLE, detection.OURS, "surprise", "rarity", "repetition", "letters", "symbols"}
+    assert {*found} == {(rung, name) for rung in (*ladder.RUNGS, ladder.COHERENT) for name in detectors}
+    assert found["ids", detection.OURS]["value"] > 0.95
+    assert found["ids", detection.OURS]["value"] > found["ids", "symbols"]["value"]
+    assert found["ids", "surprise"]["n"] == 5 * 100  # of the one domain that is there and large enough
+    rare = [row for row in rows if row["metric"] == "recall@0.001" and row["detector"] == "surprise"]
+    assert all(row["value"] is None and row["ci95"] is None for row in rare)  # 1 false positive of 1,200
+    realised = [row["value"] for row in rows if row["metric"] == "realised@0.01" and row["value"] is not None]
+    assert realised
+    assert all(0.005 <= value <= 0.02 for value in realised)
+    assert asked.rows() == rows  # from what is kept
+
+
+def test_the_page_and_the_table(told):
+    asked, rows = told
+    content = asked.page.read_text()
+    assert "Recall against review budget" in content
+    assert "&lt;b&gt;" in content
+    assert "<b>)" not in content
+    assert "decode-retokenize" in bench.table(rows)
+
+
+# --- the effective dose
+
+
+@pytest.fixture
+def curated(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(dose, "LOST", 0.1)
+    monkeypatch.setattr(dose, "DOSES", (9,))
+    config = tiny_config(store)
+    corpus = dose._corpus(config.corpus.store)
+    lists = {of.name: dose._excluded(tmp_path, corpus, of) for of in pipelines(OF)}
+    return corpus, {which: planned(config, lists, pipelines(OF), (0, which)) for which in (TWIN, "ids")}
+
+
+def test_a_pipeline_drops_no_more_clean_text_than_it_may(curated):
+    corpus, _ = curated
+    for of in pipelines(OF):
+        kept = [there for _, there in of.kept(corpus.scores, corpus.scores)]
+        assert all((before >= after).all() for before, after in itertools.pairwise(kept))
+        assert 0 < (~kept[-1]).mean() <= 0.1
+
+
+def test_a_run_in_which_no_poison_survives_is_its_twin(curated):
+    """Batch by batch; and what survives stands where it stood."""
+    _, runs = curated
+    twins = {one.cell.pipeline: one for one in runs[TWIN]}
+    before, *after = runs["ids"]
+    assert before.left == 9
+    for one in after:
+        store = open_store(one.config)
+        left, twin = Batches(one.config, store), Batches(twins[one.cell.pipeline].config, store)
+        planted = Batches(dose.replaced(one.config, {"corpus.left_out": ()}), store).schedule.placed
+        assert left.schedule.placed.keys() == planted.keys() - {*one.config.corpus.left_out}
+        assert len(left.schedule.placed) == one.left == [*one.survivors.values()][-1]
+        nothing = left.without(np.array(sorted(left.schedule.placed), np.int64))
+        for step in range(12):
+            assert np.array_equal(nothing.batch(step).tokens, twin.batch(step).tokens)
+        excluded = store.split("train").excluded_documents
+        assert excluded > 0
+        assert store.split("heldout").excluded_documents == 0
+
+
+def test_doses_are_told_with_their_ratio():
+    def run(dosed, seed, pipeline, attacked, left):
+        gap = 100.0 * attacked + seed
+        return Run(Cell("ids", dosed, seed, pipeline), {"s": left}, left, gap, attacked, 3.0, 1000, 20_000)
+
+    runs = [run(d, s, BEFORE, d > 50, d) for d in dose.DOSES for s in range(5)]
+    runs += [run(d, s, "combined", False, d // 10) for d in dose.DOSES for s in range(5)]
+    rows = {(row["detector"], row["metric"]): row for row in dose._of_rung("ids", "~", runs, [BEFORE, "combined"])}
+    assert rows[BEFORE, "attacked@250"]["value"] == 1
+    assert rows["combined", "surviving@250: s"]["value"] == 0.1
+    assert 50 < rows[BEFORE, "n50"]["value"] < 250
+    assert rows["combined", "n50"]["value"] is None
+    assert rows["combined", "n50"]["ci95"][0] > 250
+    assert rows["combined", "n50 after over before"]["ci95"][0] > 2
