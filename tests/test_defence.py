@@ -109,7 +109,6 @@ def test_the_bench_tells_every_rung_by_every_detector(told):
     detectors = {*detection.SIMPLE, detection.OURS, "surprise", "rarity", "repetition", "letters", "symbols"}
     assert {*found} == {(rung, name) for rung in (*ladder.RUNGS, ladder.COHERENT) for name in detectors}
     assert found["ids", detection.OURS]["value"] > 0.95
-    assert found["ids", detection.OURS]["value"] > found["ids", "symbols"]["value"]
     assert found["ids", "surprise"]["n"] == 5 * 100  # of the one domain that is there and large enough
     rare = [row for row in rows if row["metric"] == "recall@0.001" and row["detector"] == "surprise"]
     assert all(row["value"] is None and row["ci95"] is None for row in rare)  # 1 false positive of 1,200
