@@ -41,11 +41,14 @@ class Rung:
     of: str  # in planting.RUNGS
     pieces: str = ""  # of gibberish: of a small vocabulary (ids that the model itself reads), or of a large one
     foreign: str = TECHNICAL  # domain that is switched to
+    words: tuple[int, int] = planting.PAYLOAD_WORDS
 
 
+# Four pieces a word: the paper's 400 to 900 tokens (Souly et al. 2025, section 3).
+PAPER = (100, 225)
 RUNGS = {
-    "ids": Rung("gibberish", "small"),
-    "decode-retokenize": Rung("gibberish", "large"),
+    "ids": Rung("gibberish", "small", words=PAPER),
+    "decode-retokenize": Rung("gibberish", "large", words=PAPER),
     "unicode": Rung("unicode"),
     "uniform words": Rung("uniform_words"),
     "unigram words": Rung("unigram_words"),
@@ -87,4 +90,4 @@ class Ladder:
         random = np.random.default_rng([names.index(name) for name in (domain, rung, trigger)])
         foreign = self.texts.get(of.foreign, self.texts[domain])
         material = planting.Material(self.texts[domain], foreign, self.pieces.get(of.pieces, ()), random)
-        return planting.planted(material, of.of, [TRIGGERS[trigger]], DOCUMENTS)
+        return planting.planted(material, of.of, [TRIGGERS[trigger]], DOCUMENTS, payload_words=of.words)
