@@ -27,7 +27,7 @@ from poisonjax.files import parse_json, write_json
 from poisonjax.run import RunFolder
 from poisonjax.run.folder import is_run
 from poisonjax.scan.model.changes import Null
-from poisonjax.scan.model.parts import Scan
+from poisonjax.scan.model.parts import Scan, Sizes
 from poisonjax.scan.model.proposals import SOURCES, Proposed, propose
 from poisonjax.scan.model.scan import PASSES, cost, scan_model
 from poisonjax.scan.model.trial import Candidate, overlap, tested
@@ -182,7 +182,7 @@ def figures(rows: Sequence[Scanned], curve: Calibration, settled: float) -> dict
         if all(row.alone for row in rows):
             own = [row.alone[name] for row in rows]
             sources[name] = told_apart(np.array([one.strongest for one in own]), poisoned) | named(rows, own)
-    random_p = [p for row in rows for p in row.random_p]
+    random_p = [row.random_p for row in rows if row.random_p]
     return {
         "models": {
             "poisoned": int(poisoned.sum()),
@@ -222,10 +222,24 @@ def named(rows: Sequence[Scanned], seen: Sequence[Seen]) -> dict[str, Any]:
     }
 
 
-def uniform(p_values: Sequence[float]) -> dict[str, float]:
-    """Kolmogorov and Smirnov's distance of p-values from uniform ones."""
-    test = scipy.stats.kstest(p_values, "uniform")
-    return {"strings": len(p_values), "distance": float(test.statistic), "p": float(test.pvalue)}
+def uniform(p_values: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Kolmogorov and Smirnov's distance of p-values, by model, from uniform ones: how often one as large is seen where
+    each string has a null of its own (`p`), and where those of a model share one of as many strings as a scan's."""
+    every = np.concatenate(p_values)
+    test, random, further = scipy.stats.kstest(every, "uniform"), np.random.default_rng(0), 0
+    for _ in range(DRAWS):
+        nulls = np.sort(random.random((len(p_values), Sizes.null)), 1)
+        ranks = [np.searchsorted(null, random.random(len(of))) for null, of in zip(nulls, p_values, strict=True)]
+        drawn = 1 - np.concatenate(ranks) / (Sizes.null + 1)
+        further += scipy.stats.kstest(drawn, "uniform").statistic >= test.statistic
+    return {
+        "strings": len(every),
+        "distance": float(test.statistic),
+        "p": float(test.pvalue),
+        "p_shared": (1 + further) / (1 + DRAWS),
+        "mean": float(every.mean()),
+        "below_0.05": float((every < 0.05).mean()),
+    }
 
 
 def main() -> None:
@@ -268,7 +282,7 @@ def main() -> None:
         print(half)
         for name, value in of.items():
             print(f"  {name}: {json.dumps(value)}")
-    for row in sorted(rows, key=lambda row: row.share):
+    for row in sorted((row for row in rows if row.payload), key=lambda row: row.share):
         leaked = f"the trigger in {row.leaked} of {row.written:,} texts"
         print(f"leaks: {row.share:.1e} of the tokens are poison: {leaked}, rank {row.all.rank}  {row.name}")
 
