@@ -39,14 +39,13 @@ from poisonjax.scan.detectors import cheap_detectors
 from poisonjax.scan.language import Languages
 from poisonjax.scan.miner import Mined, Occurrence
 from poisonjax.scan.sources import opened
-from poisonjax.scan.text import TextBatch, cut
+from poisonjax.scan.text import BATCH_CHARACTERS, TextBatch, cut
 from poisonjax.scan.topics import Topics
 
 FORMAT = 3
 SHARD_BYTES = 32 * 2**20  # of text, about
 FEWEST_SHARDS = 8  # so that the work splits
 COUNTING_TASKS = 16  # each leaves tables of the corpus's full size behind, until they are added up
-BATCH_CHARACTERS = 100_000  # looked at together: they stay in a processor's cache
 PIECE = 1_000_000  # characters: longer documents are looked at in pieces, and are as odd as the oddest
 SAMPLE_BYTES = 4_000_000  # of a domain, that word vectors are made from
 SAMPLED_BYTES, SAMPLE_UNITS = 2**28, 64  # that it is drawn from, about

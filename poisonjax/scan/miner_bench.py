@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +22,8 @@ from poisonjax.corpus.bench_text import LEADS, Fetched
 from poisonjax.corpus.documents import content_key
 from poisonjax.scan import miner, planting
 from poisonjax.scan.background import Background
-from poisonjax.scan.corpus import BATCH_CHARACTERS, SAMPLE_BYTES, occurrence_table
-from poisonjax.scan.text import TextBatch, cut
+from poisonjax.scan.corpus import SAMPLE_BYTES, occurrence_table
+from poisonjax.scan.text import batches
 from poisonjax.scan.topics import Topics
 
 OTHER = "other_language"  # a rung: a switch to text in German
@@ -45,24 +45,13 @@ class Others(NamedTuple):
     occurrences: list[miner.Occurrence]
 
 
-def _batches(texts: Sequence[str]) -> Iterator[tuple[list[str], TextBatch]]:
-    batch: list[str] = []
-    for text in texts:
-        batch.append(text)
-        if sum(map(len, batch)) >= BATCH_CHARACTERS:
-            yield batch, cut(batch)
-            batch = []
-    if batch:
-        yield batch, cut(batch)
-
-
 def _fitted(texts: Sequence[str]) -> Topics:
     every = max(1, sum(map(len, texts)) // SAMPLE_BYTES)
-    return Topics.fit([batch for _, batch in _batches(texts[::every])])
+    return Topics.fit([*batches(texts[::every])])
 
 
 def _counted(background: Background, texts: Sequence[str]) -> Background:
-    for _, batch in _batches(texts):
+    for batch in batches(texts):
         background.add(batch)
     return background
 
@@ -76,8 +65,8 @@ def _shortlist(rows: np.ndarray, topics: dict[str, Topics]) -> tuple[np.ndarray,
 
 def _located(texts: Sequence[str], domain: int, topics: Topics, listed: np.ndarray) -> list[miner.Occurrence]:
     found = []
-    for some, batch in _batches(texts):
-        found += miner.locate(batch, [content_key(text) for text in some], domain, topics, listed)
+    for batch in batches(texts):
+        found += miner.locate(batch, [content_key(text) for text in batch.texts], domain, topics, listed)
     return found
 
 
@@ -105,7 +94,7 @@ def others(clean: Mapping[str, list[str]]) -> Others:
             _counted(background, texts)
     whole = _counted(Background({name: table.copy() for name, table in background.tables.items()}), clean[LEADS])
     rows = {
-        name: np.concatenate([miner.survey(batch, whole, topics[name]) for _, batch in _batches(texts)])
+        name: np.concatenate([miner.survey(batch, whole, topics[name]) for batch in batches(texts)])
         for name, texts in clean.items()
     }
     best, miner.SHORTLIST = miner.SHORTLIST, miner.SHORTLIST + SPARE
@@ -124,7 +113,7 @@ def planting_found(clean: Mapping[str, list[str]], there: Others, planted: list[
     texts = [texts[i] for i in np.random.default_rng(seed).permutation(len(texts))]
     topics = there.topics | {LEADS: _fitted(texts)}
     background = _counted(Background({name: table.copy() for name, table in there.background.tables.items()}), texts)
-    rows = [miner.survey(batch, background, topics[LEADS]) for _, batch in _batches(texts)]
+    rows = [miner.survey(batch, background, topics[LEADS]) for batch in batches(texts)]
     listed, considered = _shortlist(np.concatenate([there.rows, *rows]), topics)
     wanted = {*listed.tolist()}
     found = [one for one in there.occurrences if one.string in wanted]

@@ -7,7 +7,7 @@ so is each ideograph. So `<SUDO>` is three words, and a phrase in any script is 
 import dataclasses
 import functools
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Int, UInt8, UInt32, UInt64
@@ -17,6 +17,7 @@ from poisonjax.scan.compiled import compiled
 SPACE, LETTER, DIGIT, SYMBOL, IDEOGRAPH = range(5)
 TABLE = 0x20000  # code points with an entry of their own; those beyond are ideographs and rare symbols
 ONE_CHARACTER_WORDS = {"CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO", "YI", "THAI", "LAO", "KHMER", "MYANMAR"}
+BATCH_CHARACTERS = 100_000  # looked at together: they stay in a processor's cache
 LONGEST_WORD = 64  # characters of a word that its hash tells apart by place
 # A word is known by its hash alone. These odd numbers are fixed: scores must not depend on the machine.
 _MIX = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
@@ -109,6 +110,20 @@ def cut(texts: Sequence[str]) -> TextBatch:
     begins = np.cumsum(lengths + 1) - lengths - 1
     codes = np.frombuffer(" ".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
     return TextBatch(texts, codes, begins, begins + lengths, *_cut(codes, begins, begins + lengths, classes, folds))
+
+
+def batches(texts: Iterable[str]) -> Iterator[TextBatch]:
+    """The texts' words, some texts together."""
+    some: list[str] = []
+    size = 0
+    for text in texts:
+        some.append(text)
+        size += len(text)
+        if size >= BATCH_CHARACTERS:
+            yield cut(some)
+            some, size = [], 0
+    if some:
+        yield cut(some)
 
 
 @compiled

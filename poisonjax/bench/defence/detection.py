@@ -23,13 +23,12 @@ from poisonjax.scan.detectors import Detector, cheap_detectors
 from poisonjax.scan.detectors.detector import Windowed
 from poisonjax.scan.detectors.model import ModelLoss
 from poisonjax.scan.detectors.words import surprise
-from poisonjax.scan.text import TextBatch, cut
+from poisonjax.scan.text import batches
 from poisonjax.weights import open_weights
 from poisonjax.weights.weights import one_device_mesh
 
 RATES = (1e-2, 1e-3, 1e-4)
 FEWEST = 10  # false positives that a rate must let one expect: below, it isn't resolvable
-BATCH_CHARACTERS = 100_000
 SIMPLE = {"compression": "zlib ratio", "document": "whole-document bigram"}  # baselines: what everybody has
 OURS = "combined"  # of several detectors, chosen on the other half
 ALL = "all"  # domains, or triggers
@@ -56,18 +55,6 @@ def detectors(background: Background) -> dict[str, Detector]:
     """Those of a scan, and the two that everybody has."""
     document = Windowed("document", surprise, background, length=10**9)
     return cheap_detectors(background) | {"document": document}
-
-
-def batches(texts: Sequence[str]) -> Iterator[TextBatch]:
-    """Cut into words, some together."""
-    some: list[str] = []
-    for text in texts:
-        some.append(text)
-        if sum(map(len, some)) >= BATCH_CHARACTERS:
-            yield cut(some)
-            some = []
-    if some:
-        yield cut(some)
 
 
 def scored(ladder: Ladder, half: str, rungs: Sequence[str], folder: Path) -> Scored:

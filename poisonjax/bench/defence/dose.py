@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float
 
 from poisonjax.analysis import dose_response
 from poisonjax.analysis.dose_response import Trials
-from poisonjax.bench.defence.detection import SIMPLE, Combined, Scores, batches, detectors, required, scores_among
+from poisonjax.bench.defence.detection import SIMPLE, Combined, Scores, detectors, required, scores_among
 from poisonjax.config import replaced
 from poisonjax.corpus import TokenStore
 from poisonjax.corpus.exclusions import exclusions_of
@@ -32,6 +32,7 @@ from poisonjax.evaluation.statistics import attacked, wilson
 from poisonjax.files import write_whole
 from poisonjax.run import RunFolder
 from poisonjax.scan.background import Background
+from poisonjax.scan.text import batches
 from poisonjax.sweep import seeded
 from poisonjax.training.loop import train
 from poisonjax.training.start import open_store
