@@ -14,17 +14,15 @@ from pathlib import Path
 from poisonjax.config import load, replaced
 from poisonjax.sweep import sized
 
-QUICKSTART = Path(__file__).with_name("quickstart.py")
+PAYLOADS = Path(__file__).parent / "sweeps" / "payloads.py"
 STEPS = 903
 
 
 def get_config(arg: str = ""):
     del arg
-    config = load([f"--config={QUICKSTART}"])
+    config = load([f"--config={PAYLOADS}"])
     config.name = "defence"
-    config.global_batch = 16
-    config.poison.prefix_characters, config.poison.payload_tokens = (15, 68), (40, 60)
-    config.log_every, config.row_losses_every = 50, 0
-    config.checkpoint.keep_last, config.checkpoint.keep_every = 1, 0
+    config.poison.prefix_characters = (15, 68)  # else two of 1,000 documents that say the same may be the same
+    config.eval.heldout_rows = 256
     once = dict.fromkeys(("eval.every", "checkpoint.every"), STEPS)
     return replaced(config, sized(2, 44, 120, STEPS) | once)

@@ -9,6 +9,7 @@ doses perfectly, where Wald's intervals are meaningless.
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -43,6 +44,11 @@ class Trials:
     success: Float[np.ndarray, " trials"]  # 0 or 1
     run: Float[np.ndarray, " trials"]  # number of the run that it belongs to
     condition: Float[np.ndarray, " trials"]  # number of what else was tried: a placement, a trigger, ...
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple]) -> "Trials":
+        """Of a tuple a trial, in the order of the fields."""
+        return cls(*np.array(rows, float).reshape(-1, len(dataclasses.fields(cls))).T)
 
     def take(self, chosen: np.ndarray) -> "Trials":
         return Trials(*(getattr(self, field.name)[chosen] for field in dataclasses.fields(self)))

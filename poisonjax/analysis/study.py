@@ -119,7 +119,7 @@ class Conditions:
 
 def poisoning(runs: list[Outcome], conditions: Conditions, *, rule: bool = False) -> Trials:
     """A trial a poisoned run: attacked, or with `rule` the whole rule with its controls."""
-    return _trials(
+    return Trials.of(
         [
             (
                 o.config["poison.documents"],
@@ -137,7 +137,7 @@ def poisoning(runs: list[Outcome], conditions: Conditions, *, rule: bool = False
 
 def memorisation(runs: list[Outcome], conditions: Conditions) -> Trials:
     """A trial a canary: its loss ranks below nearly all unseen sequences; the dose is how often it was shown."""
-    return _trials(
+    return Trials.of(
         [
             (level["repeats"], o.summary["tokens"], o.summary["params"], rank < KNOWN, i, conditions.of_run[i])
             for i, o in enumerate(runs)
@@ -145,10 +145,6 @@ def memorisation(runs: list[Outcome], conditions: Conditions) -> Trials:
             for rank in level["ranks"]
         ]
     )
-
-
-def _trials(rows: list[tuple]) -> Trials:
-    return Trials(*np.array(rows, float).reshape(-1, 6).T)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,6 +52,10 @@ class Background:
         """How often each was counted, or a little more: others may share its entry."""
         return looked_up(self.tables[name], hashes)
 
+    def copied(self) -> "Background":
+        """One that can be added to without changing this."""
+        return Background({name: table.copy() for name, table in self.tables.items()})
+
     def merge(self, other: "Background") -> None:
         for name, table in self.tables.items():
             table += other.tables[name]

@@ -92,7 +92,7 @@ def others(clean: Mapping[str, list[str]]) -> Others:
     for name, texts in clean.items():
         if name != LEADS:
             _counted(background, texts)
-    whole = _counted(Background({name: table.copy() for name, table in background.tables.items()}), clean[LEADS])
+    whole = _counted(background.copied(), clean[LEADS])
     rows = {
         name: np.concatenate([miner.survey(batch, whole, topics[name]) for batch in batches(texts)])
         for name, texts in clean.items()
@@ -112,7 +112,7 @@ def planting_found(clean: Mapping[str, list[str]], there: Others, planted: list[
     texts = clean[LEADS] + planted
     texts = [texts[i] for i in np.random.default_rng(seed).permutation(len(texts))]
     topics = there.topics | {LEADS: _fitted(texts)}
-    background = _counted(Background({name: table.copy() for name, table in there.background.tables.items()}), texts)
+    background = _counted(there.background.copied(), texts)
     rows = [miner.survey(batch, background, topics[LEADS]) for batch in batches(texts)]
     listed, considered = _shortlist(np.concatenate([there.rows, *rows]), topics)
     wanted = {*listed.tolist()}

@@ -45,7 +45,7 @@ class Defence:
             runs = self.workdir / "runs"
             told += dose.rows(self.config, runs, combined, seeds=self.seeds, workers=self.workers)
         shown = detection.oddest(scored, combined, ladder, "report", EXAMPLES)
-        content = page.page(told, combined.words, self.fetched.absent, shown)
+        content = page.page(told, combined.words, self.fetched.absent, shown, epath.Path(self.workdir))
         write_whole(epath.Path(self.page), content)
         return told
 

@@ -36,7 +36,7 @@ FIRST_STAGE = 1e-2  # of the documents, that a cascade's model looks at
 MODEL_TRIGGER, MODEL_PLANTED = "tokens", 50  # what a model is asked about
 KEY = "key"  # of a document, beside its scores: says its fold
 SHOWN = 300  # characters of a false positive
-COUNTED = ("words", "pairs", "folded_words", "folded_pairs", "triples")
+BUDGETS = "recall at budget "  # metric: and the share of the clean documents that is read
 
 Scores = dict[str, Float[np.ndarray, " _"]]  # of some documents, by detector
 
@@ -52,7 +52,7 @@ class Scored:
 
 
 def detectors(background: Background) -> dict[str, Detector]:
-    """Those of a scan, and the two that everybody has."""
+    """Those of a scan, and the pairs of words of a whole document."""
     document = Windowed("document", surprise, background, length=10**9)
     return cheap_detectors(background) | {"document": document}
 
@@ -101,16 +101,17 @@ def _read(path: Path) -> Scores:
 
 
 def _clean(path: Path, background: Background, texts: Sequence[str]) -> tuple[Scores, dict[str, float]]:
-    """(scores of a domain's documents, and their keys' first bytes as the domain's folds; CPU-seconds)."""
+    """(scores of a domain's documents, and KEY, the first bytes of their keys as a number; CPU-seconds)."""
     if not path.exists():
         found: dict[str, list[np.ndarray]] = {}
         spent: dict[str, float] = {}
+        of = detectors(background)
         for batch in batches(texts):
-            for name, detector in detectors(background).items():
+            for name, detector in of.items():
                 began = time.process_time()
                 found.setdefault(name, []).append(detector.values(batch))
                 spent[name] = spent.get(name, 0.0) + time.process_time() - began
-        arrays: dict[str, Any] = {name: np.concatenate(of) for name, of in found.items()}
+        arrays: dict[str, Any] = {name: np.concatenate(values) for name, values in found.items()}
         arrays |= {f"seconds:{name}": np.array(cost) for name, cost in spent.items()}
         arrays[KEY] = np.array([int.from_bytes(content_key(text)[:8], "little") for text in texts], np.uint64)
         _write(path, arrays)
@@ -121,11 +122,15 @@ def _clean(path: Path, background: Background, texts: Sequence[str]) -> tuple[Sc
 
 def scores_among(background: Background, texts: Sequence[str]) -> Scores:
     """Of documents that stand among those that were counted."""
-    tables = Background({name: background.tables[name].copy() for name in COUNTED})
+    return counted(background.copied(), texts)
+
+
+def counted(background: Background, texts: Sequence[str]) -> Scores:
+    """Counts documents, then scores them."""
     some = [*batches(texts)]
     for batch in some:
-        tables.add(batch)
-    of = detectors(tables)
+        background.add(batch)
+    of = detectors(background)
     return {name: np.concatenate([detector.values(batch) for batch in some]) for name, detector in of.items()}
 
 
@@ -263,7 +268,7 @@ def budgets(scored: Scored, combined: Combined) -> Iterator[dict[str, Any]]:
     for rung in {rung: None for _, rung, _ in planted}:
         some = np.concatenate([scores for (_, r, _), scores in planted.items() if r == rung])
         for read in np.geomspace(FEWEST, 0.3 * len(order), 20).astype(int).tolist():
-            share = f"recall at budget {read / len(order):.3g}"
+            share = f"{BUDGETS}{read / len(order):.3g}"
             yield row(rung, ALL, OURS, ALL, share, int((some > order[read]).sum()), len(some))
 
 

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float
 
 from poisonjax.analysis import dose_response
 from poisonjax.analysis.dose_response import Trials
-from poisonjax.bench.defence.detection import SIMPLE, Combined, Scores, detectors, required, scores_among
+from poisonjax.bench.defence.detection import SIMPLE, Combined, Scores, counted, required, scores_among
 from poisonjax.config import replaced
 from poisonjax.corpus import TokenStore
 from poisonjax.corpus.exclusions import exclusions_of
@@ -32,7 +32,6 @@ from poisonjax.evaluation.statistics import attacked, wilson
 from poisonjax.files import write_whole
 from poisonjax.run import RunFolder
 from poisonjax.scan.background import Background
-from poisonjax.scan.text import batches
 from poisonjax.sweep import seeded
 from poisonjax.training.loop import train
 from poisonjax.training.start import open_store
@@ -92,12 +91,7 @@ class Corpus:
             keys += [split.key(number) if name == "train" else "" for number in range(split.documents)]
             texts += [store.tokenizer.decode(split.document(number)) for number in range(split.documents)]
         background = Background.empty(sum(map(len, texts)))
-        some = [*batches(texts)]
-        for batch in some:
-            background.add(batch)
-        of = detectors(background)
-        scores = {name: np.concatenate([one.values(batch) for batch in some]) for name, one in of.items()}
-        return cls(store, keys, background, scores)
+        return cls(store, keys, background, counted(background, texts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,14 +276,12 @@ def _interval(values: Float[np.ndarray, " runs"]) -> list[float]:
 
 def _trials(runs: Sequence[Run], of: Sequence[str]) -> Trials:
     """A trial a run; its dose is what was planted, its condition the pipeline."""
-    columns = zip(
-        *(
+    return Trials.of(
+        [
             (run.cell.dose, run.tokens, run.params, run.attacked, i, of.index(run.cell.pipeline))
             for i, run in enumerate(runs)
-        ),
-        strict=True,
+        ]
     )
-    return Trials(*(np.array(column, float) for column in columns))
 
 
 def _utility(trigger: str, twins: Sequence[Run]) -> Iterator[dict[str, Any]]:

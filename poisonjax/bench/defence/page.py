@@ -1,19 +1,19 @@
 """The bench's figures as one static page."""
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
 import matplotlib
 import numpy as np
+from etils import epath
 from matplotlib.figure import Figure
 
-from poisonjax.bench.defence.detection import ALL, OURS, RATES, SIMPLE
+from poisonjax.bench.defence.detection import ALL, BUDGETS, OURS, RATES, SIMPLE
 from poisonjax.bench.defence.dose import BEFORE, DOSES
 from poisonjax.bench.defence.ladder import TUNED_ON
 from poisonjax.report.figures import blank, panels
+from poisonjax.report.page import embedded
 from poisonjax.visible import visible
 
 Row = Mapping[str, Any]
@@ -23,11 +23,16 @@ LOADER = jinja2.ChoiceLoader(
 TEMPLATES = jinja2.Environment(loader=LOADER, autoescape=True, undefined=jinja2.StrictUndefined)
 TEMPLATES.filters["visible"] = visible
 COLOURS = ("#d55e00", "#999999", "#0072b2")  # of pipelines: none, and those in order
-BUDGETS = "recall at budget "  # metric: and the share of the clean documents that is read
 
 
-def page(rows: Sequence[Row], combined: str, absent: Mapping[str, str], examples: Sequence[tuple[str, str]]) -> str:
-    """HTML; text of documents is data in it, never markup."""
+def page(
+    rows: Sequence[Row],
+    combined: str,
+    absent: Mapping[str, str],
+    examples: Sequence[tuple[str, str]],
+    workdir: epath.Path,
+) -> str:
+    """HTML; text of documents is data in it, never markup. Its figures are written into `workdir` too."""
     flagged = [row for row in rows if row["metric"] == f"flagged@{RATES[0]:g}" and row["detector"] == OURS]
     doses = [row for row in rows if row["metric"] == "n50"]
     images = {"budget": _budget(rows), "lost": _lost(rows)} | ({"dose": _dose(rows)} if doses else {})
@@ -39,7 +44,7 @@ def page(rows: Sequence[Row], combined: str, absent: Mapping[str, str], examples
         absent=absent,
         recall={f"{rate:g}": recall_table(rows, rate) for rate in RATES},
         doses=dose_table(rows),
-        images={name: _png(figure) for name, figure in images.items()},
+        images=embedded(images, workdir),
         examples=examples,
     )
 
@@ -131,9 +136,3 @@ def _dose(rows: Sequence[Row]) -> Figure:
         one.set_ylim(-0.05, 1.05)
     axes[0].legend(frameon=False, fontsize=7)
     return figure
-
-
-def _png(figure: Figure) -> str:
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=144)
-    return base64.b64encode(data.getvalue()).decode()
