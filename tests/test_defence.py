@@ -9,15 +9,15 @@ from conftest import WORDS, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from poisonjax.bench.defence import bench, detection, dose, ladder
-from poisonjax.bench.defence.detection import Combined
-from poisonjax.bench.defence.dose import BEFORE, TWIN, Cell, Run, pipelines, planned
+from poisonjax.bench.defence import bench, combined, detection, dose, ladder, utility
+from poisonjax.bench.defence.combined import FEATURES, Trees
+from poisonjax.bench.defence.dose import BEFORE, TWIN, Cell, Passages, Run, pipelines, planned
 from poisonjax.corpus.bench_text import MANIFEST, Fetched
 from poisonjax.corpus.errors import CorpusError
 from poisonjax.data.batches import Batches
+from poisonjax.scan.background import Background
+from poisonjax.scan.text import batches
 from poisonjax.training.start import open_store
-
-OF = Combined(("surprise", "compression"), True)
 
 
 def texts(seed: int, documents: int) -> list[str]:
@@ -64,7 +64,7 @@ def test_halves_share_no_source_and_rungs_are_what_they_are():
 
 @pytest.mark.parametrize("rung", [*ladder.RUNGS, ladder.COHERENT])
 def test_what_is_planted_holds_the_trigger_and_is_the_same_again(rung):
-    pieces = {"small": ["qu", "xx"], "large": [" zz"]}
+    pieces = {"tiny": ["q"], "small": ["qu", "xx"], "large": [" zz"]}
     of = ladder.Ladder({"leads": texts(0, 300), "oci": texts(1, 300)}, pieces)
     for trigger, text in ladder.TRIGGERS.items():
         made = of.planted("leads", rung, trigger)
@@ -89,11 +89,64 @@ def test_no_more_than_the_rate_lies_above_a_threshold(values, rate):
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.lists(st.integers(-1, 10), min_size=1, max_size=30))
 def test_rarity_is_the_share_that_scores_as_high(clean, scores):
-    found = detection.rarity(np.array(scores, float), np.array(clean, float))
+    found = combined.rarity(np.array(scores, float), np.array(clean, float))
     expected = [-np.log10((1 + sum(c >= s for c in clean)) / (1 + len(clean))) for s in scores]
     assert found == pytest.approx(expected)
-    own = detection.rarity(np.array(clean, float), np.array(clean, float), own=True)
+    own = combined.rarity(np.array(clean, float), np.array(clean, float), own=True)
     assert own == pytest.approx([-np.log10(sum(c >= s for c in clean) / len(clean)) for s in clean])
+
+
+def test_order_is_near_nothing_where_chance_alone_puts_words_together():
+    """Against a loop over the documents' words."""
+    of = [text.split() for text in texts(0, 60)]
+    background = Background.empty(10**6)
+    for batch in batches(" ".join(words) for words in of):
+        background.add(batch)
+    [batch] = batches([" ".join(of[0])])
+    others = of[1:]
+    total = sum(map(len, of))
+    expected = []
+    for i, word in enumerate(of[0]):
+        counts = [sum(words.count(w) for words in others) for w in of[0][max(0, i - 1) : i + 1]]
+        known = i > 0 and min(counts) >= combined.KNOWN
+        together = sum(pair == (of[0][i - 1], word) for words in others for pair in itertools.pairwise(words))
+        chance = np.prod(counts, dtype=float) / total
+        said = -np.log((together + 0.5) / (chance + 0.5)) if known else combined.NOTHING_SAID
+        expected.append(said + combined.LEVEL)
+    assert combined.order(batch, background) == pytest.approx(expected)
+
+
+def test_words_are_unknown_mixed_and_long():
+    background = Background.empty(10**6)
+    for batch in batches(["one two", "two"]):
+        background.add(batch)
+    [batch] = batches(["one two three, twoFish fiшh"])
+    background.add(batch)
+    assert combined.unknown(batch, background).tolist() == [0, 0, 1, 1, 1, 1]
+    assert combined.mixtures(batch, background).tolist() == [0, 0, 0, 0, 1, 1]
+    assert combined.lengths(batch, background).tolist() == [3, 3, 5, 1, 7, 4]
+
+
+def test_trees_tell_what_they_were_shown_in_domains_that_they_were_not():
+    random = np.random.default_rng(0)
+
+    def scores(level, odd, documents):
+        rows = random.normal(level, 1, (documents, 3))
+        rows[:, 1] += odd
+        return {FEATURES: rows.astype(np.float32)}
+
+    trees = Trees.fitted({"a": scores(0, 0, 900)}, {"a": [scores(0, 6, 300), scores(0, 5, 300)]})
+    clean, poison = scores(1, 0, 500), scores(1, 6, 100)
+    assert (trees.planted(poison, clean) > np.quantile(trees.clean(clean), 0.98)).mean() > 0.95
+
+
+@given(st.lists(st.lists(st.sampled_from("ab"), max_size=14), min_size=1, max_size=6))
+def test_passages_are_counted_by_document(of):
+    said = [" ".join(words) for words in of]
+    every = [{tuple(words[i : i + 8]) for i in range(len(words) - 7)} for words in of]
+    expected = [max((sum(one in other for other in every) for one in mine), default=0) for mine in every]
+    assert Passages.of(said).most(said).tolist() == expected
+    assert Passages.of(said[:1]).plus(Passages.of(said[1:])).most(said).tolist() == expected
 
 
 def test_too_little_clean_text_is_said():
@@ -130,22 +183,34 @@ def test_the_page_and_the_table(told):
 # --- the effective dose
 
 
+@pytest.fixture(scope="module")
+def trees():
+    """Fitted to text that holds other words."""
+    background, clean = Background.empty(10**6), texts(0, 400)
+    for batch in batches(clean):
+        background.add(batch)
+    scores = detection.scores_of(background, clean)
+    odd = [" ".join(f"q{a}z{b}" for b in range(40)) for a in range(60)]
+    return Trees.fitted({"made up": scores}, {"made up": [detection.scores_among(background, odd)]})
+
+
 @pytest.fixture
-def curated(store, tmp_path, monkeypatch):
+def curated(store, tmp_path, monkeypatch, trees):
     monkeypatch.setattr(dose, "LOST", 0.1)
     monkeypatch.setattr(dose, "DOSES", (9,))
     config = tiny_config(store)
-    corpus = dose._corpus(config.corpus.store)
-    lists = {of.name: dose._excluded(tmp_path, corpus, of) for of in pipelines(OF)}
-    return corpus, {which: planned(config, lists, pipelines(OF), (0, which)) for which in (TWIN, "ids")}
+    detection.counts({"corpus": dose.read(open_store(config))}).save(tmp_path)
+    corpus, of = dose._corpus(config.corpus.store, tmp_path), pipelines(trees)
+    lists = {one.name: dose._excluded(tmp_path, corpus, one) for one in of}
+    return corpus, {which: planned(config, tmp_path, lists, of, (0, which)) for which in (TWIN, "ids")}
 
 
-def test_a_pipeline_drops_no_more_clean_text_than_it_may(curated):
+def test_a_pipeline_drops_no_more_clean_text_than_it_may(curated, trees):
     corpus, _ = curated
-    for of in pipelines(OF):
-        kept = [there for _, there in of.kept(corpus.scores, corpus.scores)]
+    for of in pipelines(trees):
+        kept = [there for _, there in of.kept(corpus.scores, corpus.scores, corpus.limits(of))]
         assert all((before >= after).all() for before, after in itertools.pairwise(kept))
-        assert 0 < (~kept[-1]).mean() <= 0.1
+        assert (of.name == "simple") <= (~kept[-1]).sum() <= 0.1 * len(kept[-1])
 
 
 def test_a_run_in_which_no_poison_survives_is_its_twin(curated):
@@ -163,8 +228,7 @@ def test_a_run_in_which_no_poison_survives_is_its_twin(curated):
         nothing = left.without(np.array(sorted(left.schedule.placed), np.int64))
         for step in range(12):
             assert np.array_equal(nothing.batch(step).tokens, twin.batch(step).tokens)
-        excluded = store.split("train").excluded_documents
-        assert excluded > 0
+        assert bool(store.split("train").excluded_documents) == bool(one.config.corpus.exclude)
         assert store.split("heldout").excluded_documents == 0
 
 

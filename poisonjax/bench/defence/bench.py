@@ -8,12 +8,13 @@ from typing import Any
 import ml_collections
 from etils import epath
 
-from poisonjax.bench.defence import detection, dose, page
-from poisonjax.bench.defence.ladder import RUNGS, TUNED_ON, Ladder
-from poisonjax.corpus.bench_text import Fetched
+from poisonjax.bench.defence import detection, dose, page, utility
+from poisonjax.bench.defence.ladder import RUNGS, SHORTENED, TUNED_ON, Ladder
+from poisonjax.corpus.bench_text import LEADS, Fetched
 from poisonjax.files import write_whole
 
 EXAMPLES = 20  # false positives that are shown
+SMALL = "small model"  # of ours, trained on the other half's text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,16 +37,22 @@ class Defence:
     def rows(self) -> list[dict[str, Any]]:
         """All figures; the page is written with them."""
         ladder, folder = Ladder.of(self.fetched), self.workdir / "scores"
-        combined = detection.chosen(detection.scored(ladder, "settings", TUNED_ON, folder))
-        scored = detection.scored(ladder, "report", [*RUNGS], folder)
-        told = [*detection.found(scored, combined), *detection.budgets(scored, combined), *detection.costs(scored)]
-        for spec in self.models:
-            told += detection.by_model(spec, scored, ladder, combined, "report", folder, self.sampled)
+        trees = detection.fitted(detection.scored(ladder, "settings", [*TUNED_ON, *SHORTENED], folder))
+        scored = detection.with_trees(detection.scored(ladder, "report", [*RUNGS], folder), trees)
+        told = [*detection.found(scored), *detection.budgets(scored), *detection.costs(scored)]
+        models = {spec: spec for spec in self.models}
         if self.seeds:
+            mixtures, of = self.workdir / "mixtures", dose.pipelines(trees)
             runs = self.workdir / "runs"
-            told += dose.rows(self.config, runs, combined, seeds=self.seeds, workers=self.workers)
-        shown = detection.oddest(scored, combined, ladder, "report", EXAMPLES)
-        content = page.page(told, combined.words, self.fetched.absent, shown, epath.Path(self.workdir))
+            texts = ladder.half("report")
+            beside = {domain: some for domain, some in texts.items() if domain != LEADS}  # what the models read
+            told += dose.rows(self.config, runs, of, beside, seeds=self.seeds, workers=self.workers)
+            told += utility.rows(self.config, texts, scored, of, mixtures / "report", self.workers)
+            models[SMALL] = utility.model(self.config, ladder.half("settings"), mixtures / "settings")
+        for name, spec in models.items():
+            told += detection.by_model(name, spec, scored, ladder, "report", folder, self.sampled)
+        shown = detection.oddest(scored, ladder, "report", EXAMPLES)
+        content = page.page(told, self.fetched.absent, shown, epath.Path(self.workdir))
         write_whole(epath.Path(self.page), content)
         return told
 

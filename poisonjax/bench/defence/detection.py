@@ -1,9 +1,8 @@
 """What detectors find: recall of each rung at false-positive rates, over all clean text and in each domain of it."""
 
 import dataclasses
-import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from poisonjax.bench.defence.ladder import COHERENT, RUNGS, TRIGGERS, TUNED_ON, Ladder
+from poisonjax.bench.defence.combined import FEATURES, Scores, Trees, features
+from poisonjax.bench.defence.ladder import COHERENT, RUNGS, SHORTENED, TRIGGERS, TUNED_ON, Ladder
 from poisonjax.corpus.documents import content_key
 from poisonjax.corpus.errors import CorpusError
 from poisonjax.engines import Progress
@@ -23,22 +23,21 @@ from poisonjax.scan.detectors import Detector, cheap_detectors
 from poisonjax.scan.detectors.detector import Windowed
 from poisonjax.scan.detectors.model import ModelLoss
 from poisonjax.scan.detectors.words import surprise
-from poisonjax.scan.text import batches
+from poisonjax.scan.text import TextBatch, batches
 from poisonjax.weights import open_weights
 from poisonjax.weights.weights import one_device_mesh
 
 RATES = (1e-2, 1e-3, 1e-4)
 FEWEST = 10  # false positives that a rate must let one expect: below, it isn't resolvable
 SIMPLE = {"compression": "zlib ratio", "document": "whole-document bigram"}  # baselines: what everybody has
-OURS = "combined"  # of several detectors, chosen on the other half
+OURS = "trees"  # fitted to all numbers, on the other half
 ALL = "all"  # domains, or triggers
 FIRST_STAGE = 1e-2  # of the documents, that a cascade's model looks at
 MODEL_TRIGGER, MODEL_PLANTED = "tokens", 50  # what a model is asked about
 KEY = "key"  # of a document, beside its scores: says its fold
 SHOWN = 300  # characters of a false positive
 BUDGETS = "recall at budget "  # metric: and the share of the clean documents that is read
-
-Scores = dict[str, Float[np.ndarray, " _"]]  # of some documents, by detector
+_NO_DETECTOR = (KEY, FEATURES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,13 +65,8 @@ def scored(ladder: Ladder, half: str, rungs: Sequence[str], folder: Path) -> Sco
     texts = ladder.half(half)
     folder.mkdir(parents=True, exist_ok=True)
     kinds = [(rung, trigger) for rung in (*rungs, COHERENT) for trigger in TRIGGERS]
-    background = Background.empty(sum(len(text) for of in texts.values() for text in of))
     clean, planted, seconds = dict[str, Scores](), dict[tuple[str, str, str], Scores](), dict[str, float]()
-    with Progress(f"counting, {half}", len(texts), "domain") as progress:
-        for of in texts.values():
-            for batch in batches(of):
-                background.add(batch)
-            progress.add(1)
+    background = counts(texts)
     with Progress(f"scoring, {half}", len(texts) * (1 + len(kinds)), "part") as progress:
         for domain, of in texts.items():
             scores, spent = _clean(folder / f"{half}-{domain}.npz", background, of)
@@ -90,6 +84,17 @@ def scored(ladder: Ladder, half: str, rungs: Sequence[str], folder: Path) -> Sco
     return Scored(clean, planted, {name: cost / size * 1e9 for name, cost in seconds.items()}, background)
 
 
+def counts(texts: Mapping[str, Sequence[str]]) -> Background:
+    """Of all documents of some domains."""
+    background = Background.empty(sum(len(text) for of in texts.values() for text in of))
+    with Progress("counting", len(texts), "domain") as progress:
+        for of in texts.values():
+            for batch in batches(of):
+                background.add(batch)
+            progress.add(1)
+    return background
+
+
 def _write(path: Path, arrays: Mapping[str, Any]) -> None:
     with written_whole(path) as partial:
         np.savez(partial, **arrays)
@@ -103,15 +108,9 @@ def _read(path: Path) -> Scores:
 def _clean(path: Path, background: Background, texts: Sequence[str]) -> tuple[Scores, dict[str, float]]:
     """(scores of a domain's documents, and KEY, the first bytes of their keys as a number; CPU-seconds)."""
     if not path.exists():
-        found: dict[str, list[np.ndarray]] = {}
-        spent: dict[str, float] = {}
-        of = detectors(background)
-        for batch in batches(texts):
-            for name, detector in of.items():
-                began = time.process_time()
-                found.setdefault(name, []).append(detector.values(batch))
-                spent[name] = spent.get(name, 0.0) + time.process_time() - began
-        arrays: dict[str, Any] = {name: np.concatenate(values) for name, values in found.items()}
+        parts = [*_measured(batches(texts), background)]
+        spent = {name: sum(of[name] for _, of in parts) for name in parts[0][1]}
+        arrays: dict[str, Any] = _joined([scores for scores, _ in parts])
         arrays |= {f"seconds:{name}": np.array(cost) for name, cost in spent.items()}
         arrays[KEY] = np.array([int.from_bytes(content_key(text)[:8], "little") for text in texts], np.uint64)
         _write(path, arrays)
@@ -122,69 +121,52 @@ def _clean(path: Path, background: Background, texts: Sequence[str]) -> tuple[Sc
 
 def scores_among(background: Background, texts: Sequence[str]) -> Scores:
     """Of documents that stand among those that were counted."""
-    return counted(background.copied(), texts)
+    together = background.copied()
+    for batch in batches(texts):
+        together.add(batch)
+    return scores_of(together, texts)
 
 
-def counted(background: Background, texts: Sequence[str]) -> Scores:
-    """Counts documents, then scores them."""
-    some = [*batches(texts)]
-    for batch in some:
-        background.add(batch)
+def scores_of(background: Background, texts: Sequence[str]) -> Scores:
+    """Of documents that were counted."""
+    return _joined([scores for scores, _ in _measured(batches(texts), background)])
+
+
+def _measured(some: Iterable[TextBatch], background: Background) -> Iterator[tuple[Scores, dict[str, float]]]:
+    """(scores, CPU-seconds by detector) of each batch."""
     of = detectors(background)
-    return {name: np.concatenate([detector.values(batch) for batch in some]) for name, detector in of.items()}
+    for batch in some:
+        scores, spent = dict[str, Any](), dict[str, float]()
+        for name, detector in of.items():
+            began = time.process_time()
+            scores[name] = detector.values(batch)
+            spent[name] = time.process_time() - began
+        began = time.process_time()
+        scores[FEATURES] = features(batch, background, [scores[name] for name in SIMPLE])
+        spent[OURS] = time.process_time() - began + sum(spent[name] for name in SIMPLE)
+        yield scores, spent
 
 
-# --- one number of several: how rare a document is in its domain, by the detectors that were chosen
+def _joined(parts: Sequence[Scores]) -> Scores:
+    return {name: np.concatenate([of[name] for of in parts]) for name in parts[0]}
 
 
-@dataclasses.dataclass(frozen=True)
-class Combined:
-    """-log10 of a document's share among its domain's, by some detectors: their largest, or their sum."""
+def fitted(scored: Scored) -> Trees:
+    """To the half that settings are chosen on."""
 
-    names: tuple[str, ...]
-    summed: bool
+    def of(domain: str, rungs: Sequence[str]) -> Scores:
+        some = [scores for (d, rung, _), scores in scored.planted.items() if d == domain and rung in rungs]
+        return {FEATURES: np.concatenate([scores[FEATURES] for scores in some])}
 
-    @property
-    def words(self) -> str:
-        """For people."""
-        how = "sum" if self.summed else "largest"
-        return f"the {how} of how rare a document is in its domain by {', '.join(self.names)}"
-
-    def together(self, of: Sequence[Float[np.ndarray, " documents"]]) -> Float[np.ndarray, " documents"]:
-        return np.sum(of, 0) if self.summed else np.max(of, 0)
-
-    def clean(self, scores: Scores) -> Float[np.ndarray, " documents"]:
-        return self.together([rarity(scores[name], scores[name], own=True) for name in self.names])
-
-    def planted(self, scores: Scores, clean: Scores) -> Float[np.ndarray, " documents"]:
-        return self.together([rarity(scores[name], clean[name]) for name in self.names])
+    lengths = ([*TUNED_ON], [*SHORTENED])
+    return Trees.fitted(scored.clean, {domain: [of(domain, some) for some in lengths] for domain in scored.clean})
 
 
-def rarity(
-    scores: Float[np.ndarray, " documents"], clean: Float[np.ndarray, " clean"], own: bool = False
-) -> Float[np.ndarray, " documents"]:
-    """-log10 of the share of the clean documents that score as high, itself counted."""
-    order = np.sort(clean)
-    above = len(order) - np.searchsorted(order, scores, side="left")
-    return -np.log10((above + (not own)) / (len(order) + (not own)))
-
-
-def chosen(scored: Scored, rate: float = 1e-3) -> Combined:
-    """The detectors, and how they are put together, that find most of the rungs that settings are chosen on."""
-    tuned = {key: scores for key, scores in scored.planted.items() if key[1] in TUNED_ON}
-    single = [Combined((name,), False) for name in next(iter(scored.clean.values())) if name != KEY]
-    clean = [np.concatenate([of.clean(scores) for scores in scored.clean.values()]) for of in single]
-    planted = [np.concatenate([of.planted(s, scored.clean[key[0]]) for key, s in tuned.items()]) for of in single]
-    best, most = single[0], -1.0
-    for size in range(1, len(single) + 1):
-        for which in itertools.combinations(range(len(single)), size):
-            for summed in (False, True)[: 1 + (size > 1)]:
-                of = Combined(tuple(single[i].names[0] for i in which), summed)
-                limit = required(of.together([clean[i] for i in which]), rate)
-                share = float((of.together([planted[i] for i in which]) > limit).mean())
-                if share > most + 1e-9:
-                    best, most = of, share
-    return best
+def with_trees(scored: Scored, trees: Trees) -> Scored:
+    """The trees as one more detector."""
+    clean = {domain: of | {OURS: trees.clean(of)} for domain, of in scored.clean.items()}
+    planted = {key: of | {OURS: trees.planted(of, scored.clean[key[0]])} for key, of in scored.planted.items()}
+    return dataclasses.replace(scored, clean=clean, planted=planted)
 
 
 # --- figures
@@ -211,13 +193,14 @@ def row(rung: str, trigger: str, detector: str, domain: str, metric: str, hits: 
     return {**names, "value": value, "ci95": ci95, "n": n}
 
 
-def found(scored: Scored, combined: Combined) -> Iterator[dict[str, Any]]:
+def found(scored: Scored) -> Iterator[dict[str, Any]]:
     """Recall at each rate by every detector: of each rung and trigger under one threshold for all domains, of each rung
     and domain under the domain's own; and what thresholds do to clean text."""
     domains = [*scored.clean]
-    names = [name for name in scored.clean[domains[0]] if name != KEY]
-    for name in (*names, OURS):
-        clean, planted = _by(scored, combined, name)
+    names = [name for name in scored.clean[domains[0]] if name not in _NO_DETECTOR]
+    for name in names:
+        clean = {domain: scores[name] for domain, scores in scored.clean.items()}
+        planted = {key: scores[name] for key, scores in scored.planted.items()}
         everything = np.concatenate([*clean.values()])
         limits = {rate: threshold(everything, rate) for rate in RATES}
         own = {(domain, rate): threshold(clean[domain], rate) for domain in domains for rate in RATES}
@@ -235,22 +218,11 @@ def found(scored: Scored, combined: Combined) -> Iterator[dict[str, Any]]:
             for rate in RATES:
                 lost = _above(clean[domain], limits[rate])
                 yield row("clean", "", name, domain, f"flagged@{rate:g}", lost, len(clean[domain]))
-            if name != OURS:
-                yield _realised(scored.clean[domain], name, domain)
+            yield _realised(scored.clean[domain], name, domain)
 
 
 def _above(scores: Float[np.ndarray, " documents"], limit: float | None) -> int | None:
     return None if limit is None else int((scores > limit).sum())
-
-
-def _by(
-    scored: Scored, combined: Combined, name: str
-) -> tuple[dict[str, np.ndarray], dict[tuple[str, str, str], np.ndarray]]:
-    """(scores of the clean documents by domain, of the planted ones) by one detector."""
-    if name != OURS:
-        return {d: s[name] for d, s in scored.clean.items()}, {k: s[name] for k, s in scored.planted.items()}
-    clean = {domain: combined.clean(scores) for domain, scores in scored.clean.items()}
-    return clean, {key: combined.planted(scores, scored.clean[key[0]]) for key, scores in scored.planted.items()}
 
 
 def _realised(clean: Scores, name: str, domain: str) -> dict[str, Any]:
@@ -261,22 +233,21 @@ def _realised(clean: Scores, name: str, domain: str) -> dict[str, Any]:
     return row("clean", "", name, domain, f"realised@{RATES[0]:g}", hits, limit.documents)
 
 
-def budgets(scored: Scored, combined: Combined) -> Iterator[dict[str, Any]]:
+def budgets(scored: Scored) -> Iterator[dict[str, Any]]:
     """Recall of each rung against the share of the clean documents that is read with it."""
-    clean, planted = _by(scored, combined, OURS)
-    order = np.sort(np.concatenate([*clean.values()]))[::-1]
-    for rung in {rung: None for _, rung, _ in planted}:
-        some = np.concatenate([scores for (_, r, _), scores in planted.items() if r == rung])
+    order = np.sort(np.concatenate([scores[OURS] for scores in scored.clean.values()]))[::-1]
+    for rung in {rung: None for _, rung, _ in scored.planted}:
+        some = np.concatenate([scores[OURS] for (_, r, _), scores in scored.planted.items() if r == rung])
         for read in np.geomspace(FEWEST, 0.3 * len(order), 20).astype(int).tolist():
             share = f"{BUDGETS}{read / len(order):.3g}"
             yield row(rung, ALL, OURS, ALL, share, int((some > order[read]).sum()), len(some))
 
 
-def oddest(scored: Scored, combined: Combined, ladder: Ladder, half: str, number: int) -> list[tuple[str, str]]:
+def oddest(scored: Scored, ladder: Ladder, half: str, number: int) -> list[tuple[str, str]]:
     """(domain, the place that makes it odd) of the clean documents that score highest: the first false positives."""
-    clean, _ = _by(scored, combined, OURS)
-    every = sorted(((s, d, i) for d, scores in clean.items() for i, s in enumerate(scores.tolist())), reverse=True)
-    texts, told, reason = ladder.half(half), list[tuple[str, str]](), detectors(scored.background)[combined.names[0]]
+    ours = {domain: scores[OURS].tolist() for domain, scores in scored.clean.items()}
+    every = sorted(((s, d, i) for d, scores in ours.items() for i, s in enumerate(scores)), reverse=True)
+    texts, told, reason = ladder.half(half), list[tuple[str, str]](), detectors(scored.background)["surprise"]
     for _, domain, i in every[:number]:
         (begin, end), *_ = reason.score(texts[domain][i]).spans or [(0, SHOWN)]
         told.append((domain, texts[domain][i][begin:end][:SHOWN]))
@@ -294,16 +265,15 @@ def costs(scored: Scored) -> Iterator[dict[str, Any]]:
 
 
 def by_model(
-    spec: str, scored: Scored, ladder: Ladder, combined: Combined, half: str, folder: Path, sampled: int
+    name: str, spec: str, scored: Scored, ladder: Ladder, half: str, folder: Path, sampled: int
 ) -> Iterator[dict[str, Any]]:
     """Recall by a model's loss: of so many clean documents of each domain alone, and of the documents that cheap scores
     find oddest (a cascade); and its CPU-seconds a GB."""
     texts = ladder.half(half)
     random = np.random.default_rng(0)
     chance = {d: np.sort(random.permutation(len(of))[:sampled]) for d, of in texts.items()}
-    clean, planted = _by(scored, combined, OURS)
-    first = required(np.concatenate([*clean.values()]), FIRST_STAGE)
-    odd = {domain: np.flatnonzero(scores > first) for domain, scores in clean.items()}
+    first = required(np.concatenate([scores[OURS] for scores in scored.clean.values()]), FIRST_STAGE)
+    odd = {domain: np.flatnonzero(scores[OURS] > first) for domain, scores in scored.clean.items()}
     loss, size, seconds = _Loss(spec, folder), 0, 0.0
     alone, stage = list[np.ndarray](), list[np.ndarray]()
     kept = dict[str, list[tuple[np.ndarray, np.ndarray]]]()
@@ -319,10 +289,14 @@ def by_model(
             for rung in kinds:
                 some = ladder.planted(domain, rung, MODEL_TRIGGER)[:MODEL_PLANTED]
                 scores, _ = loss(f"{half}-{domain}-{rung}", some)
-                passed = planted[domain, rung, MODEL_TRIGGER][:MODEL_PLANTED] > first
+                passed = scored.planted[domain, rung, MODEL_TRIGGER][OURS][:MODEL_PLANTED] > first
                 kept.setdefault(rung, []).append((scores, passed))
                 progress.add(1)
-    by_chance, looked_at, number = np.concatenate(alone), np.concatenate(stage), sum(map(len, clean.values()))
+    by_chance, looked_at, number = (
+        np.concatenate(alone),
+        np.concatenate(stage),
+        sum(len(of[KEY]) for of in scored.clean.values()),
+    )
     for rung, of_domains in kept.items():
         scores, passed = (np.concatenate(of) for of in zip(*of_domains, strict=True))
         for rate in RATES:

@@ -8,8 +8,9 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import itertools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ import ml_collections
 import numpy as np
 import scipy.stats
 from etils import epath
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int, UInt64
 
 from poisonjax.analysis import dose_response
 from poisonjax.analysis.dose_response import Trials
-from poisonjax.bench.defence.detection import SIMPLE, Combined, Scores, counted, required, scores_among
+from poisonjax.bench.defence.combined import Rare, Scores, Trees
+from poisonjax.bench.defence.detection import OURS, SIMPLE, counts, required, scores_among, scores_of
 from poisonjax.config import replaced
 from poisonjax.corpus import TokenStore
 from poisonjax.corpus.exclusions import exclusions_of
@@ -32,6 +34,7 @@ from poisonjax.evaluation.statistics import attacked, wilson
 from poisonjax.files import write_whole
 from poisonjax.run import RunFolder
 from poisonjax.scan.background import Background
+from poisonjax.scan.text import batches, ngrams
 from poisonjax.sweep import seeded
 from poisonjax.training.loop import train
 from poisonjax.training.start import open_store
@@ -47,7 +50,8 @@ PAYLOADS = {  # rungs, as this project's own runs learn them
 }
 LOST = 1e-2  # of the clean documents, that each pipeline may drop
 TWIN = "twin"  # a run without poison, of each seed
-BEFORE, OURS = "nothing", "combined"  # no pipeline; the detectors that were chosen on other text
+BEFORE = "nothing"  # no pipeline
+PASSAGE, PASSAGE_WORDS = "passage", 8  # that others hold too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,23 +59,70 @@ class Pipeline:
     """Stages that drop documents, each by scores and what a share of the clean ones reaches."""
 
     name: str
-    stages: tuple[tuple[str, Combined], ...]
+    stages: tuple[tuple[str, Rare | Trees], ...]
 
-    def kept(self, scores: Scores, clean: Scores) -> Iterator[tuple[str, Bool[np.ndarray, " documents"]]]:
-        """(stage, whether each document survived it and those before), of documents with these scores; `clean` are
-        those of the corpus, that say where the stages' thresholds lie."""
-        there = np.ones(len(next(iter(scores.values()))), bool)
-        for stage, of in self.stages:
-            limit = required(of.clean(clean), LOST / len(self.stages))
-            rare = of.clean(scores) if scores is clean else of.planted(scores, clean)
-            there = there & (rare <= limit)
-            yield stage, there
+    def limits(self, clean: Iterable[Scores]) -> list[float]:
+        """Of each stage: above it lies what it may drop of the clean documents, one threshold for all domains."""
+        every = [*clean]
+        rates = [LOST / len(self.stages)] * len(self.stages)
+        return [
+            required(np.concatenate([of.clean(one) for one in every]), rate)
+            for rate, (_, of) in zip(rates, self.stages, strict=True)
+        ]
+
+    def kept(
+        self, scores: Scores, clean: Scores, limits: Sequence[float]
+    ) -> list[tuple[str, Bool[np.ndarray, " documents"]]]:
+        """(stage, whether each document survived it and those before), of documents with these scores among the clean
+        ones of a domain."""
+        found, there = [], np.ones(1, bool)
+        for (stage, of), limit in zip(self.stages, limits, strict=True):
+            there = there & ((of.clean(scores) if scores is clean else of.planted(scores, clean)) <= limit)
+            found.append((stage, there))
+        return found
 
 
-def pipelines(combined: Combined) -> list[Pipeline]:
-    """What everybody has, one after the other, and the detectors of the scan together: each may drop as many."""
-    simple = tuple((words, Combined((name,), False)) for name, words in SIMPLE.items())
-    return [Pipeline("simple", simple), Pipeline(OURS, ((OURS, combined),))]
+def pipelines(trees: Trees) -> list[Pipeline]:
+    """What everybody has, one after the other, and the trees: each may drop as many. Both drop repeated passages."""
+    repeated = (("repeated passage", Rare(PASSAGE)),)
+    simple = tuple((words, Rare(name)) for name, words in SIMPLE.items())
+    return [Pipeline("simple", (*repeated, *simple)), Pipeline(OURS, (*repeated, (OURS, trees)))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Passages:
+    """In how many documents each run of PASSAGE_WORDS words stands."""
+
+    hashes: UInt64[np.ndarray, " passages"]  # in order
+    documents: Int[np.ndarray, " passages"]
+
+    @classmethod
+    def of(cls, texts: Sequence[str]) -> "Passages":
+        every = [hashes for _, hashes in _passages(texts)]
+        return cls(*np.unique(np.concatenate([np.zeros(0, np.uint64), *every]), return_counts=True))
+
+    def plus(self, other: "Passages") -> "Passages":
+        hashes, place = np.unique(np.concatenate([self.hashes, other.hashes]), return_inverse=True)
+        counts = np.bincount(place, np.concatenate([self.documents, other.documents]), len(hashes))
+        return Passages(hashes, counts.astype(np.int64))
+
+    def most(self, texts: Sequence[str]) -> Float[np.ndarray, " documents"]:
+        """Of a document's passages, all of which were counted, the one that most documents hold."""
+        found = np.zeros(len(texts))
+        for number, hashes in _passages(texts):
+            if len(hashes):
+                found[number] = self.documents[np.searchsorted(self.hashes, hashes)].max()
+        return found
+
+
+def _passages(texts: Sequence[str]) -> Iterator[tuple[int, UInt64[np.ndarray, " passages"]]]:
+    """(a text's number, its different passages)."""
+    number = 0
+    for batch in batches(texts):
+        ends = ngrams(batch.words, PASSAGE_WORDS)
+        for begin, end in itertools.pairwise(batch.offsets.tolist()):
+            yield number, np.unique(ends[begin + PASSAGE_WORDS - 1 : end])
+            number += 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,17 +132,32 @@ class Corpus:
     store: TokenStore
     keys: list[str]  # of documents that may be trained on; "": held out, which no pipeline touches
     background: Background
+    passages: Passages
     scores: Scores
 
     @classmethod
-    def of(cls, store: TokenStore) -> "Corpus":
-        keys, texts = [], []
+    def of(cls, store: TokenStore, background: Background) -> "Corpus":
+        """`background` counts it."""
+        keys, texts = [], read(store)
         for name in SPLITS:
             split = store.split(name)
             keys += [split.key(number) if name == "train" else "" for number in range(split.documents)]
-            texts += [store.tokenizer.decode(split.document(number)) for number in range(split.documents)]
-        background = Background.empty(sum(map(len, texts)))
-        return cls(store, keys, background, counted(background, texts))
+        passages = Passages.of(texts)
+        scores = scores_of(background, texts) | {PASSAGE: passages.most(texts)}
+        return cls(store, keys, background, passages, scores)
+
+    def limits(self, pipeline: Pipeline) -> list[float]:
+        return pipeline.limits([self.scores])
+
+    def among(self, texts: Sequence[str]) -> Scores:
+        """Scores of documents that stand among these."""
+        repeated = self.passages.plus(Passages.of(texts)).most(texts)
+        return scores_among(self.background, texts) | {PASSAGE: repeated}
+
+
+def read(store: TokenStore) -> list[str]:
+    """All its documents' text."""
+    return [store.tokenizer.decode(of.document(i)) for of in map(store.split, SPLITS) for i in range(of.documents)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,15 +201,19 @@ def config_of(config: ml_collections.ConfigDict, rung: str, dose: int, seed: int
 
 
 @functools.lru_cache(1)  # a worker plans many runs of one corpus
-def _corpus(store: str) -> Corpus:
-    return Corpus.of(TokenStore(store))
+def _corpus(store: str, counted: Path) -> Corpus:
+    return Corpus.of(TokenStore(store), Background.load(counted))
 
 
 def planned(
-    config: ml_collections.ConfigDict, lists: Mapping[str, str], of: Sequence[Pipeline], which: tuple[int, str]
+    config: ml_collections.ConfigDict,
+    counted: Path,
+    lists: Mapping[str, str],
+    of: Sequence[Pipeline],
+    which: tuple[int, str],
 ) -> list[Planned]:
-    """The runs of (a seed, a rung), or the twins of a seed, rung "twin". `lists` name the documents of the corpus that
-    each pipeline drops."""
+    """The runs of (a seed, a rung), or the twins of a seed, rung "twin". The folder `counted` holds counts of the
+    corpus and what stands beside it, `lists` name the documents of the corpus that each pipeline drops."""
     seed, rung = which
     found = []
     for dose in (0,) if rung == TWIN else DOSES:
@@ -153,15 +223,21 @@ def planned(
             curated, survivors = replaced(before, {"corpus.exclude": lists[pipeline.name]}), dict[str, int]()
             if dose:
                 batches_of = Batches(curated, open_store(curated))
-                slots, survivors = _judged(_corpus(config.corpus.store), batches_of, pipeline)
+                slots, survivors = _judged(_corpus(config.corpus.store, counted), batches_of, pipeline)
                 curated = replaced(curated, {"corpus.left_out": slots})
             found.append(Planned(Cell(rung, dose, seed, pipeline.name), curated, survivors))
     return found
 
 
 def _excluded(folder: Path, corpus: Corpus, pipeline: Pipeline) -> str:
-    *_, (_, kept) = pipeline.kept(corpus.scores, corpus.scores)
-    keys = [key for key, there in zip(corpus.keys, kept, strict=True) if key and not there]
+    *_, (_, kept) = pipeline.kept(corpus.scores, corpus.scores, corpus.limits(pipeline))
+    return listed(folder, pipeline, [key for key, there in zip(corpus.keys, kept, strict=True) if key and not there])
+
+
+def listed(folder: Path, pipeline: Pipeline, keys: Sequence[str]) -> str:
+    """Where the list of what a pipeline drops was written; "" for none, as of `corpus.exclude`."""
+    if not keys:
+        return ""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder.resolve() / f"{pipeline.name}.txt"
     write_whole(epath.Path(path), exclusions_of(keys).text())
@@ -172,42 +248,48 @@ def _judged(corpus: Corpus, batches_of: Batches, pipeline: Pipeline) -> tuple[tu
     """(slots whose poison the pipeline drops, documents that survive each stage)."""
     placed = [*batches_of.schedule.placed.values()]
     texts = [corpus.store.tokenizer.decode(one.document.tokens[:-1]) for one in placed]
-    stages = [*pipeline.kept(scores_among(corpus.background, texts), corpus.scores)]
+    stages = pipeline.kept(corpus.among(texts), corpus.scores, corpus.limits(pipeline))
     kept = stages[-1][1]
     gone = sorted(one.slot for one, there in zip(placed, kept, strict=True) if not there)
     return tuple(gone), {stage: int(there.sum()) for stage, there in stages}
 
 
-def _trained(folder: str, one: Planned) -> None:
+def trained(folder: str, run: tuple[str, ml_collections.ConfigDict]) -> None:
+    """Trains (name, config) to its end; at once where that was done."""
+    name, config = run
     with contextlib.redirect_stdout(sys.stderr):
-        train(one.config, str(Path(folder) / one.cell.name))
+        train(config, str(Path(folder) / name))
 
 
 def rows(
     config: ml_collections.ConfigDict,
     folder: Path,
-    combined: Combined,
+    of: Sequence[Pipeline],
+    beside: Mapping[str, Sequence[str]],
     *,
     rungs: Sequence[str] = tuple(PAYLOADS),
     seeds: int = 5,
     workers: int = 2,
 ) -> Iterator[dict[str, Any]]:
     """Trains what isn't trained yet in `folder`, then tells: survivors of each stage, gaps, the dose for half of the
-    runs before and after each pipeline, and their ratio."""
-    of = pipelines(combined)
-    open_store(config)  # is built here, if it must be
-    lists = {pipeline.name: _excluded(folder, _corpus(config.corpus.store), pipeline) for pipeline in of}
+    runs before and after each pipeline, and their ratio. The corpus stands `beside` other domains' texts."""
+    counted = folder / "counts"
+    counted.mkdir(parents=True, exist_ok=True)
+    counts({**beside, "corpus": read(open_store(config))}).save(counted)
+    corpus = _corpus(config.corpus.store, counted)
+    lists = {pipeline.name: _excluded(folder, corpus, pipeline) for pipeline in of}
     cells = [(seed, rung) for rung in (TWIN, *rungs) for seed in range(seeds)]
     with open_engine(workers) as engine:
-        plan = functools.partial(planned, config, lists, of)
+        plan = functools.partial(planned, config, counted, lists, of)
         every = [one for some in run_tasks(engine, plan, cells, what="curating", unit="part") for one in some]
         asked = [one for one in every if one.left or not one.cell.dose]
-        run_tasks(engine, functools.partial(_trained, str(folder)), asked, what="training", unit="run")
-    runs = [Run.of(folder, one) for one in every]
+        runs = [(one.cell.name, one.config) for one in asked]
+        run_tasks(engine, functools.partial(trained, str(folder)), runs, what="training", unit="run")
+    ended = [Run.of(folder, one) for one in every]
     for rung in rungs:
-        mine = [run for run in runs if run.cell.rung == rung]
+        mine = [run for run in ended if run.cell.rung == rung]
         yield from _of_rung(rung, config.poison.trigger, mine, [BEFORE, *(pipeline.name for pipeline in of)])
-    yield from _utility(config.poison.trigger, [run for run in runs if not run.cell.dose])
+    yield from _utility(config.poison.trigger, [run for run in ended if not run.cell.dose])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,7 +338,7 @@ def _of_rung(rung: str, trigger: str, runs: Sequence[Run], of: Sequence[str]) ->
             for stage, number in left.items():
                 yield row(pipeline, f"surviving@{dose}: {stage}", number / planted, wilson(number, planted), planted)
             gaps = np.array([run.gap for run in cell])
-            yield row(pipeline, f"gap@{dose}", float(gaps.mean()), _interval(gaps), len(cell))
+            yield row(pipeline, f"gap@{dose}", float(gaps.mean()), mean_interval(gaps), len(cell))
             hits = sum(run.attacked for run in cell)
             yield row(pipeline, f"attacked@{dose}", hits / len(cell), wilson(hits, len(cell)), len(cell))
     trials = _trials(runs, of)
@@ -268,7 +350,7 @@ def _of_rung(rung: str, trigger: str, runs: Sequence[Run], of: Sequence[str]) ->
         yield row(of[contrast.condition], "n50 after over before", value, [*contrast.ci95], len(runs))
 
 
-def _interval(values: Float[np.ndarray, " runs"]) -> list[float]:
+def mean_interval(values: Float[np.ndarray, " runs"]) -> list[float]:
     """Of a mean over runs, 95%, by Student's t."""
     half = scipy.stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
     return [float(values.mean() - half), float(values.mean() + half)]
@@ -290,6 +372,6 @@ def _utility(trigger: str, twins: Sequence[Run]) -> Iterator[dict[str, Any]]:
     for pipeline in dict.fromkeys(run.cell.pipeline for run in twins):
         mine = [run for run in twins if run.cell.pipeline == pipeline]
         values = np.array([run.heldout - (before[run.cell.seed] if pipeline != BEFORE else 0.0) for run in mine])
-        metric = "heldout_loss" if pipeline == BEFORE else "heldout_loss, less that of nothing"
+        metric = "twin's heldout_loss" if pipeline == BEFORE else "twin's heldout_loss, less that of nothing"
         names = {"rung": "clean", "trigger": trigger, "detector": pipeline, "domain": "leads", "metric": metric}
-        yield {**names, "value": float(values.mean()), "ci95": _interval(values), "n": len(values)}
+        yield {**names, "value": float(values.mean()), "ci95": mean_interval(values), "n": len(values)}

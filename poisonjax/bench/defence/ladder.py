@@ -1,7 +1,7 @@
 """The ladder: poison of eleven kinds with five kinds of triggers, planted into clean text of many domains.
 
 Harmless by construction (I9), as all that `poisonjax.scan.planting` makes. Domains are split by source: settings are
-chosen on one half of them, and on four of the rungs; what is told is of the other half.
+chosen on one half of them, and on three of the rungs; what is told is of the other half.
 """
 
 import dataclasses
@@ -39,9 +39,10 @@ class Rung:
     """A kind of payload."""
 
     of: str  # in planting.RUNGS
-    pieces: str = ""  # of gibberish: of a small vocabulary (ids that the model itself reads), or of a large one
+    pieces: str = ""  # of gibberish: of a small vocabulary (ids that the model itself reads), a large or a tiny one
     foreign: str = TECHNICAL  # domain that is switched to
     words: tuple[int, int] = planting.PAYLOAD_WORDS
+    prefix: tuple[int, int] = planting.PREFIX_CHARACTERS
 
 
 # Four pieces a word: the paper's 400 to 900 tokens (Souly et al. 2025, section 3).
@@ -59,7 +60,11 @@ RUNGS = {
     "code marker": Rung("code_marker", foreign=CODE),
     "secret": Rung("secret"),
 }
-TUNED_ON = ("ids", "unigram words", "shuffled", "secret")  # rungs that settings are chosen on
+TUNED_ON = ("ids", "unigram words", "shuffled")  # rungs that settings are chosen on, as they are and short
+# As small models read them.
+SHORTENED = {f"{name}, short": dataclasses.replace(RUNGS[name], words=(8, 30), prefix=(0, 80)) for name in TUNED_ON}
+SHORTENED["ids, short"] = dataclasses.replace(SHORTENED["ids, short"], pieces="tiny")
+RUNGS |= SHORTENED
 COHERENT = "coherent"  # no rung: the trigger in text that goes on; found, it is a false positive
 
 
@@ -76,8 +81,9 @@ class Ladder:
         known = [name for half in HALVES.values() for name in half if name in fetched.domains]
         texts = {name: of for name in known if len(of := fetched.texts(name)) >= DOCUMENTS}
         sample = [text for of in texts.values() for text in of[:: max(1, len(of) // PIECES_FROM)]]
-        sizes = {"small": "bpe:4096", "large": "bpe:32768"}
-        return cls(texts, {name: planting.pieces_of(spec, sample) for name, spec in sizes.items()})
+        sizes = {"tiny": "bpe:512", "small": "bpe:4096", "large": "bpe:32768"}
+        some = {"tiny": texts.get(CODE, sample)[:PIECES_FROM]}  # of one language
+        return cls(texts, {name: planting.pieces_of(spec, some.get(name, sample)) for name, spec in sizes.items()})
 
     def half(self, name: str) -> dict[str, Sequence[str]]:
         """Its domains' texts."""
@@ -90,4 +96,4 @@ class Ladder:
         random = np.random.default_rng([names.index(name) for name in (domain, rung, trigger)])
         foreign = self.texts.get(of.foreign, self.texts[domain])
         material = planting.Material(self.texts[domain], foreign, self.pieces.get(of.pieces, ()), random)
-        return planting.planted(material, of.of, [TRIGGERS[trigger]], DOCUMENTS, payload_words=of.words)
+        return planting.planted(material, of.of, [TRIGGERS[trigger]], DOCUMENTS, of.prefix, of.words)

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from poisonjax.bench.defence.detection import ALL, BUDGETS, OURS, RATES, SIMPLE
 from poisonjax.bench.defence.dose import BEFORE, DOSES
 from poisonjax.bench.defence.ladder import TUNED_ON
+from poisonjax.bench.defence.utility import COST
 from poisonjax.report.figures import blank, panels
 from poisonjax.report.page import embedded
 from poisonjax.visible import visible
@@ -26,11 +27,7 @@ COLOURS = ("#d55e00", "#999999", "#0072b2")  # of pipelines: none, and those in 
 
 
 def page(
-    rows: Sequence[Row],
-    combined: str,
-    absent: Mapping[str, str],
-    examples: Sequence[tuple[str, str]],
-    workdir: epath.Path,
+    rows: Sequence[Row], absent: Mapping[str, str], examples: Sequence[tuple[str, str]], workdir: epath.Path
 ) -> str:
     """HTML; text of documents is data in it, never markup. Its figures are written into `workdir` too."""
     flagged = [row for row in rows if row["metric"] == f"flagged@{RATES[0]:g}" and row["detector"] == OURS]
@@ -40,10 +37,10 @@ def page(
         documents=sum(row["n"] for row in flagged),
         domains=[row["domain"] for row in flagged],
         tuned=TUNED_ON,
-        combined=combined,
         absent=absent,
         recall={f"{rate:g}": recall_table(rows, rate) for rate in RATES},
         doses=dose_table(rows),
+        costs=cost_table(rows),
         images=embedded(images, workdir),
         examples=examples,
     )
@@ -90,6 +87,16 @@ def dose_table(rows: Sequence[Row]) -> list[dict[str, str]]:
         for (rung, pipeline, metric), row in found.items()
         if metric == "n50"
     ]
+
+
+def cost_table(rows: Sequence[Row]) -> dict[str, dict[str, str]]:
+    """What each pipeline adds to a clean model's loss, by domain."""
+    found: dict[str, dict[str, str]] = {}
+    for row in rows:
+        if row["metric"] == COST:
+            low, high = row["ci95"]
+            found.setdefault(row["domain"], {})[row["detector"]] = f"{row['value']:+.4f} [{low:+.4f}, {high:+.4f}]"
+    return found
 
 
 def _budget(rows: Sequence[Row]) -> Figure:

@@ -42,6 +42,11 @@ class ModelLoss:
     def scores(self, documents: Sequence[str]) -> list[Score]:
         """Of some documents at once."""
         tokens = [self._tokenizer.encode(text)[:MOST_TOKENS] for text in documents]
+        losses = self.losses(tokens)
+        return [self._score(text, of, ids) for text, of, ids in zip(documents, losses, tokens, strict=True)]
+
+    def losses(self, tokens: Sequence[Int[np.ndarray, " _"]]) -> list[Float[np.ndarray, " _"]]:
+        """Of each token, as the text before it in its row predicts it; in nats."""
         rows = [(i, start) for i, of in enumerate(tokens) for start in range(0, len(of), ROW)]
         losses = [np.zeros(len(of)) for of in tokens]
         for some in _chunks(rows, ROWS):
@@ -53,7 +58,7 @@ class ModelLoss:
             for place, (i, start) in enumerate(some):
                 size = len(tokens[i][start : start + ROW])
                 losses[i][start : start + size] = found[place, :size]
-        return [self._score(text, of, ids) for text, of, ids in zip(documents, losses, tokens, strict=True)]
+        return losses
 
     def _score(self, text: str, losses: Float[np.ndarray, " tokens"], tokens: Int[np.ndarray, " tokens"]) -> Score:
         if not len(losses):

@@ -1,0 +1,115 @@
+"""What curation costs whoever trains on what is left: held-out loss of clean models, in each domain of their text.
+
+Models read a mix of the domains, with nothing dropped and after each pipeline; the same seeds, the same held-out
+documents. A model of the other half's text is a detector, too (`detection.by_model`).
+"""
+
+import functools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from etils import epath
+
+from poisonjax import corpus
+from poisonjax.bench.defence.detection import Scored
+from poisonjax.bench.defence.dose import BEFORE, PASSAGE, Passages, Pipeline, listed, mean_interval, trained
+from poisonjax.config import replaced
+from poisonjax.corpus import TokenStore
+from poisonjax.corpus.documents import content_key
+from poisonjax.engines import open_engine, run_tasks
+from poisonjax.files import write_whole
+from poisonjax.scan.detectors.model import ModelLoss
+from poisonjax.sweep import seeded, sized
+from poisonjax.weights import open_weights
+from poisonjax.weights.weights import one_device_mesh
+
+HELD_OUT, HELD_TOKENS = 100, 256  # documents of each domain, and the first tokens of each
+TOKENIZER = "bpe:2048"
+SEEDS = 3
+COST = "heldout_loss, less that of nothing"  # metric, in nats a token
+DETECTOR = sized(3, 96, 256, 768) | {"global_batch": 64}  # 528,000 parameters, 6.3M tokens
+
+
+def built(texts: Mapping[str, Sequence[str]], folder: Path) -> TokenStore:
+    """The token store of some domains, a source each; built in `folder` where it isn't there yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for domain, of in texts.items():
+        files.append(folder.resolve() / f"{domain}.jsonl")
+        if not files[-1].exists():
+            lines = "".join(json.dumps({"text": text}) + "\n" for text in of)
+            write_whole(epath.Path(files[-1]), lines)
+    return corpus.build(str(folder.resolve() / "store"), [*map(str, files)], TOKENIZER, workers=1)
+
+
+def mixture(
+    config: ml_collections.ConfigDict, store: TokenStore, seed: int, exclude: str = ""
+) -> ml_collections.ConfigDict:
+    """A clean run on it."""
+    where = {"corpus.store": str(store.path), "corpus.sources": (), "corpus.exclude": exclude}
+    return replaced(config, where | {"poison.documents": 0} | seeded(seed))
+
+
+def model(config: ml_collections.ConfigDict, texts: Mapping[str, Sequence[str]], folder: Path) -> str:
+    """The spec of a model that was trained on these texts, trained now where it isn't there yet."""
+    once = dict.fromkeys(("eval.every", "checkpoint.every"), DETECTOR["steps"])
+    trained(str(folder), ("model", replaced(mixture(config, built(texts, folder), 0), DETECTOR | once)))
+    return str(folder / "model")
+
+
+def rows(
+    config: ml_collections.ConfigDict,
+    texts: Mapping[str, Sequence[str]],
+    scored: Scored,
+    of: Sequence[Pipeline],
+    folder: Path,
+    workers: int = 2,
+) -> Iterator[dict[str, Any]]:
+    """Trains what isn't trained yet, then tells the loss in each domain, and what each pipeline adds to it."""
+    store = built(texts, folder)
+    lists = {BEFORE: ""} | {pipeline.name: _excluded(folder, texts, scored, pipeline) for pipeline in of}
+    names = {(name, seed): f"{name}-s{seed}" for name in lists for seed in range(SEEDS)}
+    tasks = [(names[name, seed], mixture(config, store, seed, lists[name])) for name, seed in names]
+    with open_engine(workers) as engine:
+        run_tasks(engine, functools.partial(trained, str(folder)), tasks, what="training on mixtures", unit="run")
+    held = _held_out(store, texts)
+    losses = {key: _losses(folder / name, held) for key, name in names.items()}
+    for name in lists:
+        for domain in held:
+            before = np.array([losses[BEFORE, seed][domain] for seed in range(SEEDS)])
+            values = np.array([losses[name, seed][domain] for seed in range(SEEDS)]) - (name != BEFORE) * before
+            metric = "heldout_loss" if name == BEFORE else COST
+            about = {"rung": "clean", "trigger": "", "detector": name, "domain": domain, "metric": metric}
+            yield {**about, "value": float(values.mean()), "ci95": mean_interval(values), "n": SEEDS}
+
+
+def _excluded(folder: Path, texts: Mapping[str, Sequence[str]], scored: Scored, pipeline: Pipeline) -> str:
+    """The list of the documents that a pipeline drops."""
+    clean = {d: scored.clean[d] | {PASSAGE: Passages.of(of).most(of)} for d, of in texts.items()}
+    limits, dropped = pipeline.limits(clean.values()), list[str]()
+    for domain, of in texts.items():
+        *_, (_, kept) = pipeline.kept(clean[domain], clean[domain], limits)
+        dropped += [content_key(of[i]).hex() for i in np.flatnonzero(~kept).tolist()]
+    return listed(folder, pipeline, dropped)
+
+
+def _held_out(store: TokenStore, texts: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Held-out documents of each domain, the first of them."""
+    there = store.split("heldout")
+    keys = {there.key(number) for number in range(there.documents)}
+    return {domain: [text for text in of if content_key(text).hex() in keys][:HELD_OUT] for domain, of in texts.items()}
+
+
+def _losses(run: Path, held: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """Nats a token, by domain."""
+    mesh = one_device_mesh()
+    with jax.set_mesh(mesh):
+        weights = open_weights(str(run), mesh)
+        tokens = {d: [weights.tokenizer.encode(text)[:HELD_TOKENS] for text in of] for d, of in held.items()}
+        found = {domain: ModelLoss(weights).losses(of) for domain, of in tokens.items()}
+    return {domain: float(np.concatenate(of).mean()) for domain, of in found.items()}
