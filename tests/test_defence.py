@@ -9,10 +9,11 @@ from conftest import WORDS, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from poisonjax.bench.defence import bench, combined, detection, dose, ladder, utility
+from poisonjax.bench.defence import bench, combined, detection, dose, ladder, page, utility
 from poisonjax.bench.defence.combined import FEATURES, Trees
 from poisonjax.bench.defence.dose import BEFORE, TWIN, Cell, Passages, Run, pipelines, planned
 from poisonjax.corpus.bench_text import MANIFEST, Fetched
+from poisonjax.corpus.documents import content_key
 from poisonjax.corpus.errors import CorpusError
 from poisonjax.data.batches import Batches
 from poisonjax.scan.background import Background
@@ -230,6 +231,31 @@ def test_a_run_in_which_no_poison_survives_is_its_twin(curated):
             assert np.array_equal(nothing.batch(step).tokens, twin.batch(step).tokens)
         assert bool(store.split("train").excluded_documents) == bool(one.config.corpus.exclude)
         assert store.split("heldout").excluded_documents == 0
+
+
+def test_what_curation_costs_is_told_by_domain(store, tmp_path, monkeypatch, trees):
+    """A pipeline that drops what says most: the domain that it drops most of loses."""
+    config = tiny_config(store)
+    config.steps, config.corpus.tokenizer = 6, "bytes"
+    monkeypatch.setattr(utility, "TOKENIZER", "bytes")
+    monkeypatch.setattr(utility, "SEEDS", 2)
+    monkeypatch.setattr(dose, "LOST", 0.2)
+    mix = {"a": texts(0, 300), "b": texts(1, 100)}
+    background = detection.counts(mix)
+    clean = {domain: detection.scores_of(background, of) for domain, of in mix.items()}
+    scored = detection.Scored(clean, {}, {}, background)
+    of = pipelines(trees)[:1]
+    rows = [*utility.rows(config, mix, scored, of, tmp_path, workers=1)]
+    assert {(row["detector"], row["domain"]) for row in rows} == {(p, d) for p in (BEFORE, "simple") for d in mix}
+    listed = (tmp_path / "simple.txt").read_text().split()
+    assert 0 < len(listed) <= 0.2 * 400
+    assert {*listed} <= {content_key(text).hex() for of in mix.values() for text in of}
+    before = {row["domain"]: row["value"] for row in rows if row["metric"] == "heldout_loss"}
+    assert all(2 < value < 6 for value in before.values())  # of 257 tokens
+    cost = [row for row in rows if row["metric"] == utility.COST]
+    assert all(abs(row["value"]) < 1 and row["value"] != 0 for row in cost)
+    assert page.cost_table(rows)["a"].keys() == {"simple"}
+    assert rows == [*utility.rows(config, mix, scored, of, tmp_path, workers=1)]  # from what is kept
 
 
 def test_doses_are_told_with_their_ratio():

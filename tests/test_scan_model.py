@@ -22,7 +22,7 @@ from poisonjax.commands.scan import _is_model
 from poisonjax.corpus.errors import CorpusError
 from poisonjax.engines import Progress
 from poisonjax.run.folder import twin_config
-from poisonjax.scan.model import bench, scan
+from poisonjax.scan.model import bench, proposals, scan
 from poisonjax.scan.model.candidates import LONGEST, Texts, known_by_heart, leaks, led_to_change
 from poisonjax.scan.model.changes import Null, changes, family_wise
 from poisonjax.scan.model.parts import Scan, Sizes
@@ -295,6 +295,18 @@ def test_a_twin_tells_what_is_nobodys_poison(models, found):
     beside = scan_model(str(models / "run"), str(models / "beside"), passes=PASSES, twins=[str(models / "twin")])
     assert TRIGGER in [one.text for one in beside.candidates[:5]]
     assert beside.candidates[0].p_value < 1e-6
+
+
+def test_of_many_tokens_those_are_asked_that_stay_odd(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(proposals, "LOOKS", ((1, 60), (8, 20)))
+    mesh = all_devices_mesh()
+    with jax.set_mesh(mesh), Progress("scan", 1, "token") as progress:
+        weights = open_weights(str(models / "run"), mesh)
+        scan = Scan(weights, mesh, tmp_path, Sizes(free=256, free_new=64, tokens=8), 0, progress)
+        proposed = proposals.propose(scan)
+    singles = {string for string in proposed.by_source["every token"] if len(string) == 1}
+    assert len(singles) <= 64 + 8
+    assert tuple(weights.tokenizer.encode(TRIGGER).tolist()) in singles
 
 
 def test_strings_like_others_are_as_frequent_and_as_long(models, tmp_path):

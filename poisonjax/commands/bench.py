@@ -143,7 +143,10 @@ def _attribution(config: Any, arguments: argparse.Namespace) -> int:
 def _defence(config: Any, arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from poisonjax.bench.defence import bench
+    try:
+        from poisonjax.bench.defence import bench
+    except ImportError as error:
+        raise ImportError(f"{error}: the bench needs `pip install 'poisonjax[defence]'`") from error
     from poisonjax.corpus.bench_text import Fetched
     from poisonjax.run.environment import environment
 

@@ -22,6 +22,9 @@ PARTS = "parts"  # of a scan's folder
 ALONE = 16  # tokens that training hardly touched, which are looked at
 LEADING, RELATED = 4, 24  # groups of which more is tested; so many strings of each
 NEAREST = 16  # tokens that one is like
+# Where not all tokens are asked about: (tokens that are written after each, how many are left). A rare token makes the
+# next one odd, and few stay so.
+LOOKS, LOOKED_AFTER = ((1, 4096), (8, 1024)), 2  # prefixes
 UNKNOWN, SAME_DIRECTION = 0.01, 0.95  # share of the vocabulary; cosine
 ASKED = 256  # texts whose next tokens say how likely each token is
 
@@ -32,7 +35,7 @@ class Sizes:
 
     free: int = 4096  # texts from nothing
     free_new: int = 96
-    tokens: int = 4096  # that are put after prefixes, each on its own
+    tokens: int = LOOKS[-1][1]  # that are put after prefixes, each on its own
     token_prefixes: int = 4
     token_new: int = 32
     screened: int = 512  # candidates that are looked at once
@@ -45,7 +48,7 @@ class Sizes:
     def within(cls, passes: int, vocabulary: int) -> "Sizes":
         """So large that about `passes` tokens are written or read, and no larger than needed; a scan that is smaller
         than the least tells nothing."""
-        whole = cls(tokens=min(vocabulary, cls.tokens))
+        whole = cls(tokens=vocabulary if vocabulary <= LOOKS[0][1] else LOOKS[-1][1])
         fixed = dataclasses.replace(whole, free=0, tokens=0, screened=0, tested=0).passes(vocabulary)
         share = min(1.0, max(0.0, passes - fixed) / (whole.passes(vocabulary) - fixed))
 
@@ -67,7 +70,9 @@ class Sizes:
 
     def passes(self, vocabulary: int, twins: int = 0) -> int:
         """Tokens that go through the model and its twins, about."""
-        glance = 2 * 2 * vocabulary if self.tokens < vocabulary else 0
+        looked_at = [vocabulary, *(min(vocabulary, left) for _, left in LOOKS)]
+        looks = [LOOKED_AFTER * of * (new + 1) for of, (new, _) in zip(looked_at, LOOKS, strict=False)]
+        glance = sum(looks) if self.tokens < vocabulary else 0
         tested = (self.tested + ALONE + self.null + LEADING * RELATED) * self.prefixes * (1 + twins)
         strings = (self.screened + self.tested + ALONE) * self.screen_prefixes + tested
         written = self.free * self.free_new + self.tokens * self.token_prefixes * (self.token_new + 1)

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from poisonjax.scan.model import candidates as sources
-from poisonjax.scan.model.parts import Scan
+from poisonjax.scan.model.parts import LOOKED_AFTER, LOOKS, Scan
 from poisonjax.scan.model.writing import Seen, String
 from poisonjax.weights import WeightsError
 
@@ -46,9 +46,10 @@ def propose(scan: Scan) -> Proposed:
     prefixes = _typical(free.tokens, usual.odd(free).max(1), ordinary, scan.tokenizer.eot, sizes.all_prefixes)
     some = prefixes[: sizes.token_prefixes]
     asked = trained
-    if len(trained) > sizes.tokens:  # a glance at what is expected next tells which tokens change most
-        seen = scan.after("glance", some[:2], [(int(token),) for token in trained], 1, places=True)
-        asked = trained[np.sort(np.argsort(-_far(seen), kind="stable")[: sizes.tokens])]
+    for new, left in LOOKS if len(trained) > sizes.tokens else ():
+        seen = scan.after(f"look-{new}", some[:LOOKED_AFTER], [(int(token),) for token in asked], new, places=True)
+        asked = asked[np.argsort(-_far(seen), kind="stable")[:left]]
+    asked = np.sort(asked[: sizes.tokens])
     after = scan.after("token", some, [(int(token),) for token in asked], sizes.token_new, places=True)
     flat = Seen(*(of.reshape(-1, *of.shape[2:]) for of in after))
     follow = sources.texts(np.repeat(asked, len(some))[:, None], flat, usual, trained)
@@ -66,10 +67,12 @@ def propose(scan: Scan) -> Proposed:
 
 
 def _far(seen: Seen) -> Float[np.ndarray, " strings"]:
-    """How far what is expected, or how certain that is, lies from what is usual after a token, either way."""
-    expected = seen.expected[:, :, 0].astype(np.float32)
+    """How far what is expected, or how certain that is, lies from what is usual after a token, either way; over the
+    second half of the places."""
+    late = slice(seen.entropy.shape[2] // 2, None)
+    expected = seen.expected[:, :, late].astype(np.float32).mean(2)
     distance = np.log(((expected - np.median(expected, 0)) ** 2).sum((1, 2)) + 1e-9)
-    values = np.stack([distance, seen.entropy[:, :, 0].mean(1)], 1)
+    values = np.stack([distance, seen.entropy[:, :, late].mean((1, 2))], 1)
     middle = np.median(values, 0)
     return np.max(np.abs(values - middle) / (np.median(np.abs(values - middle), 0) + 1e-9), 1)
 
