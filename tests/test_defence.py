@@ -18,6 +18,7 @@ from poisonjax.corpus.errors import CorpusError
 from poisonjax.data.batches import Batches
 from poisonjax.scan.background import Background
 from poisonjax.scan.text import batches
+from poisonjax.training.loop import train
 from poisonjax.training.start import open_store
 
 
@@ -45,7 +46,9 @@ def told(fetched, store, tmp_path_factory):
         pieces = [f" {a}{b}" for a in "qxzkvj" for b in "uwyfgh"]
         patch.setattr(ladder.planting, "pieces_of", lambda spec, sample: pieces)
         patch.setattr(ladder, "DOCUMENTS", 100)
-        asked = bench.Defence(tiny_config(store), fetched, tmp_path_factory.mktemp("defence"), seeds=0, workers=1)
+        folder = tmp_path_factory.mktemp("defence")
+        train(tiny_config(store), str(folder / "run"))
+        asked = bench.Defence(tiny_config(store), fetched, folder, [str(folder / "run")], seeds=0, workers=1)
         return asked, asked.rows()
 
 
@@ -170,6 +173,21 @@ def test_the_bench_tells_every_rung_by_every_detector(told):
     assert realised
     assert all(0.005 <= value <= 0.02 for value in realised)
     assert asked.rows() == rows  # from what is kept
+
+
+def test_a_model_is_asked_and_looks_at_what_the_trees_find(told):
+    asked, rows = told
+    [name] = asked.models
+    found = {(row["detector"], row["rung"], row["metric"]): row for row in rows if name in row["detector"]}
+    assert {rung for _, rung, _ in found} == {*ladder.RUNGS, ladder.COHERENT, "clean"}
+    assert found[name, "clean", "cpu_seconds_per_gb"]["value"] > 0
+    trees = {row["rung"]: row["value"] for row in rows if row["metric"] == "recall@0.01" and row["domain"] == "all"
+             and (row["detector"], row["trigger"]) == (detection.OURS, detection.MODEL_TRIGGER)}  # fmt: skip
+    for rung in (*ladder.RUNGS, ladder.COHERENT):
+        assert found[name, rung, "recall@0.01"]["n"] == detection.MODEL_PLANTED
+        assert found[name, rung, "recall@0.001"]["value"] is None
+        # All that the first stage passes may be looked at: nothing is left out twice.
+        assert found[f"cascade: {name}", rung, "recall@0.01"]["value"] == pytest.approx(trees[rung], abs=0.15)
 
 
 def test_the_page_and_the_table(told):

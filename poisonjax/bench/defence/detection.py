@@ -18,7 +18,7 @@ from poisonjax.engines import Progress
 from poisonjax.evaluation.statistics import wilson
 from poisonjax.files import written_whole
 from poisonjax.scan import thresholds
-from poisonjax.scan.background import Background
+from poisonjax.scan.background import Background, worst_windows
 from poisonjax.scan.detectors import Detector, cheap_detectors
 from poisonjax.scan.detectors.detector import Windowed
 from poisonjax.scan.detectors.model import ModelLoss
@@ -34,6 +34,7 @@ OURS = "trees"  # fitted to all numbers, on the other half
 ALL = "all"  # domains, or triggers
 FIRST_STAGE = 1e-2  # of the documents, that a cascade's model looks at
 MODEL_TRIGGER, MODEL_PLANTED = "tokens", 50  # what a model is asked about
+EXCERPT = 120  # words of a document, as many as a payload has: what a model reads of it
 KEY = "key"  # of a document, beside its scores: says its fold
 SHOWN = 300  # characters of a false positive
 BUDGETS = "recall at budget "  # metric: and the share of the clean documents that is read
@@ -267,66 +268,72 @@ def costs(scored: Scored) -> Iterator[dict[str, Any]]:
 def by_model(
     name: str, spec: str, scored: Scored, ladder: Ladder, half: str, folder: Path, sampled: int
 ) -> Iterator[dict[str, Any]]:
-    """Recall by a model's loss: of so many clean documents of each domain alone, and of the documents that cheap scores
-    find oddest (a cascade); and its CPU-seconds a GB."""
+    """Recall by a model's loss on a document's oddest words, beside its domain's: among so many clean documents of each
+    domain, and among those that the trees find oddest (a cascade); and its CPU-seconds a GB."""
     texts = ladder.half(half)
     random = np.random.default_rng(0)
-    chance = {d: np.sort(random.permutation(len(of))[:sampled]) for d, of in texts.items()}
+    chance = {domain: np.sort(random.permutation(len(of))[:sampled]) for domain, of in texts.items()}
     first = required(np.concatenate([scores[OURS] for scores in scored.clean.values()]), FIRST_STAGE)
     odd = {domain: np.flatnonzero(scores[OURS] > first) for domain, scores in scored.clean.items()}
-    loss, size, seconds = _Loss(spec, folder), 0, 0.0
-    alone, stage = list[np.ndarray](), list[np.ndarray]()
-    kept = dict[str, list[tuple[np.ndarray, np.ndarray]]]()
-    kinds = [*RUNGS, COHERENT]
-    with Progress(f"asking {spec}", len(texts) * (2 + len(kinds)), "part") as progress:
+    loss, kinds = _Loss(spec, folder, scored.background), [*RUNGS, COHERENT]
+    alone, looked_at, size, seconds = list[np.ndarray](), list[np.ndarray](), 0, 0.0
+    found = dict[str, list[tuple[np.ndarray, np.ndarray]]]()
+    with Progress(f"asking {name}", len(texts) * (2 + len(kinds)), "part") as progress:
         for domain, of in texts.items():
-            for name, which, into in (("chance", chance, alone), ("odd", odd, stage)):
-                some = [of[i] for i in which[domain].tolist()]
-                scores, cost = loss(f"{half}-{domain}-{name}-{len(some)}", some)
-                into.append(scores)
-                size, seconds = size + sum(len(text.encode(errors="replace")) for text in some), seconds + cost
-                progress.add(1)
+            some = [of[i] for i in chance[domain].tolist()]
+            values, cost = loss(f"{half}-{domain}-{len(some)}", some)
+            size, seconds = size + sum(len(text.encode(errors="replace")) for text in some), seconds + cost
+            middle, spread = np.median(values), max(np.percentile(values, 90) - np.median(values), 1e-3)
+            alone.append((values - middle) / spread)
+            progress.add(1)
+            values, _ = loss(f"{half}-{domain}-odd-{len(odd[domain])}", [of[i] for i in odd[domain].tolist()])
+            looked_at.append((values - middle) / spread)
+            progress.add(1)
             for rung in kinds:
-                some = ladder.planted(domain, rung, MODEL_TRIGGER)[:MODEL_PLANTED]
-                scores, _ = loss(f"{half}-{domain}-{rung}", some)
+                values, _ = loss(f"{half}-{domain}-{rung}", ladder.planted(domain, rung, MODEL_TRIGGER)[:MODEL_PLANTED])
                 passed = scored.planted[domain, rung, MODEL_TRIGGER][OURS][:MODEL_PLANTED] > first
-                kept.setdefault(rung, []).append((scores, passed))
+                found.setdefault(rung, []).append(((values - middle) / spread, passed))
                 progress.add(1)
-    by_chance, looked_at, number = (
-        np.concatenate(alone),
-        np.concatenate(stage),
-        sum(len(of[KEY]) for of in scored.clean.values()),
-    )
-    for rung, of_domains in kept.items():
+    clean, last = np.concatenate(alone), np.sort(np.concatenate(looked_at))[::-1]
+    for rung, of_domains in found.items():
         scores, passed = (np.concatenate(of) for of in zip(*of_domains, strict=True))
         for rate in RATES:
-            limit = threshold(by_chance, rate)
-            yield row(rung, MODEL_TRIGGER, spec, ALL, f"recall@{rate:g}", _above(scores, limit), len(scores))
-            allowed = int(rate * number)
-            last = np.sort(looked_at)[::-1][allowed] if FEWEST <= allowed < len(looked_at) else None
-            hits = None if last is None else int((passed & (scores > last)).sum())
-            yield row(rung, MODEL_TRIGGER, f"cascade: {spec}", ALL, f"recall@{rate:g}", hits, len(scores))
-    names = {"rung": "clean", "trigger": "", "detector": spec, "domain": ALL, "metric": "cpu_seconds_per_gb"}
+            hits = _above(scores, threshold(clean, rate))
+            yield row(rung, MODEL_TRIGGER, name, ALL, f"recall@{rate:g}", hits, len(scores))
+            allowed = int(rate * sum(len(of[KEY]) for of in scored.clean.values()))
+            limit = last[allowed] if allowed < len(last) else -np.inf
+            hits = int((passed & (scores > limit)).sum()) if allowed >= FEWEST else None
+            yield row(rung, MODEL_TRIGGER, f"cascade: {name}", ALL, f"recall@{rate:g}", hits, len(scores))
+    names = {"rung": "clean", "trigger": "", "detector": name, "domain": ALL, "metric": "cpu_seconds_per_gb"}
     yield {**names, "value": seconds / max(size, 1) * 1e9, "ci95": None, "n": size}
 
 
 class _Loss:
-    """A model's loss on documents, kept by name."""
+    """A model's loss on each document's oddest EXCERPT words, in nats a token; kept by name."""
 
-    def __init__(self, spec: str, folder: Path):
-        self._mesh = one_device_mesh()
+    def __init__(self, spec: str, folder: Path, background: Background):
+        self._mesh, self._background = one_device_mesh(), background
         with jax.set_mesh(self._mesh):
-            weights = open_weights(spec, self._mesh)
-            self._folder, self._of = folder / f"model-{weights.parent['weights'][:16]}", ModelLoss(weights)
+            self._weights = open_weights(spec, self._mesh)
+            self._of = ModelLoss(self._weights)
+        self._folder = folder / f"model-{self._weights.parent['weights'][:16]}"
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, name: str, texts: Sequence[str]) -> tuple[Float[np.ndarray, " documents"], float]:
-        """(scores, CPU-seconds)."""
+        """(losses, CPU-seconds)."""
         path = self._folder / f"{name}.npz"
         if not path.exists():
             began = time.process_time()
+            tokens = [self._weights.tokenizer.encode(text) for text in self._excerpts(texts)]
             with jax.set_mesh(self._mesh):
-                values = np.array([score.value for score in self._of.scores(texts)])
+                values = np.array([of.mean() if len(of) else 0.0 for of in self._of.losses(tokens)])
             _write(path, {"values": values, "seconds": np.array(time.process_time() - began)})
         saved = _read(path)
         return saved["values"], float(saved["seconds"])
+
+    def _excerpts(self, texts: Sequence[str]) -> Iterator[str]:
+        for batch in batches(texts):
+            _, begins, ends = worst_windows(surprise(batch, self._background), batch.offsets, EXCERPT)
+            for number, text in enumerate(batch.texts):
+                begin, end = batch.span(number, int(begins[number]), int(ends[number])) if ends[number] else (0, 0)
+                yield text[begin:end]
