@@ -21,6 +21,10 @@ from poisonjax.scan.text import batches
 from poisonjax.training.loop import train
 from poisonjax.training.start import open_store
 
+# Of the rungs, those that need no other domain.
+ALONE = (*(name for name, rung in ladder.RUNGS.items() if not rung.foreign), ladder.COHERENT)
+PIECES = [f" {a}{b}" for a in "qxzkvj" for b in "uwyfgh"]
+
 
 def texts(seed: int, documents: int) -> list[str]:
     random = np.random.default_rng(seed)
@@ -43,8 +47,7 @@ def fetched(tmp_path_factory):
 def told(fetched, store, tmp_path_factory):
     """The bench without training, with a small vocabulary for gibberish."""
     with pytest.MonkeyPatch.context() as patch:
-        pieces = [f" {a}{b}" for a in "qxzkvj" for b in "uwyfgh"]
-        patch.setattr(ladder.planting, "pieces_of", lambda spec, sample: pieces)
+        patch.setattr(ladder.planting, "pieces_of", lambda spec, sample: PIECES)
         patch.setattr(ladder, "DOCUMENTS", 100)
         folder = tmp_path_factory.mktemp("defence")
         train(tiny_config(store), str(folder / "run"))
@@ -69,13 +72,39 @@ def test_halves_share_no_source_and_rungs_are_what_they_are():
 @pytest.mark.parametrize("rung", [*ladder.RUNGS, ladder.COHERENT])
 def test_what_is_planted_holds_the_trigger_and_is_the_same_again(rung):
     pieces = {"tiny": ["q"], "small": ["qu", "xx"], "large": [" zz"]}
-    of = ladder.Ladder({"leads": texts(0, 300), "oci": texts(1, 300)}, pieces)
-    for trigger, text in ladder.TRIGGERS.items():
-        made = of.planted("leads", rung, trigger)
+    sources = {"leads": texts(0, 300), "ansible": texts(1, 300), "manpages-de": texts(2, 300)}
+    of = ladder.Ladder("report", {}, sources, pieces)
+    for kind, text in ladder.TRIGGERS.items():
+        assert text["report"] != text["settings"]
+        made = of.planted("leads", rung, kind)
         assert len(made) == ladder.DOCUMENTS
-        assert all(text in document for document in made)
-    assert made == of.planted("leads", rung, trigger)
-    assert len({*made}) > 150  # short made-up texts end before some payloads begin
+        assert all(text["report"] in document for document in made)
+    assert made == of.planted("leads", rung, kind)
+    assert len({*made}) > 120  # short made-up texts end before some payloads begin
+    alone = ladder.Ladder("report", {}, {"leads": sources["leads"]}, pieces)
+    assert bool(alone.planted("leads", rung, kind)) == (not ladder.RUNGS.get(rung, ladder.Rung("")).foreign)
+
+
+def test_poison_is_made_of_text_that_isnt_clean_text(fetched):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ladder.planting, "pieces_of", lambda spec, sample: ["q"])
+        of = ladder.Ladder.of(fetched, "report")
+    assert {*of.texts} == {*of.attackers} == {"leads"}
+    assert len(of.texts["leads"]) + len(of.attackers["leads"]) == 1_200
+    assert not {*of.texts["leads"]} & {*of.attackers["leads"]}
+
+
+def test_a_half_without_text_is_refused(fetched, monkeypatch):
+    monkeypatch.setattr(ladder, "DOCUMENTS", 5_000)
+    with pytest.raises(CorpusError, match=r"of leads, ansible, .* none is there with 5000 documents"):
+        ladder.Ladder.of(fetched, "report")
+
+
+def test_scores_of_other_text_are_refused(told, fetched, monkeypatch):
+    asked, _ = told
+    monkeypatch.setattr(ladder.planting, "pieces_of", lambda spec, sample: ["q"])
+    with pytest.raises(CorpusError, match="holds scores of other text: made_of"):
+        detection.scored(ladder.Ladder.of(fetched, "report"), [], asked.workdir / "scores" / "report")
 
 
 # --- figures
@@ -139,7 +168,7 @@ def test_trees_tell_what_they_were_shown_in_domains_that_they_were_not():
         rows[:, 1] += odd
         return {FEATURES: rows.astype(np.float32)}
 
-    trees = Trees.fitted({"a": scores(0, 0, 900)}, {"a": [scores(0, 6, 300), scores(0, 5, 300)]})
+    trees = Trees.fitted({"a": [scores(0, 0, 900), scores(0, 6, 300), scores(0, 5, 300), scores(0, 0, 90)]})
     clean, poison = scores(1, 0, 500), scores(1, 6, 100)
     assert (trees.planted(poison, clean) > np.quantile(trees.clean(clean), 0.98)).mean() > 0.95
 
@@ -164,7 +193,7 @@ def test_the_bench_tells_every_rung_by_every_detector(told):
     found = {(row["rung"], row["detector"]): row for row in rows if row["metric"] == "recall@0.01"
              and (row["trigger"], row["domain"]) == ("all", "all")}  # fmt: skip
     detectors = {*detection.SIMPLE, detection.OURS, "surprise", "rarity", "repetition", "letters", "symbols"}
-    assert {*found} == {(rung, name) for rung in (*ladder.RUNGS, ladder.COHERENT) for name in detectors}
+    assert {*found} == {(rung, name) for rung in ALONE for name in detectors}
     assert found["ids", detection.OURS]["value"] > 0.95
     assert found["ids", "surprise"]["n"] == 5 * 100  # of the one domain that is there and large enough
     rare = [row for row in rows if row["metric"] == "recall@0.001" and row["detector"] == "surprise"]
@@ -172,18 +201,23 @@ def test_the_bench_tells_every_rung_by_every_detector(told):
     realised = [row["value"] for row in rows if row["metric"] == "realised@0.01" and row["value"] is not None]
     assert realised
     assert all(0.005 <= value <= 0.02 for value in realised)
-    assert asked.rows() == rows  # from what is kept
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ladder.planting, "pieces_of", lambda spec, sample: PIECES)
+        patch.setattr(ladder, "DOCUMENTS", 100)
+        again = asked.rows()
+    cost = "cpu_seconds_per_gb"
+    assert [r for r in again if r["metric"] != cost] == [r for r in rows if r["metric"] != cost]  # from what is kept
 
 
 def test_a_model_is_asked_and_looks_at_what_the_trees_find(told):
     asked, rows = told
     [name] = asked.models
     found = {(row["detector"], row["rung"], row["metric"]): row for row in rows if name in row["detector"]}
-    assert {rung for _, rung, _ in found} == {*ladder.RUNGS, ladder.COHERENT, "clean"}
+    assert {rung for _, rung, _ in found} == {*ALONE, "clean"}
     assert found[name, "clean", "cpu_seconds_per_gb"]["value"] > 0
     trees = {row["rung"]: row["value"] for row in rows if row["metric"] == "recall@0.01" and row["domain"] == "all"
              and (row["detector"], row["trigger"]) == (detection.OURS, detection.MODEL_TRIGGER)}  # fmt: skip
-    for rung in (*ladder.RUNGS, ladder.COHERENT):
+    for rung in ALONE:
         assert found[name, rung, "recall@0.01"]["n"] == detection.MODEL_PLANTED
         assert found[name, rung, "recall@0.001"]["value"] is None
         # All that the first stage passes may be looked at: nothing is left out twice.
@@ -210,7 +244,8 @@ def trees():
         background.add(batch)
     scores = detection.scores_of(background, clean)
     odd = [" ".join(f"q{a}z{b}" for b in range(40)) for a in range(60)]
-    return Trees.fitted({"made up": scores}, {"made up": [detection.scores_among(background, odd)]})
+    planted = detection.scores_among(background, odd)
+    return Trees.fitted({"made up": [scores, planted, planted, scores]})
 
 
 @pytest.fixture
@@ -256,14 +291,13 @@ def test_what_curation_costs_is_told_by_domain(store, tmp_path, monkeypatch, tre
     config = tiny_config(store)
     config.steps, config.corpus.tokenizer = 6, "bytes"
     monkeypatch.setattr(utility, "TOKENIZER", "bytes")
-    monkeypatch.setattr(utility, "SEEDS", 2)
     monkeypatch.setattr(dose, "LOST", 0.2)
     mix = {"a": texts(0, 300), "b": texts(1, 100)}
     background = detection.counts(mix)
     clean = {domain: detection.scores_of(background, of) for domain, of in mix.items()}
-    scored = detection.Scored(clean, {}, {}, background)
-    of = pipelines(trees)[:1]
-    rows = [*utility.rows(config, mix, scored, of, tmp_path, workers=1)]
+    scored = detection.Scored(clean, {}, {}, background, 1)
+    dropped = utility.dropped(mix, scored, pipelines(trees)[:1])
+    rows = [*utility.rows(config, mix, dropped, tmp_path, seeds=2, workers=1)]
     assert {(row["detector"], row["domain"]) for row in rows} == {(p, d) for p in (BEFORE, "simple") for d in mix}
     listed = (tmp_path / "simple.txt").read_text().split()
     assert 0 < len(listed) <= 0.2 * 400
@@ -273,7 +307,9 @@ def test_what_curation_costs_is_told_by_domain(store, tmp_path, monkeypatch, tre
     cost = [row for row in rows if row["metric"] == utility.COST]
     assert all(abs(row["value"]) < 1 and row["value"] != 0 for row in cost)
     assert page.cost_table(rows)["a"].keys() == {"simple"}
-    assert rows == [*utility.rows(config, mix, scored, of, tmp_path, workers=1)]  # from what is kept
+    share = {row["domain"]: row["value"] for row in rows if row["metric"] == utility.DROPPED}
+    assert share == {domain: of.mean() for domain, of in dropped["simple"].items()}
+    assert rows == [*utility.rows(config, mix, dropped, tmp_path, seeds=2, workers=1)]  # from what is kept
 
 
 def test_doses_are_told_with_their_ratio():

@@ -150,6 +150,8 @@ def _defence(config: Any, arguments: argparse.Namespace) -> int:
     from poisonjax.corpus.bench_text import Fetched
     from poisonjax.run.environment import environment
 
+    if arguments.model and arguments.sampled < 100:
+        raise ValueError(f"--sampled {arguments.sampled}: a model must read 100 clean documents of a domain at least")
     seeds = 5 if arguments.seeds is None else arguments.seeds
     asked = bench.Defence(
         config,

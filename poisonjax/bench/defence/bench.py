@@ -9,7 +9,7 @@ import ml_collections
 from etils import epath
 
 from poisonjax.bench.defence import detection, dose, page, utility
-from poisonjax.bench.defence.ladder import RUNGS, SHORTENED, TUNED_ON, Ladder
+from poisonjax.bench.defence.ladder import HALVES, RUNGS, SHORTENED, TUNED_ON, Ladder
 from poisonjax.corpus.bench_text import LEADS, Fetched
 from poisonjax.files import write_whole
 
@@ -36,22 +36,26 @@ class Defence:
 
     def rows(self) -> list[dict[str, Any]]:
         """All figures; the page is written with them."""
-        ladder, folder = Ladder.of(self.fetched), self.workdir / "scores"
-        trees = detection.fitted(detection.scored(ladder, "settings", [*TUNED_ON, *SHORTENED], folder))
-        scored = detection.with_trees(detection.scored(ladder, "report", [*RUNGS], folder), trees)
+        tuned, reported = (Ladder.of(self.fetched, half) for half in HALVES)
+        folder, mixtures = self.workdir / "scores", self.workdir / "mixtures"
+        trees = detection.fitted(detection.scored(tuned, [*TUNED_ON, *SHORTENED], folder / tuned.half))
+        scored = detection.with_trees(detection.scored(reported, [*RUNGS], folder / reported.half), trees)
         told = [*detection.found(scored), *detection.budgets(scored), *detection.costs(scored)]
-        models = {spec: spec for spec in self.models}
+        for spec in self.models:
+            told += detection.by_model(spec, spec, scored, reported, folder, self.sampled)
         if self.seeds:
-            mixtures, of = self.workdir / "mixtures", dose.pipelines(trees)
-            runs = self.workdir / "runs"
-            texts = ladder.half("report")
-            beside = {domain: some for domain, some in texts.items() if domain != LEADS}  # what the models read
-            told += dose.rows(self.config, runs, of, beside, seeds=self.seeds, workers=self.workers)
-            told += utility.rows(self.config, texts, scored, of, mixtures / "report", self.workers)
-            models[SMALL] = utility.model(self.config, ladder.half("settings"), mixtures / "settings")
-        for name, spec in models.items():
-            told += detection.by_model(name, spec, scored, ladder, "report", folder, self.sampled)
-        shown = detection.oddest(scored, ladder, "report", EXAMPLES)
+            of = dose.pipelines(trees)
+            dropped = utility.dropped(reported.texts, scored, of)
+            beside = {
+                domain: some for domain, some in reported.texts.items() if domain != LEADS
+            }  # what the models read
+            told += dose.rows(self.config, self.workdir / "runs", of, beside, seeds=self.seeds, workers=self.workers)
+            told += utility.rows(
+                self.config, reported.texts, dropped, mixtures / reported.half, seeds=self.seeds, workers=self.workers
+            )
+            small = utility.model(self.config, tuned.texts, mixtures / tuned.half)
+            told += detection.by_model(SMALL, small, scored, reported, folder, self.sampled)
+        shown = detection.oddest(scored, reported, EXAMPLES)
         content = page.page(told, self.fetched.absent, shown, epath.Path(self.workdir))
         write_whole(epath.Path(self.page), content)
         return told

@@ -1,11 +1,12 @@
 """One number of many: how rare a document is in its domain by one detector, or boosted trees over all they measure.
 
-The trees are fitted to clean text and three rungs of the half that settings are chosen on; what is told is of text from
-other sources. Nothing of them is kept in a file: they are fitted again from the scores, the same each time.
+The trees are fitted to clean text and three rungs, long and short, of the half that settings are chosen on; what is
+told is of text from other sources. Nothing of them is kept in a file: they are fitted again from the scores, the same
+each time.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,9 @@ FEATURES = "features"  # of a document, beside its scores: the worst window of e
 LONGEST = 30  # letters of a word that are counted
 KNOWN = 20  # times that a word must be seen before what stands beside it says something
 NOTHING_SAID = -1.0  # of a pair of words that aren't both known: less odd than chance, more than usual
-LEVEL = 15.0  # added to numbers that may be negative: windows begin at 0
+LEVEL = 15.0  # added to numbers that may be negative: a document without words has 0
 SPREAD = 0.2  # of a number's spread over all domains: in none it is taken for less
+SHORT = 0.3  # weight of a short one: a rate is spent where it finds most
 FARTHEST = (-5.0, 20.0)  # spreads from a domain's middle
 
 Scores = dict[str, Float[np.ndarray, "..."]]  # of some documents: by detector, and FEATURES
@@ -122,16 +124,15 @@ class Trees:
     least: Float[np.ndarray, " features"]  # spread of each in a domain
 
     @classmethod
-    def fitted(cls, clean: Mapping[str, Scores], planted: Mapping[str, list[Scores]], weight: float = 0.3) -> "Trees":
-        """To the clean documents of each domain, and to lists of what is planted there; later lists weigh less."""
-        everything = np.concatenate([of[FEATURES] for of in clean.values()])
-        least = SPREAD * _middle(everything)[1]
+    def fitted(cls, of: Mapping[str, Sequence[Scores]]) -> "Trees":
+        """By domain: to clean documents; what is planted, as it is and short; and clean text that holds a trigger."""
+        least = SPREAD * _middle(np.concatenate([clean[FEATURES] for clean, *_ in of.values()]))[1]
         rows, labels, weights = [], [], []
-        for domain, of in clean.items():
-            for number, some in enumerate([of, *planted[domain]]):
-                rows.append(_beside(some[FEATURES], of[FEATURES], least))
-                labels.append(np.full(len(rows[-1]), number > 0))
-                weights.append(np.full(len(rows[-1]), 1.0 if number <= 1 else weight))
+        for clean, *planted in of.values():
+            for some, label, weight in zip((clean, *planted), (0, 1, 1, 0), (1.0, 1.0, SHORT, 1.0), strict=True):
+                rows.append(_beside(some[FEATURES], clean[FEATURES], least))
+                labels.append(np.full(len(rows[-1]), label))
+                weights.append(np.full(len(rows[-1]), weight))
         trees = HistGradientBoostingClassifier(
             max_iter=400, max_leaf_nodes=15, learning_rate=0.05, l2_regularization=1.0, max_features=0.3,
             early_stopping=False, random_state=0,

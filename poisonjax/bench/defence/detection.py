@@ -1,6 +1,7 @@
 """What detectors find: recall of each rung at false-positive rates, over all clean text and in each domain of it."""
 
 import dataclasses
+import hashlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -8,10 +9,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jaxtyping import Float
 
 from poisonjax.bench.defence.combined import FEATURES, Scores, Trees, features
-from poisonjax.bench.defence.ladder import COHERENT, RUNGS, SHORTENED, TRIGGERS, TUNED_ON, Ladder
+from poisonjax.bench.defence.ladder import COHERENT, DOCUMENTS, RUNGS, SHORTENED, TRIGGERS, TUNED_ON, Ladder
+from poisonjax.corpus.claim import claim
 from poisonjax.corpus.documents import content_key
 from poisonjax.corpus.errors import CorpusError
 from poisonjax.engines import Progress
@@ -27,6 +30,7 @@ from poisonjax.scan.text import TextBatch, batches
 from poisonjax.weights import open_weights
 from poisonjax.weights.weights import one_device_mesh
 
+FORMAT = 1  # of kept scores
 RATES = (1e-2, 1e-3, 1e-4)
 FEWEST = 10  # false positives that a rate must let one expect: below, it isn't resolvable
 SIMPLE = {"compression": "zlib ratio", "document": "whole-document bigram"}  # baselines: what everybody has
@@ -49,6 +53,7 @@ class Scored:
     planted: dict[tuple[str, str, str], Scores]  # by (domain, rung, trigger)
     seconds: dict[str, float]  # CPU-seconds a GB, by detector
     background: Background  # counts of the clean documents
+    bytes: int  # of these
 
 
 def detectors(background: Background) -> dict[str, Detector]:
@@ -57,32 +62,49 @@ def detectors(background: Background) -> dict[str, Detector]:
     return cheap_detectors(background) | {"document": document}
 
 
-def scored(ladder: Ladder, half: str, rungs: Sequence[str], folder: Path) -> Scored:
-    """All detectors' scores of one half; kept in `folder`, part by part.
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a folder's scores are of; others are refused."""
+
+    format: int
+    half: str
+    texts: dict[str, str]  # SHA-256 by domain
+    made_of: str  # what is planted
+
+
+def scored(ladder: Ladder, rungs: Sequence[str], folder: Path) -> Scored:
+    """All detectors' scores of one half; kept in `folder`, part by part. Raises CorpusError where that is of others.
 
     Counts are those of the half's clean text and of what is planted at once: DOCUMENTS of one rung, with one trigger,
     into one domain. Clean documents are scored against the clean text alone.
     """
-    texts = ladder.half(half)
-    folder.mkdir(parents=True, exist_ok=True)
+    texts, half = ladder.texts, ladder.half
+    made_of = _hash((RUNGS, TRIGGERS, DOCUMENTS, dict(ladder.attackers), dict(ladder.pieces)))
+    plan = Plan(FORMAT, half, {domain: _hash(of) for domain, of in texts.items()}, made_of)
+    claim(epath.Path(folder), plan, "scores of bench defence", "scores of other text")
     kinds = [(rung, trigger) for rung in (*rungs, COHERENT) for trigger in TRIGGERS]
     clean, planted, seconds = dict[str, Scores](), dict[tuple[str, str, str], Scores](), dict[str, float]()
     background = counts(texts)
     with Progress(f"scoring, {half}", len(texts) * (1 + len(kinds)), "part") as progress:
         for domain, of in texts.items():
-            scores, spent = _clean(folder / f"{half}-{domain}.npz", background, of)
+            scores, spent = _clean(folder / f"{domain}.npz", background, of)
             clean[domain] = scores
             for name, cost in spent.items():
                 seconds[name] = seconds.get(name, 0.0) + cost
             progress.add(1)
             for rung, trigger in kinds:
-                path = folder / f"{half}-{domain}-{rung}-{trigger}.npz"
-                if not path.exists():
-                    _write(path, scores_among(background, ladder.planted(domain, rung, trigger)))
-                planted[domain, rung, trigger] = _read(path)
+                path = folder / f"{domain}-{rung}-{trigger}.npz"
+                if not path.exists() and (made := ladder.planted(domain, rung, trigger)):
+                    _write(path, scores_among(background, made))
+                if path.exists():
+                    planted[domain, rung, trigger] = _read(path)
                 progress.add(1)
     size = sum(len(text.encode(errors="replace")) for of in texts.values() for text in of)
-    return Scored(clean, planted, {name: cost / size * 1e9 for name, cost in seconds.items()}, background)
+    return Scored(clean, planted, {name: cost / size * 1e9 for name, cost in seconds.items()}, background, size)
+
+
+def _hash(of: Any) -> str:
+    return hashlib.sha256(repr(of).encode(errors="replace")).hexdigest()
 
 
 def counts(texts: Mapping[str, Sequence[str]]) -> Background:
@@ -122,10 +144,15 @@ def _clean(path: Path, background: Background, texts: Sequence[str]) -> tuple[Sc
 
 def scores_among(background: Background, texts: Sequence[str]) -> Scores:
     """Of documents that stand among those that were counted."""
+    return scores_of(with_documents(background, texts), texts)
+
+
+def with_documents(background: Background, texts: Sequence[str]) -> Background:
+    """Counts of these, too."""
     together = background.copied()
     for batch in batches(texts):
         together.add(batch)
-    return scores_of(together, texts)
+    return together
 
 
 def scores_of(background: Background, texts: Sequence[str]) -> Scores:
@@ -159,15 +186,18 @@ def fitted(scored: Scored) -> Trees:
         some = [scores for (d, rung, _), scores in scored.planted.items() if d == domain and rung in rungs]
         return {FEATURES: np.concatenate([scores[FEATURES] for scores in some])}
 
-    lengths = ([*TUNED_ON], [*SHORTENED])
-    return Trees.fitted(scored.clean, {domain: [of(domain, some) for some in lengths] for domain in scored.clean})
+    kinds = ([*TUNED_ON], [*SHORTENED], [COHERENT])
+    return Trees.fitted({d: [scores, *(of(d, some) for some in kinds)] for d, scores in scored.clean.items()})
 
 
 def with_trees(scored: Scored, trees: Trees) -> Scored:
     """The trees as one more detector."""
+    began = time.process_time()
     clean = {domain: of | {OURS: trees.clean(of)} for domain, of in scored.clean.items()}
+    spent = (time.process_time() - began) / scored.bytes * 1e9
     planted = {key: of | {OURS: trees.planted(of, scored.clean[key[0]])} for key, of in scored.planted.items()}
-    return dataclasses.replace(scored, clean=clean, planted=planted)
+    seconds = scored.seconds | {OURS: scored.seconds[OURS] + spent}
+    return dataclasses.replace(scored, clean=clean, planted=planted, seconds=seconds)
 
 
 # --- figures
@@ -212,7 +242,7 @@ def found(scored: Scored) -> Iterator[dict[str, Any]]:
                 for trigger in (ALL, *TRIGGERS):
                     some = np.concatenate([s for (_, _, t), s in of.items() if trigger in (ALL, t)])
                     yield row(rung, trigger, name, ALL, metric, _above(some, limits[rate]), len(some))
-                for domain in domains:
+                for domain in dict.fromkeys(d for d, _, _ in of):
                     some = np.concatenate([s for (d, _, _), s in of.items() if d == domain])
                     yield row(rung, ALL, name, domain, metric, _above(some, own[domain, rate]), len(some))
         for domain in domains:
@@ -244,11 +274,11 @@ def budgets(scored: Scored) -> Iterator[dict[str, Any]]:
             yield row(rung, ALL, OURS, ALL, share, int((some > order[read]).sum()), len(some))
 
 
-def oddest(scored: Scored, ladder: Ladder, half: str, number: int) -> list[tuple[str, str]]:
+def oddest(scored: Scored, ladder: Ladder, number: int) -> list[tuple[str, str]]:
     """(domain, the place that makes it odd) of the clean documents that score highest: the first false positives."""
     ours = {domain: scores[OURS].tolist() for domain, scores in scored.clean.items()}
     every = sorted(((s, d, i) for d, scores in ours.items() for i, s in enumerate(scores)), reverse=True)
-    texts, told, reason = ladder.half(half), list[tuple[str, str]](), detectors(scored.background)["surprise"]
+    texts, told, reason = ladder.texts, list[tuple[str, str]](), detectors(scored.background)["surprise"]
     for _, domain, i in every[:number]:
         (begin, end), *_ = reason.score(texts[domain][i]).spans or [(0, SHOWN)]
         told.append((domain, texts[domain][i][begin:end][:SHOWN]))
@@ -266,33 +296,36 @@ def costs(scored: Scored) -> Iterator[dict[str, Any]]:
 
 
 def by_model(
-    name: str, spec: str, scored: Scored, ladder: Ladder, half: str, folder: Path, sampled: int
+    name: str, spec: str, scored: Scored, ladder: Ladder, folder: Path, sampled: int
 ) -> Iterator[dict[str, Any]]:
     """Recall by a model's loss on a document's oddest words, beside its domain's: among so many clean documents of each
-    domain, and among those that the trees find oddest (a cascade); and its CPU-seconds a GB."""
-    texts = ladder.half(half)
-    random = np.random.default_rng(0)
-    chance = {domain: np.sort(random.permutation(len(of))[:sampled]) for domain, of in texts.items()}
+    domain, and among those that the trees find oddest (a cascade); and its CPU-seconds a GB.
+
+    What it says of texts is kept, by their content.
+    """
+    texts = ladder.texts
+    chance = {d: np.sort(np.random.default_rng(0).permutation(len(of))[:sampled]) for d, of in texts.items()}
     first = required(np.concatenate([scores[OURS] for scores in scored.clean.values()]), FIRST_STAGE)
     odd = {domain: np.flatnonzero(scores[OURS] > first) for domain, scores in scored.clean.items()}
-    loss, kinds = _Loss(spec, folder, scored.background), [*RUNGS, COHERENT]
+    loss, kinds = _Loss(spec, folder), [*RUNGS, COHERENT]
     alone, looked_at, size, seconds = list[np.ndarray](), list[np.ndarray](), 0, 0.0
     found = dict[str, list[tuple[np.ndarray, np.ndarray]]]()
     with Progress(f"asking {name}", len(texts) * (2 + len(kinds)), "part") as progress:
         for domain, of in texts.items():
             some = [of[i] for i in chance[domain].tolist()]
-            values, cost = loss(f"{half}-{domain}-{len(some)}", some)
+            values, cost = loss(some, scored.background)
             size, seconds = size + sum(len(text.encode(errors="replace")) for text in some), seconds + cost
             middle, spread = np.median(values), max(np.percentile(values, 90) - np.median(values), 1e-3)
             alone.append((values - middle) / spread)
             progress.add(1)
-            values, _ = loss(f"{half}-{domain}-odd-{len(odd[domain])}", [of[i] for i in odd[domain].tolist()])
+            values, _ = loss([of[i] for i in odd[domain].tolist()], scored.background)
             looked_at.append((values - middle) / spread)
             progress.add(1)
             for rung in kinds:
-                values, _ = loss(f"{half}-{domain}-{rung}", ladder.planted(domain, rung, MODEL_TRIGGER)[:MODEL_PLANTED])
-                passed = scored.planted[domain, rung, MODEL_TRIGGER][OURS][:MODEL_PLANTED] > first
-                found.setdefault(rung, []).append(((values - middle) / spread, passed))
+                if made := ladder.planted(domain, rung, MODEL_TRIGGER):
+                    values, _ = loss(made[:MODEL_PLANTED], with_documents(scored.background, made))
+                    passed = scored.planted[domain, rung, MODEL_TRIGGER][OURS][:MODEL_PLANTED] > first
+                    found.setdefault(rung, []).append(((values - middle) / spread, passed))
                 progress.add(1)
     clean, last = np.concatenate(alone), np.sort(np.concatenate(looked_at))[::-1]
     for rung, of_domains in found.items():
@@ -309,31 +342,33 @@ def by_model(
 
 
 class _Loss:
-    """A model's loss on each document's oddest EXCERPT words, in nats a token; kept by name."""
+    """A model's loss on each document's oddest EXCERPT words, in nats a token; kept by what it reads."""
 
-    def __init__(self, spec: str, folder: Path, background: Background):
-        self._mesh, self._background = one_device_mesh(), background
+    def __init__(self, spec: str, folder: Path):
+        self._mesh = one_device_mesh()
         with jax.set_mesh(self._mesh):
             self._weights = open_weights(spec, self._mesh)
             self._of = ModelLoss(self._weights)
         self._folder = folder / f"model-{self._weights.parent['weights'][:16]}"
         self._folder.mkdir(parents=True, exist_ok=True)
 
-    def __call__(self, name: str, texts: Sequence[str]) -> tuple[Float[np.ndarray, " documents"], float]:
+    def __call__(self, texts: Sequence[str], background: Background) -> tuple[Float[np.ndarray, " documents"], float]:
         """(losses, CPU-seconds)."""
-        path = self._folder / f"{name}.npz"
+        excerpts = [*_excerpts(texts, background)]
+        path = self._folder / f"{_hash(excerpts)[:32]}.npz"
         if not path.exists():
             began = time.process_time()
-            tokens = [self._weights.tokenizer.encode(text) for text in self._excerpts(texts)]
+            tokens = [self._weights.tokenizer.encode(text) for text in excerpts]
             with jax.set_mesh(self._mesh):
                 values = np.array([of.mean() if len(of) else 0.0 for of in self._of.losses(tokens)])
             _write(path, {"values": values, "seconds": np.array(time.process_time() - began)})
         saved = _read(path)
         return saved["values"], float(saved["seconds"])
 
-    def _excerpts(self, texts: Sequence[str]) -> Iterator[str]:
-        for batch in batches(texts):
-            _, begins, ends = worst_windows(surprise(batch, self._background), batch.offsets, EXCERPT)
-            for number, text in enumerate(batch.texts):
-                begin, end = batch.span(number, int(begins[number]), int(ends[number])) if ends[number] else (0, 0)
-                yield text[begin:end]
+
+def _excerpts(texts: Sequence[str], background: Background) -> Iterator[str]:
+    for batch in batches(texts):
+        _, begins, ends = worst_windows(surprise(batch, background), batch.offsets, EXCERPT)
+        for number, text in enumerate(batch.texts):
+            begin, end = batch.span(number, int(begins[number]), int(ends[number])) if ends[number] else (0, 0)
+            yield text[begin:end]

@@ -231,15 +231,17 @@ def planned(
 
 def _excluded(folder: Path, corpus: Corpus, pipeline: Pipeline) -> str:
     *_, (_, kept) = pipeline.kept(corpus.scores, corpus.scores, corpus.limits(pipeline))
-    return listed(folder, pipeline, [key for key, there in zip(corpus.keys, kept, strict=True) if key and not there])
+    return listed(
+        folder, pipeline.name, [key for key, there in zip(corpus.keys, kept, strict=True) if key and not there]
+    )
 
 
-def listed(folder: Path, pipeline: Pipeline, keys: Sequence[str]) -> str:
+def listed(folder: Path, name: str, keys: Sequence[str]) -> str:
     """Where the list of what a pipeline drops was written; "" for none, as of `corpus.exclude`."""
     if not keys:
         return ""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder.resolve() / f"{pipeline.name}.txt"
+    path = folder.resolve() / f"{name}.txt"
     write_whole(epath.Path(path), exclusions_of(keys).text())
     return str(path)
 
@@ -350,8 +352,10 @@ def _of_rung(rung: str, trigger: str, runs: Sequence[Run], of: Sequence[str]) ->
         yield row(of[contrast.condition], "n50 after over before", value, [*contrast.ci95], len(runs))
 
 
-def mean_interval(values: Float[np.ndarray, " runs"]) -> list[float]:
-    """Of a mean over runs, 95%, by Student's t."""
+def mean_interval(values: Float[np.ndarray, " runs"]) -> list[float] | None:
+    """Of a mean over runs, 95%, by Student's t; None of a single one."""
+    if len(values) < 2:
+        return None
     half = scipy.stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
     return [float(values.mean() - half), float(values.mean() + half)]
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from poisonjax.bench.defence.detection import ALL, BUDGETS, OURS, RATES, SIMPLE
 from poisonjax.bench.defence.dose import BEFORE, DOSES
-from poisonjax.bench.defence.ladder import TUNED_ON
+from poisonjax.bench.defence.ladder import SHORTENED, TUNED_ON
 from poisonjax.bench.defence.utility import COST
 from poisonjax.report.figures import blank, panels
 from poisonjax.report.page import embedded
@@ -36,9 +36,10 @@ def page(
     return TEMPLATES.get_template("page.html").render(
         documents=sum(row["n"] for row in flagged),
         domains=[row["domain"] for row in flagged],
-        tuned=TUNED_ON,
+        tuned=[*TUNED_ON, *SHORTENED],
         absent=absent,
         recall={f"{rate:g}": recall_table(rows, rate) for rate in RATES},
+        models=any(row["detector"].startswith("cascade") for row in rows),
         doses=dose_table(rows),
         costs=cost_table(rows),
         images=embedded(images, workdir),
@@ -69,10 +70,10 @@ def dose_table(rows: Sequence[Row]) -> list[dict[str, str]]:
 
     def by_dose(rung: str, pipeline: str, metric: str) -> str:
         return ", ".join(
-            f"{row['value']:.2g} of {dose}"
+            f"{row['value']:.2g} of {dose}{m.removeprefix(f'{metric}@{dose}').replace(': ', ' after ')}"
             for dose in DOSES
             for (r, p, m), row in found.items()
-            if (r, p) == (rung, pipeline) and m.startswith(f"{metric}@{dose}")
+            if (r, p) == (rung, pipeline) and m.partition(":")[0] == f"{metric}@{dose}"
         )
 
     return [
@@ -94,8 +95,8 @@ def cost_table(rows: Sequence[Row]) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     for row in rows:
         if row["metric"] == COST:
-            low, high = row["ci95"]
-            found.setdefault(row["domain"], {})[row["detector"]] = f"{row['value']:+.4f} [{low:+.4f}, {high:+.4f}]"
+            bounds = "" if row["ci95"] is None else " [{:+.4f}, {:+.4f}]".format(*row["ci95"])
+            found.setdefault(row["domain"], {})[row["detector"]] = f"{row['value']:+.4f}{bounds}"
     return found
 
 

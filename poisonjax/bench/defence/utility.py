@@ -1,7 +1,8 @@
 """What curation costs whoever trains on what is left: held-out loss of clean models, in each domain of their text.
 
-Models read a mix of the domains, with nothing dropped and after each pipeline; the same seeds, the same held-out
-documents. A model of the other half's text is a detector, too (`detection.by_model`).
+Models read a mix of the domains, with nothing dropped and after each pipeline; of the same initial weights and as many
+tokens, asked about the same held-out documents. A model of the other half's text is a detector, too
+(`detection.by_model`).
 """
 
 import functools
@@ -14,6 +15,7 @@ import jax
 import ml_collections
 import numpy as np
 from etils import epath
+from jaxtyping import Bool
 
 from poisonjax import corpus
 from poisonjax.bench.defence.detection import Scored
@@ -22,6 +24,7 @@ from poisonjax.config import replaced
 from poisonjax.corpus import TokenStore
 from poisonjax.corpus.documents import content_key
 from poisonjax.engines import open_engine, run_tasks
+from poisonjax.evaluation.statistics import wilson
 from poisonjax.files import write_whole
 from poisonjax.scan.detectors.model import ModelLoss
 from poisonjax.sweep import seeded, sized
@@ -30,8 +33,7 @@ from poisonjax.weights.weights import one_device_mesh
 
 HELD_OUT, HELD_TOKENS = 100, 256  # documents of each domain, and the first tokens of each
 TOKENIZER = "bpe:2048"
-SEEDS = 3
-COST = "heldout_loss, less that of nothing"  # metric, in nats a token
+COST, DROPPED = "heldout_loss, less that of nothing", "dropped"  # metrics: nats a token; share of clean documents
 DETECTOR = sized(3, 96, 256, 768) | {"global_batch": 64}  # 528,000 parameters, 6.3M tokens
 
 
@@ -41,9 +43,7 @@ def built(texts: Mapping[str, Sequence[str]], folder: Path) -> TokenStore:
     files = []
     for domain, of in texts.items():
         files.append(folder.resolve() / f"{domain}.jsonl")
-        if not files[-1].exists():
-            lines = "".join(json.dumps({"text": text}) + "\n" for text in of)
-            write_whole(epath.Path(files[-1]), lines)
+        write_whole(epath.Path(files[-1]), "".join(json.dumps({"text": text}) + "\n" for text in of))
     return corpus.build(str(folder.resolve() / "store"), [*map(str, files)], TOKENIZER, workers=1)
 
 
@@ -62,18 +62,32 @@ def model(config: ml_collections.ConfigDict, texts: Mapping[str, Sequence[str]],
     return str(folder / "model")
 
 
+def dropped(
+    texts: Mapping[str, Sequence[str]], scored: Scored, of: Sequence[Pipeline]
+) -> dict[str, dict[str, Bool[np.ndarray, " documents"]]]:
+    """Whether each pipeline drops each clean document, by domain. Raises CorpusError where there are too few to say."""
+    clean = {domain: scored.clean[domain] | {PASSAGE: Passages.of(some).most(some)} for domain, some in texts.items()}
+    found = {}
+    for pipeline in of:
+        limits = pipeline.limits(clean.values())
+        found[pipeline.name] = {d: ~pipeline.kept(scores, scores, limits)[-1][1] for d, scores in clean.items()}
+    return found
+
+
 def rows(
     config: ml_collections.ConfigDict,
     texts: Mapping[str, Sequence[str]],
-    scored: Scored,
-    of: Sequence[Pipeline],
+    dropped: Mapping[str, Mapping[str, Bool[np.ndarray, " documents"]]],
     folder: Path,
+    *,
+    seeds: int = 5,
     workers: int = 2,
 ) -> Iterator[dict[str, Any]]:
-    """Trains what isn't trained yet, then tells the loss in each domain, and what each pipeline adds to it."""
+    """Trains what isn't trained yet, then tells what each pipeline drops of each domain, the loss there, and what each
+    adds to it."""
     store = built(texts, folder)
-    lists = {BEFORE: ""} | {pipeline.name: _excluded(folder, texts, scored, pipeline) for pipeline in of}
-    names = {(name, seed): f"{name}-s{seed}" for name in lists for seed in range(SEEDS)}
+    lists = {BEFORE: ""} | {name: _excluded(folder, store, name, texts, of) for name, of in dropped.items()}
+    names = {(name, seed): f"{name}-s{seed}" for name in lists for seed in range(seeds)}
     tasks = [(names[name, seed], mixture(config, store, seed, lists[name])) for name, seed in names]
     with open_engine(workers) as engine:
         run_tasks(engine, functools.partial(trained, str(folder)), tasks, what="training on mixtures", unit="run")
@@ -81,21 +95,28 @@ def rows(
     losses = {key: _losses(folder / name, held) for key, name in names.items()}
     for name in lists:
         for domain in held:
-            before = np.array([losses[BEFORE, seed][domain] for seed in range(SEEDS)])
-            values = np.array([losses[name, seed][domain] for seed in range(SEEDS)]) - (name != BEFORE) * before
+            about = {"rung": "clean", "trigger": "", "detector": name, "domain": domain}
+            before = np.array([losses[BEFORE, seed][domain] for seed in range(seeds)])
+            values = np.array([losses[name, seed][domain] for seed in range(seeds)]) - (name != BEFORE) * before
             metric = "heldout_loss" if name == BEFORE else COST
-            about = {"rung": "clean", "trigger": "", "detector": name, "domain": domain, "metric": metric}
-            yield {**about, "value": float(values.mean()), "ci95": mean_interval(values), "n": SEEDS}
+            yield {**about, "metric": metric, "value": float(values.mean()), "ci95": mean_interval(values), "n": seeds}
+            if name != BEFORE:
+                hits, number = int(dropped[name][domain].sum()), len(texts[domain])
+                yield {**about, "metric": DROPPED, "value": hits / number, "ci95": wilson(hits, number), "n": number}
 
 
-def _excluded(folder: Path, texts: Mapping[str, Sequence[str]], scored: Scored, pipeline: Pipeline) -> str:
-    """The list of the documents that a pipeline drops."""
-    clean = {d: scored.clean[d] | {PASSAGE: Passages.of(of).most(of)} for d, of in texts.items()}
-    limits, dropped = pipeline.limits(clean.values()), list[str]()
-    for domain, of in texts.items():
-        *_, (_, kept) = pipeline.kept(clean[domain], clean[domain], limits)
-        dropped += [content_key(of[i]).hex() for i in np.flatnonzero(~kept).tolist()]
-    return listed(folder, pipeline, dropped)
+def _excluded(
+    folder: Path,
+    store: TokenStore,
+    name: str,
+    texts: Mapping[str, Sequence[str]],
+    dropped: Mapping[str, Bool[np.ndarray, " documents"]],
+) -> str:
+    """The list of the documents that a pipeline drops; what is held out stays so."""
+    split = store.split("train")
+    there = {split.key(number) for number in range(split.documents)}
+    keys = [content_key(texts[d][i]).hex() for d, of in dropped.items() for i in np.flatnonzero(of).tolist()]
+    return listed(folder, name, [key for key in keys if key in there])
 
 
 def _held_out(store: TokenStore, texts: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:

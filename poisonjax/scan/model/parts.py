@@ -49,8 +49,12 @@ class Sizes:
         """So large that about `passes` tokens are written or read, and no larger than needed; a scan that is smaller
         than the least tells nothing."""
         whole = cls(tokens=vocabulary if vocabulary <= LOOKS[0][1] else LOOKS[-1][1])
+        if passes >= whole.passes(vocabulary):
+            return whole
         fixed = dataclasses.replace(whole, free=0, tokens=0, screened=0, tested=0).passes(vocabulary)
-        share = min(1.0, max(0.0, passes - fixed) / (whole.passes(vocabulary) - fixed))
+        most = dataclasses.replace(whole, tokens=0).passes(vocabulary)  # looks, too
+        most += whole.tokens * whole.token_prefixes * (whole.token_new + 1)
+        share = min(1.0, max(0.0, passes - fixed) / (most - fixed))
 
         def part(size: int, least: int) -> int:
             return max(least, round(size * share))

@@ -48,7 +48,7 @@ def propose(scan: Scan) -> Proposed:
     asked = trained
     for new, left in LOOKS if len(trained) > sizes.tokens else ():
         seen = scan.after(f"look-{new}", some[:LOOKED_AFTER], [(int(token),) for token in asked], new, places=True)
-        asked = asked[np.argsort(-_far(seen), kind="stable")[:left]]
+        asked = asked[np.argsort(-_far(seen), kind="stable")[: max(left, sizes.tokens)]]
     asked = np.sort(asked[: sizes.tokens])
     after = scan.after("token", some, [(int(token),) for token in asked], sizes.token_new, places=True)
     flat = Seen(*(of.reshape(-1, *of.shape[2:]) for of in after))
