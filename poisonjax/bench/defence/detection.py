@@ -260,8 +260,8 @@ def _realised(clean: Scores, name: str, domain: str) -> dict[str, Any]:
     """Of the domain's conformal threshold at 1%, out of fold, over what was asked for."""
     folds, uniform = (clean[KEY] % thresholds.FOLDS).astype(int), (clean[KEY] / 2**64).astype(float)
     limit = thresholds.conformal(name, clean[name], folds, uniform, (domain, ""), RATES[0])
-    resolvable = limit.realised is not None and limit.documents * RATES[0] >= FEWEST
-    hits = round(limit.realised * limit.documents) if resolvable else None
+    told = limit.realised if limit.documents * RATES[0] >= FEWEST else None
+    hits = None if told is None else round(told * limit.documents)
     return row("clean", "", name, domain, f"realised@{RATES[0]:g}", hits, limit.documents)
 
 
