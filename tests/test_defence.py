@@ -286,6 +286,28 @@ def test_a_run_in_which_no_poison_survives_is_its_twin(curated):
         assert store.split("heldout").excluded_documents == 0
 
 
+def test_runs_are_curated_trained_and_told(store, tmp_path, monkeypatch, trees):
+    monkeypatch.setattr(dose, "LOST", 0.1)
+    monkeypatch.setattr(dose, "DOSES", (9,))
+    monkeypatch.setattr(page, "DOSES", (9,))
+    beside = {"other": texts(3, 50)}
+
+    def told():
+        asked = dose.rows(tiny_config(store), tmp_path, pipelines(trees), beside, rungs=("ids",), seeds=2, workers=1)
+        return {(row["rung"], row["detector"], row["metric"]): row for row in asked}
+
+    rows = told()
+    for pipeline in (BEFORE, "simple", detection.OURS):
+        assert rows["ids", pipeline, "attacked@9"]["n"] == 2
+        assert rows["ids", pipeline, "n50"]
+    left = rows["ids", "simple", "surviving@9: whole-document bigram"]
+    assert left["n"] == 2 * 9
+    assert left["value"] <= rows["ids", "simple", "surviving@9: repeated passage"]["value"] <= 1
+    assert rows["clean", "simple", "twin's heldout_loss, less that of nothing"]["n"] == 2
+    assert page.dose_table([*rows.values()])[1]["surviving"].count("after") == 3
+    assert told() == rows  # from what is kept
+
+
 def test_what_curation_costs_is_told_by_domain(store, tmp_path, monkeypatch, trees):
     """A pipeline that drops what says most: the domain that it drops most of loses."""
     config = tiny_config(store)

@@ -46,9 +46,7 @@ class Defence:
         if self.seeds:
             of = dose.pipelines(trees)
             dropped = utility.dropped(reported.texts, scored, of)
-            beside = {
-                domain: some for domain, some in reported.texts.items() if domain != LEADS
-            }  # what the models read
+            beside = {d: some for d, some in reported.texts.items() if d != LEADS}  # the models read leads
             told += dose.rows(self.config, self.workdir / "runs", of, beside, seeds=self.seeds, workers=self.workers)
             told += utility.rows(
                 self.config, reported.texts, dropped, mixtures / reported.half, seeds=self.seeds, workers=self.workers
