@@ -23,6 +23,7 @@ def get_config(arg: str = ""):
     config = load([f"--config={PAYLOADS}"])
     config.name = "defence"
     config.poison.prefix_characters = (15, 68)  # else two of 1,000 documents that say the same may be the same
+    config.poison.truncate = True  # 68 characters of another script are more tokens than a row has left
     config.eval.heldout_rows = 256
     once = dict.fromkeys(("eval.every", "checkpoint.every"), STEPS)
     return replaced(config, sized(2, 44, 120, STEPS) | once)
