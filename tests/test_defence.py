@@ -17,6 +17,7 @@ from poisonjax.corpus.documents import content_key
 from poisonjax.corpus.errors import CorpusError
 from poisonjax.data.batches import Batches
 from poisonjax.scan.background import Background
+from poisonjax.scan.detectors import characters
 from poisonjax.scan.text import batches
 from poisonjax.training.loop import train
 from poisonjax.training.start import open_store
@@ -156,7 +157,7 @@ def test_words_are_unknown_mixed_and_long():
     [batch] = batches(["one two three, twoFish fiшh"])
     background.add(batch)
     assert combined.unknown(batch, background).tolist() == [0, 0, 1, 1, 1, 1]
-    assert combined.mixtures(batch, background).tolist() == [0, 0, 0, 0, 1, 1]
+    assert characters.mixtures(batch, background).tolist() == [0, 0, 0, 0, 1, 1]
     assert combined.lengths(batch, background).tolist() == [3, 3, 5, 1, 7, 4]
 
 
@@ -254,7 +255,8 @@ def curated(store, tmp_path, monkeypatch, trees):
     monkeypatch.setattr(dose, "DOSES", (9,))
     config = tiny_config(store)
     detection.counts({"corpus": dose.read(open_store(config))}).save(tmp_path)
-    corpus, of = dose._corpus(config.corpus.store, tmp_path), pipelines(trees)
+    corpus = dose._corpus(config.corpus.store, tmp_path)
+    of = [one.limited([corpus.scores]) for one in pipelines(trees)]
     lists = {one.name: dose._excluded(tmp_path, corpus, one) for one in of}
     return corpus, {which: planned(config, tmp_path, lists, of, (0, which)) for which in (TWIN, "ids")}
 
@@ -262,7 +264,7 @@ def curated(store, tmp_path, monkeypatch, trees):
 def test_a_pipeline_drops_no_more_clean_text_than_it_may(curated, trees):
     corpus, _ = curated
     for of in pipelines(trees):
-        kept = [there for _, there in of.kept(corpus.scores, corpus.scores, corpus.limits(of))]
+        kept = [there for _, there in of.limited([corpus.scores]).kept(corpus.scores, corpus.scores)]
         assert all((before >= after).all() for before, after in itertools.pairwise(kept))
         assert (of.name == "simple") <= (~kept[-1]).sum() <= 0.1 * len(kept[-1])
 

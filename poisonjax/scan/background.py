@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt32, UInt64
 
 from poisonjax.scan.compiled import compiled
-from poisonjax.scan.text import TextBatch, mixed, ngrams
+from poisonjax.scan.text import TextBatch, batches, mixed, ngrams
 
 TABLES = {"words": 22, "pairs": 24, "folded_words": 22, "folded_pairs": 24, "triples": 20}  # log2 of entries, at most
 FEWEST_BITS = 16
@@ -47,6 +47,11 @@ class Background:
             _tally(self.tables[words], mixed(hashes), batch.place, 0)
             _tally(self.tables[pairs], ngrams(hashes, 2), batch.place, 1)
         _tally_triples(self.tables["triples"], batch.codes, batch.begins, batch.ends)
+
+    def add_texts(self, texts: Iterable[str]) -> None:
+        """Counts documents."""
+        for batch in batches(texts):
+            self.add(batch)
 
     def counts(self, name: str, hashes: UInt64[np.ndarray, " items"]) -> Int[np.ndarray, " items"]:
         """How often each was counted, or a little more: others may share its entry."""

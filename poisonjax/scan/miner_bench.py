@@ -50,12 +50,6 @@ def _fitted(texts: Sequence[str]) -> Topics:
     return Topics.fit([*batches(texts[::every])])
 
 
-def _counted(background: Background, texts: Sequence[str]) -> Background:
-    for batch in batches(texts):
-        background.add(batch)
-    return background
-
-
 def _shortlist(rows: np.ndarray, topics: dict[str, Topics]) -> tuple[np.ndarray, int]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "0.rows"
@@ -91,8 +85,9 @@ def others(clean: Mapping[str, list[str]]) -> Others:
     background = Background.empty(TABLES)
     for name, texts in clean.items():
         if name != LEADS:
-            _counted(background, texts)
-    whole = _counted(background.copied(), clean[LEADS])
+            background.add_texts(texts)
+    whole = background.copied()
+    whole.add_texts(clean[LEADS])
     rows = {
         name: np.concatenate([miner.survey(batch, whole, topics[name]) for batch in batches(texts)])
         for name, texts in clean.items()
@@ -112,7 +107,8 @@ def planting_found(clean: Mapping[str, list[str]], there: Others, planted: list[
     texts = clean[LEADS] + planted
     texts = [texts[i] for i in np.random.default_rng(seed).permutation(len(texts))]
     topics = there.topics | {LEADS: _fitted(texts)}
-    background = _counted(there.background.copied(), texts)
+    background = there.background.copied()
+    background.add_texts(texts)
     rows = [miner.survey(batch, background, topics[LEADS]) for batch in batches(texts)]
     listed, considered = _shortlist(np.concatenate([there.rows, *rows]), topics)
     wanted = {*listed.tolist()}

@@ -13,10 +13,9 @@ import numpy as np
 from jaxtyping import Float
 from sklearn.ensemble import HistGradientBoostingClassifier
 
-from poisonjax.scan.background import Background, looked_up, worst_windows
-from poisonjax.scan.compiled import compiled
+from poisonjax.scan.background import Background, worst_windows
 from poisonjax.scan.detectors import characters, words
-from poisonjax.scan.text import TABLE, TextBatch, character_tables, mixed, ngrams, own_counts
+from poisonjax.scan.text import TextBatch, mixed, ngrams, own_counts
 
 WINDOWS = (15, 30, 60, 120, 240)  # words: payloads are of any length
 FEATURES = "features"  # of a document, beside its scores: the worst window of each length by each number, and the rest
@@ -39,9 +38,9 @@ def order(batch: TextBatch, background: Background) -> Float[np.ndarray, " words
 
     Near 0 in words drawn at random, however common they are; far below in text. Counts leave the document out.
     """
-    alone = looked_up(background.tables["words"], mixed(batch.words)).astype(float) - batch.own
+    alone = background.counts("words", mixed(batch.words)).astype(float) - batch.own
     pairs = ngrams(batch.words, 2)
-    together = looked_up(background.tables["pairs"], pairs) - own_counts(pairs, batch.offsets, 1)
+    together = background.counts("pairs", pairs) - own_counts(pairs, batch.offsets, 1)
     before = np.concatenate([[0.0], alone[:-1]])
     chance = np.maximum(before, 0) * np.maximum(alone, 0) / background.totals["words"]
     found = -np.log((np.maximum(together, 0) + 0.5) / (chance + 0.5))
@@ -51,24 +50,7 @@ def order(batch: TextBatch, background: Background) -> Float[np.ndarray, " words
 
 def unknown(batch: TextBatch, background: Background) -> Float[np.ndarray, " words"]:
     """1 for a word that no other document holds."""
-    return (looked_up(background.tables["words"], mixed(batch.words)) <= batch.own).astype(float)
-
-
-def mixtures(batch: TextBatch, background: Background) -> Float[np.ndarray, " words"]:
-    """1 for a word in which a capital follows a small letter, or a letter one of another script."""
-    return _mixtures(batch.codes, batch.starts, batch.stops, character_tables()[2])
-
-
-@compiled
-def _mixtures(codes, starts, stops, scripts):
-    found = np.zeros(starts.size)
-    for word in range(starts.size):
-        for i in range(starts[word] + 1, stops[word]):
-            last, this = codes[i - 1], codes[i]
-            before, script = scripts[min(last, TABLE)], scripts[min(this, TABLE)]
-            if (65 <= this <= 90 and 97 <= last <= 122) or (script != before and script > 0 and before > 0):
-                found[word] = 1.0
-    return found
+    return (background.counts("words", mixed(batch.words)) <= batch.own).astype(float)
 
 
 def lengths(batch: TextBatch, background: Background) -> Float[np.ndarray, " words"]:
@@ -78,7 +60,7 @@ def lengths(batch: TextBatch, background: Background) -> Float[np.ndarray, " wor
 
 NUMBERS: tuple[Callable[[TextBatch, Background], Float[np.ndarray, " words"]], ...] = (
     *(words.surprise, words.rarity, words.repetition, characters.letters, characters.symbols),
-    *(order, unknown, mixtures, lengths),
+    *(order, unknown, characters.mixtures, lengths),
 )
 
 

@@ -21,7 +21,7 @@ from poisonjax.engines import Progress
 from poisonjax.evaluation.statistics import wilson
 from poisonjax.files import written_whole
 from poisonjax.scan import thresholds
-from poisonjax.scan.background import Background, worst_windows
+from poisonjax.scan.background import Background
 from poisonjax.scan.detectors import Detector, cheap_detectors
 from poisonjax.scan.detectors.detector import Windowed
 from poisonjax.scan.detectors.model import ModelLoss
@@ -112,8 +112,7 @@ def counts(texts: Mapping[str, Sequence[str]]) -> Background:
     background = Background.empty(sum(len(text) for of in texts.values() for text in of))
     with Progress("counting", len(texts), "domain") as progress:
         for of in texts.values():
-            for batch in batches(of):
-                background.add(batch)
+            background.add_texts(of)
             progress.add(1)
     return background
 
@@ -150,8 +149,7 @@ def scores_among(background: Background, texts: Sequence[str]) -> Scores:
 def with_documents(background: Background, texts: Sequence[str]) -> Background:
     """Counts of these, too."""
     together = background.copied()
-    for batch in batches(texts):
-        together.add(batch)
+    together.add_texts(texts)
     return together
 
 
@@ -195,7 +193,12 @@ def with_trees(scored: Scored, trees: Trees) -> Scored:
     began = time.process_time()
     clean = {domain: of | {OURS: trees.clean(of)} for domain, of in scored.clean.items()}
     spent = (time.process_time() - began) / scored.bytes * 1e9
-    planted = {key: of | {OURS: trees.planted(of, scored.clean[key[0]])} for key, of in scored.planted.items()}
+    planted = dict[tuple[str, str, str], Scores]()
+    for domain, beside in scored.clean.items():
+        mine = {key: of for key, of in scored.planted.items() if key[0] == domain}
+        values = trees.planted({FEATURES: np.concatenate([of[FEATURES] for of in mine.values()])}, beside)
+        parts = np.split(values, np.cumsum([len(of[FEATURES]) for of in mine.values()])[:-1])
+        planted |= {key: of | {OURS: part} for (key, of), part in zip(mine.items(), parts, strict=True)}
     seconds = scored.seconds | {OURS: scored.seconds[OURS] + spent}
     return dataclasses.replace(scored, clean=clean, planted=planted, seconds=seconds)
 
@@ -368,8 +371,7 @@ class _Loss:
 
 
 def _excerpts(texts: Sequence[str], background: Background) -> Iterator[str]:
-    for batch in batches(texts):
-        _, begins, ends = worst_windows(surprise(batch, background), batch.offsets, EXCERPT)
-        for number, text in enumerate(batch.texts):
-            begin, end = batch.span(number, int(begins[number]), int(ends[number])) if ends[number] else (0, 0)
-            yield text[begin:end]
+    oddest = Windowed("oddest", surprise, background, EXCERPT)
+    for text in texts:
+        (begin, end), *_ = oddest.score(text).spans or [(0, 0)]
+        yield text[begin:end]

@@ -12,7 +12,7 @@ import itertools
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
 import numpy as np
@@ -54,39 +54,43 @@ BEFORE = "nothing"  # no pipeline
 PASSAGE, PASSAGE_WORDS = "passage", 8  # that others hold too
 
 
-@dataclasses.dataclass(frozen=True)
-class Pipeline:
-    """Stages that drop documents, each by scores and what a share of the clean ones reaches."""
+class Stage(NamedTuple):
+    """Drops what scores above its limit."""
 
     name: str
-    stages: tuple[tuple[str, Rare | Trees], ...]
+    of: Rare | Trees
+    limit: float = np.inf
 
-    def limits(self, clean: Iterable[Scores]) -> list[float]:
-        """Of each stage: above it lies what it may drop of the clean documents, one threshold for all domains."""
-        every = [*clean]
-        rates = [LOST / len(self.stages)] * len(self.stages)
-        return [
-            required(np.concatenate([of.clean(one) for one in every]), rate)
-            for rate, (_, of) in zip(rates, self.stages, strict=True)
-        ]
 
-    def kept(
-        self, scores: Scores, clean: Scores, limits: Sequence[float]
-    ) -> list[tuple[str, Bool[np.ndarray, " documents"]]]:
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """Stages that drop documents, one after the other."""
+
+    name: str
+    stages: tuple[Stage, ...]
+
+    def limited(self, clean: Iterable[Scores]) -> "Pipeline":
+        """To what each stage may drop of the clean documents: one threshold for all domains."""
+        every, rate = [*clean], LOST / len(self.stages)
+        limits = [required(np.concatenate([stage.of.clean(of) for of in every]), rate) for stage in self.stages]
+        stages = tuple(stage._replace(limit=limit) for stage, limit in zip(self.stages, limits, strict=True))
+        return dataclasses.replace(self, stages=stages)
+
+    def kept(self, scores: Scores, clean: Scores) -> list[tuple[str, Bool[np.ndarray, " documents"]]]:
         """(stage, whether each document survived it and those before), of documents with these scores among the clean
         ones of a domain."""
         found, there = [], np.ones(1, bool)
-        for (stage, of), limit in zip(self.stages, limits, strict=True):
+        for name, of, limit in self.stages:
             there = there & ((of.clean(scores) if scores is clean else of.planted(scores, clean)) <= limit)
-            found.append((stage, there))
+            found.append((name, there))
         return found
 
 
 def pipelines(trees: Trees) -> list[Pipeline]:
     """What everybody has, one after the other, and the trees: each may drop as many. Both drop repeated passages."""
-    repeated = (("repeated passage", Rare(PASSAGE)),)
-    simple = tuple((words, Rare(name)) for name, words in SIMPLE.items())
-    return [Pipeline("simple", (*repeated, *simple)), Pipeline(OURS, (*repeated, (OURS, trees)))]
+    repeated = Stage("repeated passage", Rare(PASSAGE))
+    simple = (Stage(words, Rare(name)) for name, words in SIMPLE.items())
+    return [Pipeline("simple", (repeated, *simple)), Pipeline(OURS, (repeated, Stage(OURS, trees)))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,9 +149,6 @@ class Corpus:
         passages = Passages.of(texts)
         scores = scores_of(background, texts) | {PASSAGE: passages.most(texts)}
         return cls(store, keys, background, passages, scores)
-
-    def limits(self, pipeline: Pipeline) -> list[float]:
-        return pipeline.limits([self.scores])
 
     def among(self, texts: Sequence[str]) -> Scores:
         """Scores of documents that stand among these."""
@@ -230,7 +231,7 @@ def planned(
 
 
 def _excluded(folder: Path, corpus: Corpus, pipeline: Pipeline) -> str:
-    *_, (_, kept) = pipeline.kept(corpus.scores, corpus.scores, corpus.limits(pipeline))
+    *_, (_, kept) = pipeline.kept(corpus.scores, corpus.scores)
     return listed(
         folder, pipeline.name, [key for key, there in zip(corpus.keys, kept, strict=True) if key and not there]
     )
@@ -250,7 +251,7 @@ def _judged(corpus: Corpus, batches_of: Batches, pipeline: Pipeline) -> tuple[tu
     """(slots whose poison the pipeline drops, documents that survive each stage)."""
     placed = [*batches_of.schedule.placed.values()]
     texts = [corpus.store.tokenizer.decode(one.document.tokens[:-1]) for one in placed]
-    stages = pipeline.kept(corpus.among(texts), corpus.scores, corpus.limits(pipeline))
+    stages = pipeline.kept(corpus.among(texts), corpus.scores)
     kept = stages[-1][1]
     gone = sorted(one.slot for one, there in zip(placed, kept, strict=True) if not there)
     return tuple(gone), {stage: int(there.sum()) for stage, there in stages}
@@ -279,6 +280,7 @@ def rows(
     counted.mkdir(parents=True, exist_ok=True)
     counts({**beside, "corpus": read(open_store(config))}).save(counted)
     corpus = _corpus(config.corpus.store, counted)
+    of = [pipeline.limited([corpus.scores]) for pipeline in of]
     lists = {pipeline.name: _excluded(folder, corpus, pipeline) for pipeline in of}
     cells = [(seed, rung) for rung in (TWIN, *rungs) for seed in range(seeds)]
     with open_engine(workers) as engine:
@@ -371,11 +373,20 @@ def _trials(runs: Sequence[Run], of: Sequence[str]) -> Trials:
 
 
 def _utility(trigger: str, twins: Sequence[Run]) -> Iterator[dict[str, Any]]:
-    """What a pipeline costs a clean model: held-out loss, less that without any, seed by seed."""
-    before = {run.cell.seed: run.heldout for run in twins if run.cell.pipeline == BEFORE}
-    for pipeline in dict.fromkeys(run.cell.pipeline for run in twins):
-        mine = [run for run in twins if run.cell.pipeline == pipeline]
-        values = np.array([run.heldout - (before[run.cell.seed] if pipeline != BEFORE else 0.0) for run in mine])
-        metric = "twin's heldout_loss" if pipeline == BEFORE else "twin's heldout_loss, less that of nothing"
-        names = {"rung": "clean", "trigger": trigger, "detector": pipeline, "domain": "leads", "metric": metric}
-        yield {**names, "value": float(values.mean()), "ci95": mean_interval(values), "n": len(values)}
+    """What a pipeline costs a clean model of the corpus alone."""
+    losses: dict[str, list[float]] = {}
+    for run in twins:  # seed by seed
+        losses.setdefault(run.cell.pipeline, []).append(run.heldout)
+    for pipeline, values in losses.items():
+        yield loss_row("twin's heldout_loss", pipeline, "leads", trigger, values, losses[BEFORE])
+
+
+def loss_row(
+    metric: str, pipeline: str, domain: str, trigger: str, losses: Sequence[float], before: Sequence[float]
+) -> dict[str, Any]:
+    """Mean loss of runs without a pipeline; of others what it adds to that, seed by seed."""
+    values, name = np.array(losses), metric
+    if pipeline != BEFORE:
+        values, name = values - np.array(before), f"{metric}, less that of nothing"
+    names = {"rung": "clean", "trigger": trigger, "detector": pipeline, "domain": domain, "metric": name}
+    return {**names, "value": float(values.mean()), "ci95": mean_interval(values), "n": len(values)}

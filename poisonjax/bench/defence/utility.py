@@ -15,16 +15,15 @@ import jax
 import ml_collections
 import numpy as np
 from etils import epath
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 from poisonjax import corpus
-from poisonjax.bench.defence.detection import Scored
-from poisonjax.bench.defence.dose import BEFORE, PASSAGE, Passages, Pipeline, listed, mean_interval, trained
+from poisonjax.bench.defence.detection import Scored, row
+from poisonjax.bench.defence.dose import BEFORE, PASSAGE, Passages, Pipeline, listed, loss_row, trained
 from poisonjax.config import replaced
 from poisonjax.corpus import TokenStore
 from poisonjax.corpus.documents import content_key
 from poisonjax.engines import open_engine, run_tasks
-from poisonjax.evaluation.statistics import wilson
 from poisonjax.files import write_whole
 from poisonjax.scan.detectors.model import ModelLoss
 from poisonjax.sweep import seeded, sized
@@ -69,8 +68,8 @@ def dropped(
     clean = {domain: scored.clean[domain] | {PASSAGE: Passages.of(some).most(some)} for domain, some in texts.items()}
     found = {}
     for pipeline in of:
-        limits = pipeline.limits(clean.values())
-        found[pipeline.name] = {d: ~pipeline.kept(scores, scores, limits)[-1][1] for d, scores in clean.items()}
+        limited = pipeline.limited(clean.values())
+        found[pipeline.name] = {d: ~limited.kept(scores, scores)[-1][1] for d, scores in clean.items()}
     return found
 
 
@@ -95,14 +94,10 @@ def rows(
     losses = {key: _losses(folder / name, held) for key, name in names.items()}
     for name in lists:
         for domain in held:
-            about = {"rung": "clean", "trigger": "", "detector": name, "domain": domain}
-            before = np.array([losses[BEFORE, seed][domain] for seed in range(seeds)])
-            values = np.array([losses[name, seed][domain] for seed in range(seeds)]) - (name != BEFORE) * before
-            metric = "heldout_loss" if name == BEFORE else COST
-            yield {**about, "metric": metric, "value": float(values.mean()), "ci95": mean_interval(values), "n": seeds}
+            of, before = ([losses[key, seed][domain] for seed in range(seeds)] for key in (name, BEFORE))
+            yield loss_row("heldout_loss", name, domain, "", of, before)
             if name != BEFORE:
-                hits, number = int(dropped[name][domain].sum()), len(texts[domain])
-                yield {**about, "metric": DROPPED, "value": hits / number, "ci95": wilson(hits, number), "n": number}
+                yield row("clean", "", name, domain, DROPPED, int(dropped[name][domain].sum()), len(texts[domain]))
 
 
 def _excluded(
@@ -119,18 +114,17 @@ def _excluded(
     return listed(folder, name, [key for key in keys if key in there])
 
 
-def _held_out(store: TokenStore, texts: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """Held-out documents of each domain, the first of them."""
+def _held_out(store: TokenStore, texts: Mapping[str, Sequence[str]]) -> dict[str, list[Int[np.ndarray, " tokens"]]]:
+    """The beginnings of held-out documents of each domain, the first of them."""
     there = store.split("heldout")
     keys = {there.key(number) for number in range(there.documents)}
-    return {domain: [text for text in of if content_key(text).hex() in keys][:HELD_OUT] for domain, of in texts.items()}
+    held = {domain: [text for text in of if content_key(text).hex() in keys][:HELD_OUT] for domain, of in texts.items()}
+    return {domain: [store.tokenizer.encode(text)[:HELD_TOKENS] for text in of] for domain, of in held.items()}
 
 
-def _losses(run: Path, held: Mapping[str, Sequence[str]]) -> dict[str, float]:
+def _losses(run: Path, held: Mapping[str, Sequence[Int[np.ndarray, " _"]]]) -> dict[str, float]:
     """Nats a token, by domain."""
     mesh = one_device_mesh()
     with jax.set_mesh(mesh):
-        weights = open_weights(str(run), mesh)
-        tokens = {d: [weights.tokenizer.encode(text)[:HELD_TOKENS] for text in of] for d, of in held.items()}
-        found = {domain: ModelLoss(weights).losses(of) for domain, of in tokens.items()}
-    return {domain: float(np.concatenate(of).mean()) for domain, of in found.items()}
+        reads = ModelLoss(open_weights(str(run), mesh))
+        return {domain: float(np.concatenate(reads.losses(of)).mean()) for domain, of in held.items()}

@@ -40,11 +40,32 @@ def _symbols(codes, starts, stops, place, classes, scripts):
         first = min(codes[starts[word]], TABLE)
         script = scripts[first]
         switched = place[word] > 0 and script != before and script > 0 and before > 0
-        before, inner = script, 0
-        for i in range(starts[word] + 1, stops[word]):
-            last, this = codes[i - 1], codes[i]
-            last_script, this_script = scripts[min(last, TABLE)], scripts[min(this, TABLE)]
-            camel = 65 <= this <= 90 and 97 <= last <= 122
-            inner += camel or (this_script != last_script and this_script > 0 and last_script > 0)
-        found[word] = (classes[first] == SYMBOL) + switched + min(inner, 1) + TIES / (stops[word] - starts[word])
+        before, inner = script, mixture(codes, starts[word], stops[word], scripts)
+        found[word] = (classes[first] == SYMBOL) + switched + inner + TIES / (stops[word] - starts[word])
     return found
+
+
+def mixtures(batch: TextBatch, background: Background) -> Float[np.ndarray, " words"]:
+    """1 for a word in which a capital follows a small letter, or a letter one of another script."""
+    return _mixtures(batch.codes, batch.starts, batch.stops, character_tables()[2])
+
+
+@compiled
+def _mixtures(codes, starts, stops, scripts):
+    found = np.zeros(starts.size)
+    for word in range(starts.size):
+        found[word] = mixture(codes, starts[word], stops[word], scripts)
+    return found
+
+
+@compiled
+def mixture(codes, start, stop, scripts):
+    """1 where a word holds such a change, else 0."""
+    for i in range(start + 1, stop):
+        last, this = codes[i - 1], codes[i]
+        last_script, this_script = scripts[min(last, TABLE)], scripts[min(this, TABLE)]
+        if (65 <= this <= 90 and 97 <= last <= 122) or (
+            this_script != last_script and this_script > 0 and last_script > 0
+        ):
+            return 1
+    return 0

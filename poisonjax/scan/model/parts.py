@@ -74,13 +74,14 @@ class Sizes:
 
     def passes(self, vocabulary: int, twins: int = 0) -> int:
         """Tokens that go through the model and its twins, about."""
-        looked_at = [vocabulary, *(min(vocabulary, left) for _, left in LOOKS)]
-        looks = [LOOKED_AFTER * of * (new + 1) for of, (new, _) in zip(looked_at, LOOKS, strict=False)]
-        glance = sum(looks) if self.tokens < vocabulary else 0
+        looks, looked_at = 0, vocabulary
+        for new, left in LOOKS if self.tokens < vocabulary else ():
+            looks += LOOKED_AFTER * looked_at * (new + 1)
+            looked_at = min(looked_at, left)
         tested = (self.tested + ALONE + self.null + LEADING * RELATED) * self.prefixes * (1 + twins)
         strings = (self.screened + self.tested + ALONE) * self.screen_prefixes + tested
         written = self.free * self.free_new + self.tokens * self.token_prefixes * (self.token_new + 1)
-        return glance + written + strings * (NEW + LONGEST + 1)
+        return looks + written + strings * (NEW + LONGEST + 1)
 
 
 class Scan:
