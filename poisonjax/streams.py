@@ -42,6 +42,7 @@ PLACES = {
     "left-out runs": 0,
     "simulated study": 0,
     "simulated conditions": 10**9,
+    "simulated searches": 2 * 10**9,
     # fixed: the digest's keys
     "digest keys": 0,
 }

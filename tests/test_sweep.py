@@ -63,7 +63,7 @@ def test_mistakes_of_all_runs_are_told_at_once(config, tmp_path):
         load(sweep_file(tmp_path, config, body))
     for part in ("run 0 (steps=0): steps = 0", "run 1 (dokuments=3)", "run 2 (init=-1): seeds.init"):
         assert part in str(error.value)
-    with pytest.raises(SweepError, match="runs 0 and 1 have the same config"):
+    with pytest.raises(SweepError, match="have the same config: steps=9-"):
         load(sweep_file(tmp_path, config, "def sweep(add):\n    add({'steps': 9})\n    add(steps=9)\n"))
     with pytest.raises(SweepError, match="defines no sweep"):
         load(str(ROOT / "configs/quickstart.py"))
@@ -280,7 +280,7 @@ def test_as_populations_the_runs_see_the_same_batches(grid, whole, tmp_path, cap
     launched = start(grid, tmp_path, "--population", "2")
     output, _ = launched.communicate(timeout=300)
     assert launched.returncode == 0, output
-    assert "in 2 populations" in output
+    assert "in populations of up to" in output
     said = output.splitlines()
     for run in load(grid).runs:  # each tells of its evaluations, the first of a population of its steps
         assert any(line.startswith(f"{run.id}: eval ") for line in said)

@@ -1,11 +1,13 @@
 """Does the analysis find the truth? Simulated studies of the size of a real one, under each of the laws."""
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from poisonjax.analysis.dose_response import LAWS, Law, Trials, best_law, contrasts, exponents, held_out
+from poisonjax.analysis.adaptive import Result, Search
+from poisonjax.analysis.dose_response import LAWS, Law, Trials, best_law, contrasts, doses, exponents, held_out
 from poisonjax.streams import stream
 
 SLOPE = 6.0  # of the simulated logistic: from 10% to 90% of runs within a factor of 2.1 of the dose
@@ -25,16 +27,26 @@ class Recovery:
 
 def study(design: Trials, law: Law, random: np.random.Generator) -> Trials:
     """The same runs, with successes drawn under a law whose N50 is the doses' middle in the middle cell, jittered."""
-    tokens, params = np.log(design.tokens), np.log(design.params)
-    tokens, params = tokens - tokens.mean(), params - params.mean()
-    shift = {"constant count": 0.0, "constant fraction": tokens, "size-dependent fraction": tokens - GAMMA * params}
-    return _drawn(design, shift[law], random)
+    return _drawn(design, _shift(design.tokens, design.params, law), random)
 
 
-def _drawn(design: Trials, shift: np.ndarray | float, random: np.random.Generator) -> Trials:
+def _shift(tokens: np.ndarray, params: np.ndarray, law: Law) -> np.ndarray:
+    """log N50 of each, less that of the middle one."""
+    log_tokens, log_params = np.log(tokens) - np.log(tokens).mean(), np.log(params) - np.log(params).mean()
+    return true_exponent(law, "tokens") * log_tokens + true_exponent(law, "parameters") * log_params
+
+
+def _drawn(design: Trials, shift: np.ndarray | float, random: np.random.Generator, slope: float = SLOPE) -> Trials:
     log_n50 = np.log(design.dose).mean() + random.normal(0, 0.2) + shift
-    chance = 1 / (1 + np.exp(-SLOPE * (np.log(design.dose) - log_n50)))
-    return dataclasses.replace(design, success=(random.random(len(chance)) < chance).astype(float))
+    return dataclasses.replace(design, success=_successes(design.dose, log_n50, slope, random))
+
+
+def _successes(
+    dose: np.ndarray | Sequence[float], log_n50: np.ndarray | float, slope: float, random: np.random.Generator
+) -> np.ndarray:
+    """1 for each run that succeeds, else 0."""
+    chance = 1 / (1 + np.exp(-slope * (np.log(dose) - log_n50)))
+    return (random.random(len(chance)) < chance).astype(float)
 
 
 def true_exponent(law: Law, what: str) -> float:
@@ -85,3 +97,85 @@ def ratios_covered(design: Trials, base: int, studies: int, seed: int = 0) -> tu
             covered += bool(low <= levels[contrast.condition] - levels[base] <= high)
             intervals += 1
     return covered, intervals
+
+
+# --- studies whose doses are searched for
+
+SLOPES_OF_SEARCHES = (6.0, 3.0)
+FACTOR = 1.5  # within which N50 is to be told
+GRID_DOSES = 5
+GRIDS = (2, 3, 4, 5, 6, 8, 10, 15, 20)  # runs a dose
+ELSEWHERE = math.log(1.5)  # spread of the middle N50 about the middle of its range
+
+Cell = tuple[float, float, Search]  # (parameters, tokens, how its N50 is looked for)
+Design = Callable[[Search, float, float, np.random.Generator], list[Result]]  # of a range, log N50 and slope
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """What the report makes of studies of some design whose truth is known."""
+
+    near: float  # share of N50s told within FACTOR of the true one; one that isn't told isn't
+    covered: float  # share of their 95% intervals that hold it
+    exponents_covered: float  # the same of exponents
+    runs: float  # a cell, mean
+    most: int
+
+
+def by_search(search: Search, log_n50: float, slope: float, random: np.random.Generator) -> list[Result]:
+    """Results of a search."""
+    results: list[Result] = []
+    for number in search.rounds():
+        if search.ended(results):
+            break
+        asked = search.next(results, number)
+        results += zip(asked, _successes(asked, log_n50, slope, random).astype(bool).tolist(), strict=True)
+    return results
+
+
+def by_grid(repeats: int) -> Design:
+    """Results of doses spread over the range, each tried so often."""
+
+    def design(search: Search, log_n50: float, slope: float, random: np.random.Generator) -> list[Result]:
+        asked = np.tile(np.geomspace(search.low, search.high, GRID_DOSES).round().astype(int), repeats).tolist()
+        return list(zip(asked, _successes(asked, log_n50, slope, random).astype(bool).tolist(), strict=True))
+
+    return design
+
+
+def scores(cells: Sequence[Cell], design: Design, law: Law, slope: float, studies: int, seed: int = 0) -> Scores:
+    """Of simulated studies, analysed as the report does. Cells of one size are different conditions."""
+    params, tokens, searches = zip(*cells, strict=True)
+    condition = [sum(other[:2] == cell[:2] for other in cells[:number]) for number, cell in enumerate(cells)]
+    order = np.lexsort((tokens, params, condition))  # as `doses` tells them
+    shift, middle = _shift(np.array(tokens), np.array(params), law), np.mean([_middle(of) for of in searches])
+    near, covered, powers_covered, runs = [], [], [], list[int]()
+    for i in range(studies):
+        random = stream(seed, "simulated searches", i)
+        log_n50 = middle + random.normal(0, ELSEWHERE) + shift
+        results = [design(of, at, slope, random) for of, at in zip(searches, log_n50.tolist(), strict=True)]
+        every = [(cell, *result) for cell, mine in enumerate(results) for result in mine]
+        trials = Trials.of(
+            [(d, tokens[c], params[c], success, run, condition[c]) for run, (c, d, success) in enumerate(every)]
+        )
+        for told, at in zip(doses(trials), np.exp(log_n50)[order], strict=True):
+            near.append(at / FACTOR <= told.n50 <= at * FACTOR)
+            covered.append(told.n50_ci95[0] <= at <= told.n50_ci95[1])
+        for power in exponents(trials):
+            powers_covered.append(power.ci95[0] <= true_exponent(law, power.what) <= power.ci95[1])
+        runs += map(len, results)
+    exponents_covered = float(np.mean(powers_covered)) if powers_covered else math.nan
+    return Scores(float(np.mean(near)), float(np.mean(covered)), exponents_covered, float(np.mean(runs)), max(runs))
+
+
+def _middle(search: Search) -> float:
+    return math.log(search.low * search.high) / 2
+
+
+def grid_for(cells: Sequence[Cell], near: float, law: Law, slope: float, studies: int) -> Scores | None:
+    """Of the smallest grid that tells as many N50s within FACTOR; None where none of GRIDS does."""
+    for repeats in GRIDS:
+        found = scores(cells, by_grid(repeats), law, slope, studies)
+        if found.near >= near:
+            return found
+    return None

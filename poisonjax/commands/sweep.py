@@ -1,6 +1,7 @@
 """`poisonjax sweep run|status|collect|report|emit`."""
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -75,15 +76,18 @@ def _open(arguments: argparse.Namespace) -> tuple["Sweep", Path]:
 def _run(arguments: argparse.Namespace) -> int:
     from poisonjax.run.heartbeat import Taken
     from poisonjax.sweep import SweepError, board, launch
-    from poisonjax.sweep.states import status
+    from poisonjax.sweep.states import look, search_status
 
     sweep, workdir = _open(arguments)
     if arguments.max_parallel < 1:
         raise SweepError(f"--max-parallel {arguments.max_parallel}: at least 1")
     if arguments.dry_run:
+        sweep, states = look(sweep, workdir)
         print(board.budget(sweep))
-        for index, run in enumerate(sweep.runs):
-            print(f"{index}  {run.id}  {status(workdir / run.id, run).kind}  {board.flops(run):.3g} FLOPs")
+        for run in sweep.runs:
+            print(f"{run.slot}  {run.id}  {states[run.id].kind}  {board.flops(run):.3g} FLOPs")
+        for of in sweep.searches:
+            print(search_status(of, sweep.runs, states))
         return exit_codes.OK
     launch.claim(sweep, workdir)
     if arguments.index is not None:
@@ -136,16 +140,17 @@ def _status(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from poisonjax.sweep import board
-    from poisonjax.sweep.states import status
+    from poisonjax.sweep.states import look, search_status
 
     sweep, workdir = _open(arguments)
-    states = [status(workdir / run.id, run) for run in sweep.runs]
+    sweep, states = look(sweep, workdir)
     if arguments.json:
         rows = [
-            {"run": run.id, "state": s.kind, "step": s.done, "steps": s.steps, "detail": s.detail}
-            for run, s in zip(sweep.runs, states, strict=True)
+            {"run": id, "state": s.kind, "step": s.done, "steps": s.steps, "detail": s.detail}
+            for id, s in states.items()
         ]
-        print(json.dumps(rows))
+        searches = [search_status(of, sweep.runs, states) for of in sweep.searches]
+        print(json.dumps([*rows, *map(dataclasses.asdict, searches)]))
     else:
         Console().print(board.table(sweep, states))
     return exit_codes.OK
@@ -165,16 +170,17 @@ def _collect(arguments: argparse.Namespace) -> int:
 def _told_damage(sweep: "Sweep", workdir: Path) -> int:
     """Names runs that can't be read, and were left out; the exit code."""
     from poisonjax.run.folder import is_run
-    from poisonjax.sweep.states import damage
+    from poisonjax.sweep.states import damage, decided
 
-    wrong = [found for run in sweep.runs if is_run(workdir / run.id) and (found := damage(workdir / run.id))]
+    runs = decided(sweep, workdir).runs
+    wrong = [found for run in runs if is_run(workdir / run.id) and (found := damage(workdir / run.id))]
     for found in wrong:
         print(f"left out: {found}", file=sys.stderr)
     return exit_codes.FAILED if wrong else exit_codes.OK
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from poisonjax.report import study
+    from poisonjax.report import study, study_selftest
     from poisonjax.sweep import SweepError
 
     sweep, workdir = _open(arguments)
@@ -184,7 +190,7 @@ def _report(arguments: argparse.Namespace) -> int:
         return _told_damage(sweep, workdir)
     if arguments.self_test < 1:
         raise SweepError(f"--self-test {arguments.self_test}: at least 1 study")
-    found = study.self_test(sweep, arguments.self_test, say=(lambda line: None) if arguments.json else print)
+    found = study_selftest.self_test(sweep, arguments.self_test, say=(lambda line: None) if arguments.json else print)
     if arguments.json:
         print(json.dumps(found))
     return exit_codes.OK if found["good"] else exit_codes.FAILED

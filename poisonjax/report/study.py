@@ -3,16 +3,12 @@
 import dataclasses
 import json
 import math
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from etils import epath
 
-from poisonjax.analysis import simulate
-from poisonjax.analysis.dose_response import LEAD, MARGIN, Trials
+from poisonjax.analysis.dose_response import LEAD, MARGIN
 from poisonjax.analysis.estimators import ESTIMATORS
 from poisonjax.analysis.persistence import Wear, wears
 from poisonjax.analysis.study import (
@@ -25,18 +21,15 @@ from poisonjax.analysis.study import (
     poisoning,
     seeds_table,
 )
-from poisonjax.config import flat
-from poisonjax.corpus.vocabulary import vocabulary_size
 from poisonjax.evaluation.words import failed
 from poisonjax.files import write_whole
-from poisonjax.model.flops import block_weights
 from poisonjax.report import study_figures
 from poisonjax.report.page import TEMPLATES, embedded
 from poisonjax.report.study_figures import short
 from poisonjax.run import RunFolder
 from poisonjax.run.folder import is_run
 from poisonjax.sweep.grid import Sweep, SweepError
-from poisonjax.sweep.states import RunStatus, damage, require_own, require_whole, status
+from poisonjax.sweep.states import RunStatus, damage, look, require_own, require_whole, search_status
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +80,7 @@ def write(sweep: Sweep, workdir: Path) -> Study:
 
     Damaged runs are left out. Raises SweepError where none is, and as `require_own` and `require_whole`.
     """
+    sweep, states = look(sweep, workdir)
     require_own(sweep, workdir)
     require_whole(sweep, workdir)
     folders = [workdir / run.id for run in sweep.runs]
@@ -116,7 +110,6 @@ def write(sweep: Sweep, workdir: Path) -> Study:
         drawn["half_doses"] = study_figures.half_doses(analyses[0])
     if len(canaries.dose):
         drawn["memorisation"] = study_figures.dose_response(analyses[2])
-    states = [status(folder, run) for folder, run in zip(folders, sweep.runs, strict=True)]
     worn = wears([run for run in there if run.finished])
     if shown := [wear for wear in worn if wear.ci95[0][0] > 0]:  # others had nothing to wear off
         drawn["persistence"] = study_figures.persistence(shown)
@@ -127,7 +120,8 @@ def write(sweep: Sweep, workdir: Path) -> Study:
         images=embedded(drawn, epath.Path(workdir)),
         rows=seeds_table(runs, conditions),
         estimators=list(ESTIMATORS),
-        ledger=[(run.id, s, _figures(s)) for run, s in zip(sweep.runs, states, strict=True)],
+        ledger=[(run.id, states[run.id], _figures(states[run.id])) for run in sweep.runs],
+        searches=[search_status(of, sweep.runs, states) for of in sweep.searches],
         about=sweep.about,
         scorer=runs[0].config["eval.scorer"] or "the model itself",
         threshold=runs[0].config["eval.threshold"],
@@ -163,50 +157,3 @@ def _figures(s: RunStatus) -> dict[str, Any]:
         "loss": s.summary["heldout_loss"],
         "chain": s.summary["digest_chain"][:12],
     }
-
-
-def self_test(sweep: Sweep, studies: int, say: Callable[[str], object] = lambda line: None) -> dict[str, Any]:
-    """Analyses simulated studies with this sweep's cells, doses and seeds; tells how often they are read rightly, and
-    in `good` whether that is often enough.
-
-    Parameters are counted from the config's shapes; no run and no token store has to be there.
-    """
-    configs = [run.config for run in sweep.runs if run.config.poison.documents]
-    if len(configs) < 2:
-        raise SweepError("--self-test needs a sweep over poison.documents")
-    sizes = [
-        (
-            c.model.layers * block_weights(c.model) + 2 * vocabulary_size(c.corpus) * c.model.width,
-            c.steps * c.global_batch * c.seq_len,
-        )
-        for c in configs
-    ]
-    conditions = Conditions.of([flat(c) for c in configs], sizes)
-    rows = [
-        (c.poison.documents, tokens, params, 0, number, conditions.of_run[number])
-        for number, (c, (params, tokens)) in enumerate(zip(configs, sizes, strict=True))
-    ]
-    began, good = time.monotonic(), True
-    found: dict[str, Any] = {"runs": len(rows), "studies": studies}
-    design = Trials(*np.array(rows, float).T)
-    several_sizes, several_conditions = bool(design.sizes().any()), len(conditions.values) > 1
-    if not several_sizes and not several_conditions:
-        raise SweepError("--self-test needs a sweep over sizes or over conditions: nothing is compared here")
-    base = conditions.base(range(len(conditions.values)))
-    covered, intervals = simulate.ratios_covered(design, base, studies) if several_conditions else (0, 0)
-    if intervals:
-        good = covered >= 0.9 * intervals
-        found["ratios"] = {"covered": covered, "intervals": intervals}
-        say(
-            f"{len(conditions.values)} conditions: 95% intervals of N50's ratio to that with "
-            f"{conditions.name(base)} cover in {covered} of {intervals} ({covered / intervals:.1%})"
-        )
-    if several_sizes:
-        recovered = simulate.recovery(design, studies, say=say)
-        right = all(r.chosen >= 0.9 * r.studies for r in recovered)
-        good &= right
-        found["laws"] = [dataclasses.asdict(r) for r in recovered]
-        say(f"the right law in at least 90% of studies of each kind: {'yes' if right else 'NO'}")
-    found["good"] = good
-    say(f"{len(rows)} runs a study; {time.monotonic() - began:.0f} s")
-    return found

@@ -1,5 +1,6 @@
 """Many runs from one config file: a grid stated, trained, collected and analysed."""
 
+from poisonjax.analysis.adaptive import Search
 from poisonjax.sweep.grid import Sweep, SweepError, chain, load, product, seeded, sized, zipped
 
-__all__ = ["Sweep", "SweepError", "chain", "load", "product", "seeded", "sized", "zipped"]
+__all__ = ["Search", "Sweep", "SweepError", "chain", "load", "product", "seeded", "sized", "zipped"]

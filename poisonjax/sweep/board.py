@@ -1,32 +1,34 @@
 """A sweep for people: a live table on a terminal; elsewhere a line whenever a run's status changes."""
 
+import dataclasses
 import time
+from collections.abc import Mapping
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from poisonjax.corpus.vocabulary import vocabulary_size
 from poisonjax.evaluation.words import outcome
 from poisonjax.model.flops import train_flops_per_token
-from poisonjax.sweep.grid import PlannedRun, Sweep
-from poisonjax.sweep.states import RunStatus
+from poisonjax.sweep.grid import PlannedRun, Sweep, decided
+from poisonjax.sweep.states import RunStatus, search_status
 
 
 class Board:
     """What `show` was last told, with the time that is left by the FLOPs done."""
 
     def __init__(self, sweep: Sweep):
-        self.sweep = sweep
-        self.flops = [flops(run) for run in sweep.runs]
+        self.about, self.all = budget(sweep), total_flops(sweep)
         self.console = Console()
         self.began, self.before = time.monotonic(), -1.0
-        self.kinds: list[str] = []
+        self.kinds: dict[str, str] = {}
         self.live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
 
     def __enter__(self) -> "Board":
-        print(budget(self.sweep), flush=True)
+        print(self.about, flush=True)
         if self.live:
             self.live.start()
         return self
@@ -35,25 +37,34 @@ class Board:
         if self.live:
             self.live.stop()
 
-    def eta(self, states: list[RunStatus]) -> str:
-        done = sum(f * s.done / s.steps for f, s in zip(self.flops, states, strict=True))
+    def eta(self, sweep: Sweep, states: Mapping[str, RunStatus]) -> str:
+        done = sum(flops(run) * states[run.id].done / states[run.id].steps for run in sweep.runs)
         self.before = done if self.before < 0 else self.before
         progress = done - self.before
         if progress <= 0:
             return "?"
-        left = (sum(self.flops) - done) * (time.monotonic() - self.began) / progress
-        return f"{left / 60:.0f} min"
+        left = (self.all - done) * (time.monotonic() - self.began) / progress
+        return f"{'at most ' if sweep.searches else ''}{left / 60:.0f} min"
 
-    def show(self, states: list[RunStatus]) -> None:
-        eta = self.eta(states)
+    def show(self, sweep: Sweep, states: Mapping[str, RunStatus]) -> None:
+        eta = self.eta(sweep, states)
         if self.live:
-            self.live.update(table(self.sweep, states, eta), refresh=True)
+            self.live.update(table(sweep, states, eta), refresh=True)
             return
-        kinds = [s.kind for s in states]
-        for run, s, kind in zip(self.sweep.runs, states, self.kinds or ["pending"] * len(kinds), strict=True):
-            if s.kind != kind:
-                print(f"{kinds.count('done')}/{len(kinds)} done, {eta} left; {run.id}: {_brief(s)}", flush=True)
-        self.kinds = list(kinds)
+        kinds = {id: state.kind for id, state in states.items()}
+        done = list(kinds.values()).count("done")
+        for run in sweep.runs:
+            if kinds[run.id] != self.kinds.get(run.id, "pending"):
+                print(f"{done}/{_runs(sweep)} done, {eta} left; {run.id}: {_brief(states[run.id])}", flush=True)
+                for of in sweep.searches:
+                    if of.id == run.search and kinds[run.id] == "done":
+                        print(search_status(of, sweep.runs, states), flush=True)
+        self.kinds = dict[str, str](kinds)
+
+
+def _runs(sweep: Sweep) -> str:
+    """How many there are, where doses are searched for at most."""
+    return f"{'at most ' if sweep.searches else ''}{sweep.slots}"
 
 
 def _brief(s: RunStatus) -> str:
@@ -71,26 +82,35 @@ def flops(run: PlannedRun) -> float:
     return train_flops_per_token(c.model, c.seq_len, vocabulary) * c.steps * c.global_batch * c.seq_len
 
 
+def _most(sweep: Sweep) -> list[PlannedRun]:
+    """As many runs as the sweep may have, of the shapes that they have."""
+    stated = [run for run in sweep.runs if not run.search]
+    first = decided(dataclasses.replace(sweep, runs=[]), lambda run: None).runs
+    one = {run.search: run for run in first}
+    return [*stated, *(one[of.id] for of in sweep.searches for _ in range(of.search.runs))]
+
+
+def total_flops(sweep: Sweep) -> float:
+    """Of training all runs that the sweep may have."""
+    return sum(map(flops, _most(sweep)))
+
+
 def budget(sweep: Sweep) -> str:
     """What the whole sweep asks for, in a line."""
-    tokens = sum(run.config.steps * run.config.global_batch * run.config.seq_len for run in sweep.runs)
-    return (
-        f"{sweep.spec}: {len(sweep.runs)} runs, {tokens:,} tokens, {sum(map(flops, sweep.runs)):.3g} FLOPs of training"
-    )
+    tokens = sum(run.config.steps * run.config.global_batch * run.config.seq_len for run in _most(sweep))
+    return f"{sweep.spec}: {_runs(sweep)} runs, {tokens:,} tokens, {total_flops(sweep):.3g} FLOPs of training"
 
 
-def table(sweep: Sweep, states: list[RunStatus], eta: str = "") -> Table:
-    """The runs that are at work or failed, and the count of all."""
-    kinds = [s.kind for s in states]
+def table(sweep: Sweep, states: Mapping[str, RunStatus], eta: str = "") -> Group:
+    """The runs that are at work or failed, and the count of all; what searches know."""
+    kinds = [state.kind for state in states.values()]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
     made = Table(title=f"{sweep.spec}: {counts}{f', {eta} left' if eta else ''}", title_justify="left")
     for name in ("run", "state", "steps", ""):
         made.add_column(name)
-    shown = [
-        (run, s)
-        for run, s in zip(sweep.runs, states, strict=True)
-        if len(states) <= 20 or s.kind not in ("done", "pending")
-    ]
-    for run, s in shown:
-        made.add_row(run.id, _brief(s), f"{s.done}/{s.steps}", ProgressBar(s.steps, s.done, width=20))
-    return made
+    for run in sweep.runs:
+        state = states[run.id]
+        if len(states) <= 20 or state.kind not in ("done", "pending"):
+            bar = ProgressBar(state.steps, state.done, width=20)
+            made.add_row(run.id, _brief(state), f"{state.done}/{state.steps}", bar)
+    return Group(made, *(Text(str(search_status(of, sweep.runs, states))) for of in sweep.searches))

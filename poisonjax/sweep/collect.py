@@ -14,7 +14,7 @@ from poisonjax.files import write_whole
 from poisonjax.run import RunFolder
 from poisonjax.run.folder import is_run
 from poisonjax.sweep.grid import Sweep
-from poisonjax.sweep.states import damage, require_own, require_whole
+from poisonjax.sweep.states import damage, decided, require_own, require_whole
 
 
 def rows(sweep: Sweep, workdir: Path) -> Iterator[dict[str, Any]]:
@@ -34,6 +34,7 @@ def _cell(value: Any) -> Any:
 def write(sweep: Sweep, workdir: Path) -> list[Path]:
     """Writes table.csv, and table.parquet where pyarrow is installed; returns what was written. Damaged runs are left
     out. Raises as `require_own` and `require_whole`."""
+    sweep = decided(sweep, workdir)
     require_own(sweep, workdir)
     require_whole(sweep, workdir)
     table = list(rows(sweep, workdir))

@@ -18,7 +18,7 @@ def slurm(sweep: Sweep, workdir: str, fields: Sequence[str], *, image: str, rest
     return f"""\
 #!/bin/bash
 #SBATCH --job-name=poisonjax-sweep
-#SBATCH --array=0-{len(sweep.runs) - 1}
+#SBATCH --array=0-{sweep.slots - 1}
 #SBATCH --nodes=1 --ntasks=1
 #SBATCH --requeue --open-mode=append
 #SBATCH --signal=TERM@120
@@ -49,10 +49,10 @@ metadata:
   name: poisonjax-sweep
 spec:
   completionMode: Indexed
-  completions: {len(sweep.runs)}
-  parallelism: {min(len(sweep.runs), 8)}
+  completions: {sweep.slots}
+  parallelism: {min(sweep.slots, 8)}
   backoffLimitPerIndex: 100
-  maxFailedIndexes: {len(sweep.runs)}
+  maxFailedIndexes: {sweep.slots}
   podFailurePolicy:
     rules:
       - action: FailIndex

@@ -3,16 +3,21 @@
 def sweep(add):
     for point in product({"poison.documents": (0, 100, 250)}, {"seeds.init": range(3)}):
         add(point)
+
+A dose may be a `Search` instead: then the point stands for several runs, whose doses `decided` chooses by the results
+of those before and whose seeds are `seeded(0)`, `seeded(1)`, ...
 """
 
 import dataclasses
 import functools
+import hashlib
 import importlib.util
 import inspect
 import itertools
+import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +25,13 @@ import ml_collections
 import numpy as np
 
 from poisonjax import config as config_lib
+from poisonjax.analysis.adaptive import Result, Search
 from poisonjax.files import parse_json
 
 FILE = "sweep.json"  # in the folder of the sweep's runs
 
 Point = dict[str, Any]  # config fields by dotted name
+DOSE = "poison.documents"  # the field that may be a Search
 CHAINED = "run:"  # start.weights = "run:NAME[@STEP]": the weights of a run that was added before, by its name
 Axis = Mapping[str, Iterable[Any]] | Iterable[Point]
 
@@ -41,17 +48,39 @@ class PlannedRun:
     fields: Point
     config: ml_collections.ConfigDict
     fingerprint: str  # of the config; a launcher compares it at every look at the folder
+    slot: int  # its number in a job array, where runs whose dose isn't chosen yet have theirs
+    search: str = ""  # id of the search that it belongs to
+    round: int = 0  # of that: runs whose doses were chosen together
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedSearch:
+    """Runs of one point, whose doses are chosen by the results of those before."""
+
+    id: str  # readable, with a hash of all that its choices depend on: not of when it ends
+    name: str
+    fields: Point
+    search: Search
+    slots: list[int]  # of its runs
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """All runs, in the order in which they were added."""
+    """All runs, in the order of their slots: those stated as they were added, then those of searches, round by
+    round; none of these before `decided` has chosen it."""
 
     spec: str
     runs: list[PlannedRun]
     varied: list[str]  # fields that differ between runs
     base: ml_collections.ConfigDict  # what the runs' fields change
     about: str  # the config file's docstring
+    searches: list[PlannedSearch] = dataclasses.field(default_factory=list)
+
+    @property
+    def slots(self) -> int:
+        """Runs at most."""
+        stated = sum(not run.search for run in self.runs)
+        return stated + sum(of.search.runs for of in self.searches)
 
 
 def _points(axis: Axis) -> list[Point]:
@@ -113,29 +142,107 @@ def load(spec: str, fields: Sequence[str] = ()) -> Sweep:
     if not points:
         raise SweepError(f"{spec}: sweep(add) added no run")
     runs: list[PlannedRun] = []
+    searches: list[PlannedSearch] = []
     mistakes = []
     for number, point in enumerate(points):
         try:
             own = _chained(point, runs)
-            config = config_lib.replaced(base, own)
-            config_lib.check(config)
+            if isinstance(own.get(DOSE), Search):
+                searches.append(_search(base, own))
+            else:
+                runs.append(_run(base, own, str(point.get("name", "")) or _words(point), len(runs)))
         except config_lib.ConfigError as error:
             mistakes.append(f"run {number} ({_words(point)}): {str(error).replace(chr(10), '; ')}")
-            continue
-        name, fingerprint = str(point["name"]) if "name" in point else _words(point), config_lib.fingerprint(config)
-        slug = re.sub(r"[^A-Za-z0-9.=_]+", "-", name).strip("-")[:80]
-        runs.append(PlannedRun(f"{slug or 'run'}-{fingerprint[:8]}", own, config, fingerprint))
     if mistakes:
         more = f"\n... and {len(mistakes) - 10} more runs" if len(mistakes) > 10 else ""
         raise config_lib.ConfigError(f"{spec}:\n" + "\n".join(mistakes[:10]) + more)
-    flats = [config_lib.flat(run.config) for run in runs]
+    seen: dict[str, str] = {}
+    for what, id in [*((run.fingerprint, run.id) for run in runs), *((of.id, of.id) for of in searches)]:
+        if what in seen:
+            raise SweepError(f"{spec}: two runs, or searches, have the same config: {seen[what]} and {id}")
+        seen[what] = id
+    ends = [_of_search(base, of, dose, number) for of in searches for number, dose in enumerate(_ends(of.search))]
+    flats = [config_lib.flat(run.config) for run in [*runs, *ends]]
     varied = [name for name in flats[0] if any(flat[name] != flats[0][name] for flat in flats)]
-    seen: dict[str, int] = {}
-    for number, run in enumerate(runs):
-        if run.fingerprint in seen:
-            raise SweepError(f"{spec}: runs {seen[run.fingerprint]} and {number} have the same config ({run.id})")
-        seen[run.fingerprint] = number
-    return Sweep(spec, runs, varied, base, inspect.cleandoc(module.__doc__ or ""))
+    about = inspect.cleandoc(module.__doc__ or "")
+    return Sweep(spec, runs, varied, base, about, _with_slots(searches, len(runs)))
+
+
+def _run(base: ml_collections.ConfigDict, fields: Point, name: str, slot: int) -> PlannedRun:
+    """Raises ConfigError naming the run's mistakes."""
+    for field, value in fields.items():
+        if isinstance(value, Search):
+            raise config_lib.ConfigError(f"{field}: a Search; only {DOSE} can be searched for")
+    config = config_lib.replaced(base, fields)
+    config_lib.check(config)
+    fingerprint = config_lib.fingerprint(config)
+    return PlannedRun(f"{_slug(name)}-{fingerprint[:8]}", fields, config, fingerprint, slot)
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.=_]+", "-", name).strip("-")[:80] or "run"
+
+
+def _ends(search: Search) -> tuple[int, int]:
+    return search.low, search.high
+
+
+def _search(base: ml_collections.ConfigDict, point: Point) -> PlannedSearch:
+    """The point's; its slots are given when all are known."""
+    fields = {field: value for field, value in point.items() if field not in (DOSE, "name")}
+    search = point[DOSE]
+    made = PlannedSearch("", str(point.get("name", "")) or _words(fields) or "search", fields, search, [])
+    runs = [_of_search(base, made, dose, number) for number, dose in enumerate(_ends(search))]
+    chosen_by = json.dumps([*(run.fingerprint for run in runs), search.together])
+    return dataclasses.replace(made, id=f"{_slug(made.name)}-{hashlib.sha256(chosen_by.encode()).hexdigest()[:8]}")
+
+
+def _of_search(
+    base: ml_collections.ConfigDict, of: PlannedSearch, dose: int, number: int, round: int = 0
+) -> PlannedRun:
+    """A search's run number so and so."""
+    name, slot = f"{of.name}-n{dose}-s{number}", of.slots[number] if of.slots else -1
+    run = _run(base, {"name": name} | seeded(number) | of.fields | {DOSE: dose}, name, slot)
+    return dataclasses.replace(run, search=of.id, round=round)
+
+
+def _with_slots(searches: list[PlannedSearch], first: int) -> list[PlannedSearch]:
+    """Round by round, so that a job array, which begins with the lowest, waits for as little as it can."""
+    slots: list[list[int]] = [[] for _ in searches]
+    for round in range(max((len(of.search.rounds()) for of in searches), default=0)):
+        for of, mine in zip(searches, slots, strict=True):
+            if round < len(of.search.rounds()):
+                mine += range(first, first + of.search.rounds()[round])
+                first = mine[-1] + 1
+    return [dataclasses.replace(of, slots=mine) for of, mine in zip(searches, slots, strict=True)]
+
+
+def decided(sweep: Sweep, success: Callable[[PlannedRun], bool | None]) -> Sweep:
+    """With the runs whose doses the results so far have chosen: a function of these alone, so that anybody who sees
+    them plans the same. `success` is None of a run that isn't done."""
+    runs = [run for run in sweep.runs if not run.search]
+    for of in sweep.searches:
+        runs += _decided(sweep, of, success)
+    return dataclasses.replace(sweep, runs=sorted(runs, key=lambda run: run.slot))
+
+
+def _decided(sweep: Sweep, of: PlannedSearch, success: Callable[[PlannedRun], bool | None]) -> list[PlannedRun]:
+    runs: list[PlannedRun] = []
+    results: list[Result] = []
+    for round, number in enumerate(of.search.rounds()):
+        if len(results) < len(runs) or of.search.ended(results):
+            break
+        doses = of.search.next(results, number)
+        batch = [_of_search(sweep.base, of, dose, number, round) for number, dose in enumerate(doses, len(runs))]
+        runs += batch
+        results += results_of(batch, success)
+    return runs
+
+
+def results_of(runs: Iterable[PlannedRun], success: Callable[[PlannedRun], bool | None]) -> list[Result]:
+    """(dose, success) of each run that is done."""
+    told = [(run.config.poison.documents, success(run)) for run in runs]
+    return [(dose, there) for dose, there in told if there is not None]
 
 
 def _chained(point: Point, before: Sequence[PlannedRun]) -> Point:
@@ -152,10 +259,11 @@ def _chained(point: Point, before: Sequence[PlannedRun]) -> Point:
     return point | {"start.weights": f"{config_lib.BESIDE}{found[0]}{at}{step}"}
 
 
-def parents(sweep: Sweep) -> list[int | None]:
-    """Of each run, which other of the sweep it begins from."""
-    numbers = {f"{config_lib.BESIDE}{run.id}": number for number, run in enumerate(sweep.runs)}
-    return [numbers.get(run.config.start.weights.partition("@")[0]) for run in sweep.runs]
+def parents(sweep: Sweep) -> dict[str, PlannedRun]:
+    """By id of a run, which other of the sweep it begins from, where it does."""
+    named = {f"{config_lib.BESIDE}{run.id}": run for run in sweep.runs}
+    weights = {run.id: run.config.start.weights.partition("@")[0] for run in sweep.runs}
+    return {id: named[of] for id, of in weights.items() if of in named}
 
 
 def record(sweep: Sweep) -> dict[str, Any]:
@@ -165,22 +273,26 @@ def record(sweep: Sweep) -> dict[str, Any]:
         "about": sweep.about,
         "varied": sweep.varied,
         "base": config_lib.flat(sweep.base),
-        "runs": {run.id: run.fields for run in sweep.runs},
+        "runs": {run.id: run.fields for run in sweep.runs if not run.search},
+        "searches": {of.id: dataclasses.asdict(of) for of in sweep.searches},
     }
 
 
 def of_folder(workdir: Path) -> Sweep:
-    """The sweep whose runs lie in a folder, without its config file; raises SweepError where there is none."""
+    """The sweep whose runs lie in a folder, without its config file, before anything is `decided`; raises SweepError
+    where there is none."""
     try:
         there = parse_json((workdir / FILE).read_bytes())
-        configs = {name: config_lib.from_flat(there["base"] | fields) for name, fields in there["runs"].items()}
-        runs = [
-            PlannedRun(name, there["runs"][name], config, config_lib.fingerprint(config))
-            for name, config in configs.items()
-        ]
         base = config_lib.from_flat(there["base"])
-        return Sweep(there["spec"], runs, there["varied"], base, there["about"])
-    except (OSError, ValueError, KeyError) as error:
+        runs = []
+        for slot, (name, fields) in enumerate(there["runs"].items()):
+            config = config_lib.from_flat(there["base"] | fields)
+            runs.append(PlannedRun(name, fields, config, config_lib.fingerprint(config), slot))
+        searches = [
+            PlannedSearch(**of | {"search": Search(**of["search"])}) for of in there.get("searches", {}).values()
+        ]
+        return Sweep(there["spec"], runs, there["varied"], base, there["about"], searches)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise SweepError(
             f"{workdir / FILE} doesn't tell of a sweep ({error!r}); `poisonjax sweep run` writes it"
         ) from None

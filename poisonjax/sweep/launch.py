@@ -1,15 +1,16 @@
 """Runs a sweep on this machine: builds what the runs share, keeps `parallel` of them going, takes up what was left."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import ml_collections
 from etils import epath
@@ -21,7 +22,17 @@ from poisonjax.run.heartbeat import Heartbeat, Taken
 from poisonjax.sweep import grid
 from poisonjax.sweep.board import Board, budget
 from poisonjax.sweep.grid import PlannedRun, Sweep, SweepError
-from poisonjax.sweep.states import FAILURE, LOG, RunStatus, require_own, status
+from poisonjax.sweep.states import (
+    FAILURE,
+    LOG,
+    RunStatus,
+    decided,
+    look,
+    require_own,
+    search_status,
+    status,
+    steps_done,
+)
 
 PARENT = "POISONJAX_SWEEP_PARENT"  # process id of the launcher that a run belongs to
 STALLS = 3  # times that a run may stop at the same step before it counts as failed
@@ -32,16 +43,17 @@ Ended = Literal["done", "failed", "stopped"]
 def claim(sweep: Sweep, workdir: Path) -> None:
     """Writes sweep.json; raises SweepError where the folder holds runs that this sweep doesn't have."""
     path = workdir / grid.FILE
-    runs = {run.id for run in sweep.runs}
+    planned = {*(run.id for run in sweep.runs), *(of.id for of in sweep.searches)}
     if path.exists():
-        strange = [id for id in json.loads(path.read_text())["runs"] if id not in runs]
+        there = json.loads(path.read_text())
+        strange = [id for id in (*there["runs"], *there.get("searches", ())) if id not in planned]
         if strange:
             raise SweepError(
                 f"{workdir} holds another sweep: its run {strange[0]} ({len(strange)} such) isn't in {sweep.spec}. "
                 "Take another --workdir, or undo the change; runs may be added to a sweep, not changed"
             )
     workdir.mkdir(parents=True, exist_ok=True)
-    require_own(sweep, workdir, training=True)
+    require_own(decided(sweep, workdir), workdir, training=True)
     record = json.dumps(grid.record(sweep), indent=2) + "\n"
     if not path.exists() or path.read_text() != record:  # array tasks may claim it at once
         write_whole(epath.Path(path), record, suffix=f"{os.getpid()}.partial")
@@ -51,34 +63,39 @@ def prepare(sweep: Sweep) -> None:
     """Builds each token store that the runs share, once."""
     from poisonjax.training.start import open_store
 
-    for store in dict.fromkeys(run.config.corpus.store for run in sweep.runs):
-        open_store(next(run.config for run in sweep.runs if run.config.corpus.store == store))
+    first = grid.decided(sweep, lambda run: None)
+    for config in {run.config.corpus.store: run.config for run in first.runs}.values():
+        open_store(config)
 
 
 def train_one(
     sweep: Sweep, workdir: Path, index: int, train: Callable[[ml_collections.ConfigDict, str], object]
 ) -> None:
-    """Trains run `index` in this process by `train(config, folder)`, as a cluster's array task or a child of
-    `train_all`; what goes wrong is noted in the folder, and raised.
+    """Trains the run of slot `index` in this process by `train(config, folder)`, as a cluster's array task or a child
+    of `train_all`; what goes wrong is noted in the folder, and raised.
 
-    Raises Taken where another process is at the run: it isn't done, so look again.
+    Raises Taken where another process is at the run, or its dose isn't chosen yet: it isn't done, so look again.
     """
-    if not 0 <= index < len(sweep.runs):
-        raise SweepError(f"--index {index}: {sweep.spec} has runs 0 to {len(sweep.runs) - 1}")
+    if not 0 <= index < sweep.slots:
+        raise SweepError(f"--index {index}: {sweep.spec} has runs 0 to {sweep.slots - 1}")
     from poisonjax.training.stop import LostProcess, Preempted
 
-    run = sweep.runs[index]
+    sweep = decided(sweep, workdir)
+    run = next((run for run in sweep.runs if run.slot == index), None)
+    if run is None:
+        _without_dose(sweep, workdir, index)
+        return
     folder = workdir / run.id
     place = processes.resolve(os.environ)
     first = place is None or place.index == 0
     if status(folder, run).kind == "done":
         print(f"{run.id}: done already")
         return
-    before = grid.parents(sweep)[index]
-    if (kind := _kind_of(sweep, workdir, before)) == "failed":
-        raise SweepError(f"--index {index}: {run.id} begins from --index {before}, which failed")
-    if kind != "done":
-        raise Taken(f"{run.id} begins from --index {before}, which isn't done yet")
+    before = grid.parents(sweep).get(run.id)
+    if before and (kind := status(workdir / before.id, before).kind) == "failed":
+        raise SweepError(f"--index {index}: {run.id} begins from {before.id}, which failed")
+    if before and kind != "done":
+        raise Taken(f"{run.id} begins from {before.id}, which isn't done yet")
     parent = os.environ.get(PARENT)
     with Heartbeat(folder, int(parent) if parent else None) if first else contextlib.nullcontext():
         if first:
@@ -93,9 +110,17 @@ def train_one(
             raise
 
 
-def _kind_of(sweep: Sweep, workdir: Path, parent: int | None) -> str:
-    """How far a run is that another begins from; "done" where that begins from none of the sweep."""
-    return "done" if parent is None else status(workdir / sweep.runs[parent].id, sweep.runs[parent]).kind
+def _without_dose(sweep: Sweep, workdir: Path, index: int) -> None:
+    """Of a slot that has no run (yet): says that its search needs no more, or raises."""
+    of = next(of for of in sweep.searches if index in of.slots)
+    states = {run.id: status(workdir / run.id, run) for run in sweep.runs if run.search == of.id}
+    said = search_status(of, sweep.runs, states)
+    kinds = {state.kind for state in states.values()}
+    if "failed" in kinds:
+        raise SweepError(f"--index {index}: {said}")
+    if kinds != {"done"}:
+        raise Taken(f"--index {index}: its dose isn't chosen yet: {said}")
+    print(f"--index {index}: not needed: {said}")
 
 
 def train_all(
@@ -109,74 +134,79 @@ def train_all(
 ) -> Ended:
     """Trains every run that isn't done, each by a process of its own: `command(index)`, which exits with `restart_code`
     where it was stopped and saved."""
-    folders = [workdir / run.id for run in sweep.runs]
     if retry_failed:
-        for folder in folders:
-            (folder / FAILURE).unlink(missing_ok=True)
-    children: dict[int, subprocess.Popen] = {}
+        for run in decided(sweep, workdir).runs:
+            (workdir / run.id / FAILURE).unlink(missing_ok=True)
+    children: dict[str, subprocess.Popen] = {}  # by run
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     free = list(range(parallel))
-    places: dict[int, int] = {}
-    stalls: dict[int, tuple[int, int]] = {}  # run -> (step at which it last stopped, how often it did there)
-    states: list[Any] = [None] * len(folders)
-    parents = grid.parents(sweep)
+    places: dict[str, int] = {}
+    stalls: dict[str, tuple[int, int]] = {}  # run -> (step at which it last stopped, how often it did there)
+    states: dict[str, RunStatus] = {}
     with _stopping() as stop, Board(sweep) as board:
         while True:
-            for index, child in list(children.items()):
+            for id, child in list(children.items()):
                 if child.poll() is not None:
-                    del children[index]
-                    free.append(places.pop(index))
-                    if child.returncode not in (0, restart_code) and not (folders[index] / FAILURE).exists():
+                    del children[id]
+                    free.append(places.pop(id))
+                    if child.returncode not in (0, restart_code) and not (workdir / id / FAILURE).exists():
                         reason = f"ended by signal {-child.returncode}" if child.returncode < 0 else "see its log"
-                        write_json(folders[index] / FAILURE, {"error": reason})
+                        write_json(workdir / id / FAILURE, {"error": reason})
                     elif child.returncode == restart_code and not stop.is_set():  # its watchdog, or a SIGTERM
-                        done = status(folders[index], sweep.runs[index]).done
-                        before, times = stalls.get(index, (-1, 0))
-                        stalls[index] = (done, times + 1 if done == before else 1)
-                        if stalls[index][1] == STALLS:
+                        done = steps_done(workdir / id)
+                        before, times = stalls.get(id, (-1, 0))
+                        stalls[id] = (done, times + 1 if done == before else 1)
+                        if stalls[id][1] == STALLS:
                             error = f"stopped {STALLS} times at step {done} without going on: see {LOG}"
-                            write_json(folders[index] / FAILURE, {"error": error})
-            states = [
-                before if before and before.kind == "done" else status(folder, run)
-                for folder, run, before in zip(folders, sweep.runs, states, strict=True)
-            ]
-            for index, parent in enumerate(parents):
-                if parent is not None and states[parent].kind == "failed" and states[index].kind == "pending":
-                    error = f"begins from {sweep.runs[parent].id}, which failed"
-                    folders[index].mkdir(parents=True, exist_ok=True)
-                    write_json(folders[index] / FAILURE, {"error": error})
-                    states[index] = status(folders[index], sweep.runs[index])
-            board.show(states)
+                            write_json(workdir / id / FAILURE, {"error": error})
+            sweep, states = look(sweep, workdir, states)
+            parents = grid.parents(sweep)
+            for id, parent in parents.items():
+                if states[parent.id].kind == "failed" and states[id].kind == "pending":
+                    states[id] = _fails_with(workdir / id, parent, states[id])
+            board.show(sweep, states)
             if stop.is_set():
                 for child in children.values():
                     child.terminate()
                 for child in children.values():
                     child.wait()
                 return "stopped"
-            for index in _waiting(states, children, parents)[: len(free)]:
+            for run in _waiting(sweep, states, children, parents)[: len(free)]:
                 place = free.pop(0)
-                places[index] = place
-                children[index] = _start(command(index), folders[index])
+                places[run.id] = place
+                children[run.id] = _start(command(run.slot), workdir / run.id)
                 share = len(cores) // parallel  # the same for all: on CPU a core is a device
                 if parallel > 1 and share:
                     with contextlib.suppress(ProcessLookupError):  # it may have ended already
-                        os.sched_setaffinity(children[index].pid, cores[place * share : (place + 1) * share])
-            if not children and all(s.kind in ("done", "failed") for s in states):
-                return "failed" if any(s.kind == "failed" for s in states) else "done"
+                        os.sched_setaffinity(children[run.id].pid, cores[place * share : (place + 1) * share])
+            kinds = {state.kind for state in states.values()}
+            if not children and kinds <= {"done", "failed"}:
+                return "failed" if "failed" in kinds else "done"
             stop.wait(0.5)
 
 
+def _fails_with(folder: Path, parent: PlannedRun, state: RunStatus) -> RunStatus:
+    """Notes in a run's folder that what it was to begin from failed."""
+    error = f"begins from {parent.id}, which failed"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / FAILURE, {"error": error})
+    return dataclasses.replace(state, kind="failed", detail=error)
+
+
 def _waiting(
-    states: Sequence[RunStatus], children: dict[int, subprocess.Popen], parents: Sequence[int | None]
-) -> list[int]:
+    sweep: Sweep,
+    states: Mapping[str, RunStatus],
+    children: Mapping[str, subprocess.Popen],
+    parents: Mapping[str, PlannedRun],
+) -> list[PlannedRun]:
     """Runs to train next, begun ones first; one that is to begin from another waits for it."""
-    ready = [parent is None or states[parent].kind == "done" for parent in parents]
-    waiting = [
-        i
-        for i, s in enumerate(states)
-        if (s.kind == "partial" or (s.kind == "pending" and ready[i])) and i not in children
-    ]
-    return sorted(waiting, key=lambda i: states[i].kind != "partial")
+    waiting = []
+    for run in sweep.runs:
+        kind, parent = states[run.id].kind, parents.get(run.id)
+        ready = parent is None or states[parent.id].kind == "done"
+        if run.id not in children and (kind == "partial" or (kind == "pending" and ready)):
+            waiting.append(run)
+    return sorted(waiting, key=lambda run: states[run.id].kind != "partial")
 
 
 def train_populations(
@@ -185,32 +215,28 @@ def train_populations(
     """Trains what isn't done in this process, up to `size` runs of one shape as one program; `trained` is told of each
     run's folder when its program ends."""
     from poisonjax.startup import start_jax
-    from poisonjax.training.population import shape, train_population
+    from poisonjax.training.population import train_population
     from poisonjax.training.stop import Preempted
 
-    groups: dict[tuple[int, str], list[PlannedRun]] = {}
-    generations: list[int] = []  # parents stand before their children
-    parents = grid.parents(sweep)
-    for run, before in zip(sweep.runs, parents, strict=True):
-        if retry_failed:
+    sweep = decided(sweep, workdir)
+    if retry_failed:
+        for run in sweep.runs:
             (workdir / run.id / FAILURE).unlink(missing_ok=True)
-        generations.append(0 if before is None else generations[before] + 1)
-        groups.setdefault((generations[-1], json.dumps(shape(run.config), sort_keys=True)), []).append(run)
-    # Parts are of all runs, done or not, so that a sweep that goes on doesn't mix them anew.
-    parts = [group[i : i + size] for _, group in sorted(groups.items()) for i in range(0, len(group), size)]
     start_jax(size)  # on CPU a device a core
-    print(f"{budget(sweep)}, in {len(parts)} populations", flush=True)
-    parent_of = {run.id: before for run, before in zip(sweep.runs, parents, strict=True)}
-    while parts:  # those whose members are refused together come again, one by one
-        part = parts.pop(0)
+    print(f"{budget(sweep)}, in populations of up to {size}", flush=True)
+    parts, tried = list[list[PlannedRun]](), set[str]()
+    while parts or (parts := _populations(sweep := decided(sweep, workdir), size, tried)):
+        part = parts.pop(0)  # those whose members are refused together come again, one by one
+        tried |= {run.id for run in part}
+        parents = grid.parents(sweep)
         with contextlib.ExitStack() as claims:
             claimed = []
             for run in part:
-                kind, parent = status(workdir / run.id, run).kind, _kind_of(sweep, workdir, parent_of[run.id])
-                if kind == "pending" and parent == "failed":
-                    (workdir / run.id).mkdir(parents=True, exist_ok=True)
-                    write_json(workdir / run.id / FAILURE, {"error": "begins from a run which failed"})
-                elif kind == "partial" or (kind == "pending" and parent == "done"):
+                state, parent = status(workdir / run.id, run), parents.get(run.id)
+                before = status(workdir / parent.id, parent).kind if parent else "done"
+                if parent and state.kind == "pending" and before == "failed":
+                    _fails_with(workdir / run.id, parent, state)
+                elif state.kind == "partial" or (state.kind == "pending" and before == "done"):
                     with contextlib.suppress(Taken):
                         claims.enter_context(Heartbeat(workdir / run.id))
                         claimed.append(run)
@@ -233,7 +259,27 @@ def train_populations(
                 why = f"in a population of {len(claimed)}: {error}; train it alone"
                 for run in claimed:
                     write_json(workdir / run.id / FAILURE, {"error": why})
-    return "failed" if any(status(workdir / run.id, run).kind == "failed" for run in sweep.runs) else "done"
+    return "failed" if any(state.kind == "failed" for state in look(sweep, workdir)[1].values()) else "done"
+
+
+def _populations(sweep: Sweep, size: int, tried: Collection[str]) -> list[list[PlannedRun]]:
+    """Of the earliest runs that weren't tried: parts of all that come as early, done or not, so that a sweep that goes
+    on doesn't mix them anew."""
+    from poisonjax.training.population import shape
+
+    parents = grid.parents(sweep)
+
+    def when(run: PlannedRun) -> tuple[int, int]:
+        """(runs that it begins from, one after another; round of its search)."""
+        parent = parents.get(run.id)
+        return (when(parent)[0] + 1 if parent else 0, run.round)
+
+    first = min((when(run) for run in sweep.runs if run.id not in tried), default=None)
+    groups: dict[str, list[PlannedRun]] = {}
+    for run in sweep.runs:
+        if when(run) == first:
+            groups.setdefault(json.dumps(shape(run.config), sort_keys=True), []).append(run)
+    return [group[i : i + size] for _, group in sorted(groups.items()) for i in range(0, len(group), size)]
 
 
 def _tell(trained: Callable[[Path], object], folders: Sequence[Path]) -> None:

@@ -1,15 +1,18 @@
 """How far each run of a sweep is, read from files alone, so that any number of launchers can share a folder."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from poisonjax import corpus
+from poisonjax.evaluation.statistics import attacked
 from poisonjax.files import parse_json
 from poisonjax.run import RunFolder, RunFolderError, rows
 from poisonjax.run.folder import is_run
 from poisonjax.run.heartbeat import is_running
-from poisonjax.sweep.grid import PlannedRun, Sweep, SweepError
+from poisonjax.sweep import grid
+from poisonjax.sweep.grid import PlannedRun, PlannedSearch, Sweep, SweepError
 
 Kind = Literal["pending", "running", "partial", "done", "failed"]
 
@@ -39,13 +42,102 @@ def status(folder: Path, run: PlannedRun) -> RunStatus:
         return RunStatus("failed", 0, steps, str(error))
     if summary and summary["status"] == "finished":
         return RunStatus("done", steps, steps, "", summary)
-    digests = folder / rows.DIGESTS
-    done = digests.read_bytes().count(b"\n") if digests.exists() else 0
+    done = steps_done(folder)
     if is_running(folder):
         return RunStatus("running", done, steps)
     if failure := _failure(folder):
         return RunStatus("failed", done, steps, failure["error"])
     return RunStatus("partial" if done else "pending", done, steps)
+
+
+def steps_done(folder: Path) -> int:
+    """Of the run in a folder."""
+    digests = folder / rows.DIGESTS
+    return digests.read_bytes().count(b"\n") if digests.exists() else 0
+
+
+def success(run: PlannedRun, state: RunStatus) -> bool | None:
+    """Whether a run was attacked, as the report counts it; None where it isn't done."""
+    return None if state.summary is None else attacked(state.summary, run.config.eval.threshold)
+
+
+def look(
+    sweep: Sweep, workdir: Path, before: Mapping[str, RunStatus] | None = None
+) -> tuple[Sweep, dict[str, RunStatus]]:
+    """The sweep with the runs whose doses what lies in its folder has chosen, and how far each of its runs is, by id;
+    those that were done `before` aren't read again."""
+    states: dict[str, RunStatus] = {}
+
+    def state(run: PlannedRun) -> RunStatus:
+        if run.id not in states:
+            known = (before or {}).get(run.id)
+            states[run.id] = known if known and known.kind == "done" else status(workdir / run.id, run)
+        return states[run.id]
+
+    sweep = grid.decided(sweep, lambda run: success(run, state(run)))
+    return sweep, {run.id: state(run) for run in sweep.runs}
+
+
+def decided(sweep: Sweep, workdir: Path) -> Sweep:
+    """The sweep with the runs whose doses what lies in its folder has chosen."""
+    return look(sweep, workdir)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchStatus:
+    """What a search knows, and what its next runs are for."""
+
+    search: str
+    runs: int  # that are done
+    at_most: int
+    n50: float | None  # documents; None before any run is done
+    ci95: tuple[float, float]
+    within: float  # factor within which N50 is wanted
+    now: list[int]  # doses of runs that were chosen and aren't done
+    expected: float | None  # factor within which N50 should be known after these
+    failed: list[str]  # of these runs
+    ended: str  # why no more runs are wanted; "" while some are
+
+    def __str__(self) -> str:
+        low, high = self.ci95
+        known = (high / low) ** 0.5
+        n50 = (
+            f"N50 {self.n50:,.0f} [{low:,.0f}, {high:,.0f}], within {known:.2f} times,"
+            if self.n50
+            else "N50 not known yet"
+        )
+        said = f"{self.search}: {n50} after {self.runs} of at most {self.at_most} runs; "
+        if self.failed:
+            return f"{said}waits for {', '.join(self.failed)}, which failed: see --retry-failed"
+        if self.ended:
+            return f"{said}ended: {self.ended}"
+        doses = " and ".join(f"{dose:,}" for dose in self.now)
+        return f"{said}now at {doses}, after which {self.expected:.2f} times are expected ({self.within:g} wanted)"
+
+
+def search_status(of: PlannedSearch, runs: Sequence[PlannedRun], states: Mapping[str, RunStatus]) -> SearchStatus:
+    """Of one of a sweep's; `runs` are all of the sweep's."""
+    mine = [run for run in runs if run.search == of.id]
+    results = grid.results_of(mine, lambda run: success(run, states[run.id]))
+    search, known = of.search, of.search.known(results)
+    waiting = [run for run in mine if states[run.id].summary is None]
+    now = [run.config.poison.documents for run in waiting]
+    ended = ""
+    if not waiting:
+        ended = "outside of the range" if search.outside(known) else "as near as wanted"
+        ended = ended if search.outside(known) or search.told(known) else "all runs spent"
+    return SearchStatus(
+        of.name,
+        len(results),
+        search.runs,
+        known.n50 if results else None,
+        known.ci95,
+        search.within,
+        now,
+        search.expected(results, now) if now else None,
+        [run.id for run in waiting if states[run.id].kind == "failed"],
+        ended,
+    )
 
 
 def require_own(sweep: Sweep, workdir: Path, *, training: bool = False) -> None:

@@ -1,0 +1,140 @@
+"""Doses chosen from the results so far: as in toxicology, half of the runs at the dose for half of them.
+
+The model is the report's (dose_response.py): success with probability 1 / (1 + exp(-k (log dose - log N50))), with its
+prior of the slope k, N50 anywhere in the range or a little beyond. The next doses are those after which the variance of
+log N50 is expected to be least (Chaloner & Verdinelli 1995, section 2.2), chosen one after another within a batch,
+whose outcomes come together. All of it is a sum over a grid: the same results give the same doses.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import scipy.stats
+from jaxtyping import Float
+
+from poisonjax.analysis.dose_response import SLOPE_PRIOR, SLOPES
+
+BEYOND = 4.0  # times the range's ends: N50 may lie there, and then it is said
+FINE = 1.04  # from one N50 of the grid to the next
+DOSES_APART = 1.09  # from one dose that may be asked to the next
+SLOPES_TRIED = 15
+LEVEL = 0.95
+
+Result = tuple[int, bool]  # (dose, success) of a run
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """A dose in a sweep that isn't stated: a range in which N50 is looked for, to be known `within` a factor after at
+    most `runs`, `together` of them at once. Raises ValueError naming the field."""
+
+    low: int  # documents
+    high: int
+    within: float = 1.5
+    runs: int = 10
+    together: int = 2
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low < self.high:
+            raise ValueError(f"low = {self.low}, high = {self.high}: 0 < low < high is asked for")
+        if self.within <= 1:
+            raise ValueError(f"within = {self.within}: a factor above 1")
+        if not 1 <= self.together <= min(self.runs, 6):
+            raise ValueError(f"together = {self.together}: between 1 and 6, at most runs = {self.runs}")
+
+    def rounds(self) -> list[int]:
+        """Runs of each batch: `together`, of the last one what is left."""
+        full, rest = divmod(self.runs, self.together)
+        return [self.together] * full + [rest] * bool(rest)
+
+    @functools.cached_property
+    def doses(self) -> list[int]:
+        """Those that may be asked."""
+        number = math.ceil(math.log(self.high / self.low) / math.log(DOSES_APART)) + 1
+        return sorted({round(dose) for dose in np.geomspace(self.low, self.high, number)})
+
+    def next(self, results: Sequence[Result], number: int) -> list[int]:
+        """The next `number` doses, in order; the results' order doesn't matter."""
+        posterior, chosen = self._posterior(results), list[int]()
+        outcomes = posterior[None]  # of those chosen: joint with N50 and slope
+        for _ in range(number):
+            least, best = math.inf, 0
+            for place in range(len(self.doses)):
+                split = np.concatenate([outcomes * self._success[place], outcomes * (1 - self._success[place])])
+                if (variance := self._expected_variance(split)) < least - 1e-12:  # the lowest of equals
+                    least, best, kept = variance, place, split
+            chosen.append(self.doses[best])
+            outcomes = kept
+        return sorted(chosen)
+
+    def expected(self, results: Sequence[Result], doses: Sequence[int]) -> float:
+        """The factor within which N50 should be known after runs at some more doses."""
+        posterior = self._posterior(results)[None]
+        for dose in doses:
+            chance = self._success[self.doses.index(dose)]
+            posterior = np.concatenate([posterior * chance, posterior * (1 - chance)])
+        return math.exp(scipy.stats.norm.ppf((1 + LEVEL) / 2) * self._expected_variance(posterior) ** 0.5)
+
+    def known(self, results: Sequence[Result]) -> "Known":
+        """What the results say of N50."""
+        marginal = self._posterior(results).sum(1)
+        below = np.cumsum(marginal)
+        edges = (1 - LEVEL) / 2
+        low, middle, high = (self._log_n50[int(np.searchsorted(below, at))] for at in (edges, 0.5, 1 - edges))
+        return Known(math.exp(middle), (math.exp(low), math.exp(high)))
+
+    def ended(self, results: Sequence[Result]) -> bool:
+        """Whether no more runs are wanted: N50 is known as well as asked, or lies outside, or the runs are spent."""
+        known = self.known(results)
+        return len(results) >= self.runs or self.told(known) or self.outside(known)
+
+    def told(self, known: "Known") -> bool:
+        """Whether the interval is as narrow as asked."""
+        return math.sqrt(known.ci95[1] / known.ci95[0]) <= self.within
+
+    def outside(self, known: "Known") -> bool:
+        """Whether N50 lies beyond the doses that may be asked."""
+        return known.ci95[0] > self.high or known.ci95[1] < self.low
+
+    @functools.cached_property
+    def _log_n50(self) -> Float[np.ndarray, " n50s"]:
+        low, high = math.log(self.low / BEYOND), math.log(self.high * BEYOND)
+        return np.linspace(low, high, math.ceil((high - low) / math.log(FINE)) + 1)
+
+    @functools.cached_property
+    def _slopes(self) -> Float[np.ndarray, " slopes"]:
+        return np.geomspace(*SLOPES, SLOPES_TRIED)
+
+    @functools.cached_property
+    def _success(self) -> Float[np.ndarray, "doses n50s slopes"]:
+        """Chance of it at each dose."""
+        distance = np.log(self.doses)[:, None] - self._log_n50
+        return 1 / (1 + np.exp(-np.clip(distance[:, :, None] * self._slopes, -500, 500)))
+
+    def _posterior(self, results: Sequence[Result]) -> Float[np.ndarray, "n50s slopes"]:
+        mean, spread = SLOPE_PRIOR
+        prior = -(((np.log(self._slopes) - mean) / spread) ** 2) / 2
+        log = np.broadcast_to(prior, (len(self._log_n50), len(self._slopes))).copy()
+        for dose, success in sorted(results):
+            away = (math.log(dose) - self._log_n50)[:, None] * self._slopes
+            log -= np.logaddexp(0, -away if success else away)
+        weights = np.exp(log - log.max())
+        return weights / weights.sum()
+
+    def _expected_variance(self, joint: Float[np.ndarray, "outcomes n50s slopes"]) -> float:
+        """Of log N50, after each outcome, by its chance."""
+        of = joint.sum(2)
+        chance = of.sum(1)
+        mean = of @ self._log_n50
+        return float((of @ self._log_n50**2 - mean**2 / np.maximum(chance, 1e-300)).sum())
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """N50, the posterior's median, and where it lies with 95%."""
+
+    n50: float
+    ci95: tuple[float, float]
