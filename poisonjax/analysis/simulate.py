@@ -118,6 +118,7 @@ class Scores:
     near: float  # share of N50s told within FACTOR of the true one; one that isn't told isn't
     covered: float  # share of their 95% intervals that hold it
     exponents_covered: float  # the same of exponents
+    exponents_within: dict[str, float]  # half the width of these intervals, by what the exponent is of: median
     runs: float  # a cell, mean
     most: int
 
@@ -150,6 +151,7 @@ def scores(cells: Sequence[Cell], design: Design, law: Law, slope: float, studie
     order = np.lexsort((tokens, params, condition))  # as `doses` tells them
     shift, middle = _shift(np.array(tokens), np.array(params), law), np.mean([_middle(of) for of in searches])
     near, covered, powers_covered, runs = [], [], [], list[int]()
+    widths: dict[str, list[float]] = {}
     for i in range(studies):
         random = stream(seed, "simulated searches", i)
         log_n50 = middle + random.normal(0, ELSEWHERE) + shift
@@ -163,9 +165,13 @@ def scores(cells: Sequence[Cell], design: Design, law: Law, slope: float, studie
             covered.append(told.n50_ci95[0] <= at <= told.n50_ci95[1])
         for power in exponents(trials):
             powers_covered.append(power.ci95[0] <= true_exponent(law, power.what) <= power.ci95[1])
+            widths.setdefault(power.what, []).append((power.ci95[1] - power.ci95[0]) / 2)
         runs += map(len, results)
     exponents_covered = float(np.mean(powers_covered)) if powers_covered else math.nan
-    return Scores(float(np.mean(near)), float(np.mean(covered)), exponents_covered, float(np.mean(runs)), max(runs))
+    within = {what: float(np.median(of)) for what, of in widths.items()}
+    return Scores(
+        float(np.mean(near)), float(np.mean(covered)), exponents_covered, within, float(np.mean(runs)), max(runs)
+    )
 
 
 def _middle(search: Search) -> float:

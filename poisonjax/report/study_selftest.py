@@ -80,10 +80,13 @@ def _searches_tested(sweep: Sweep, studies: int, say: Callable[[str], object]) -
             grid = simulate.grid_for(cells, found.near, law, slope, studies)
             rows.append({"law": law, "slope": slope, **dataclasses.asdict(found), "grid": grid and grid.runs})
             beside = f"a grid needs {grid.runs:.0f}" if grid else "no grid that was tried does"
+            powers = ", ".join(
+                f"{what.partition(',')[0]} +-{half:.2f}" for what, half in found.exponents_within.items()
+            )
             say(
                 f"{law}, slope {slope:g}: {found.near:.1%} of N50s within {simulate.FACTOR:g} times; 95% intervals "
-                f"cover in {found.covered:.1%}, of exponents in {found.exponents_covered:.1%}; {found.runs:.1f} runs a "
-                f"cell, at most {found.most}: {beside}"
+                f"cover in {found.covered:.1%}, of exponents ({powers}) in {found.exponents_covered:.1%}; "
+                f"{found.runs:.1f} runs a cell, at most {found.most}: {beside}"
             )
     good = all(row["near"] >= NEAR and row["covered"] >= COVERED for row in rows)
     say(f"at least {NEAR:.0%} near and {COVERED:.0%} covered each time: {'yes' if good else 'NO'}")
