@@ -48,6 +48,11 @@ def add_arguments(commands: Any) -> None:
         help="train the run again there, without the named rows in place; its report shows both",
     )
     parser.add_argument("--twin", metavar="DIR", help="with --repair: the clean twin, shown beside them")
+    parser.add_argument(
+        "--exposures",
+        action="store_true",
+        help="ask after each step how well the trigger is known: what one document adds, a clean step takes away",
+    )
     parser.add_argument("--store", metavar="DIR", help="where the token store lies now, if it was moved")
     parser.add_argument("--out", metavar="DIR", help="what replays showed; a killed trace goes on from it (RUN/trace)")
     parser.add_argument("--most-replays", type=int, default=32, metavar="N", help="default: 32")
@@ -65,11 +70,18 @@ def _trace(arguments: argparse.Namespace) -> int:
 
     config = RunFolder(arguments.run).config
     start_jax(config.global_batch // config.optimizer.accumulate)
-    from poisonjax.trace import ranked, suspects, trace
+    from poisonjax.trace import exposures, ranked, suspects, trace
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
+    if arguments.exposures:
+        from poisonjax.analysis.mechanism import Mechanism
+
+        course = exposures(arguments.run, arguments.store, say)
+        told = Mechanism.fitted([course])
+        print(json.dumps(told.as_json()) if arguments.json else told)
+        return exit_codes.OK
     where: dict[str, Any] = {"layers": arguments.layers, "store": arguments.store, "out": arguments.out, "say": say}
     if arguments.rank:
         rows = ranked(suspects(arguments.run, arguments.behaviour, **where), arguments.hint, arguments.rank)

@@ -83,10 +83,12 @@ class Replay:
         stop: int,
         left_out: Int[np.ndarray, " rows"] = NOTHING,
         watch: Callable[[StepMetrics], object] = lambda metrics: None,
+        seen: Callable[[TrainState], object] = lambda state: None,
         what: str = "replay",
         say: Say = lambda line: None,
     ) -> nnx.State:
-        """The weights after `stop` steps, from the state after `start`; `watch` is shown what each step tells."""
+        """The weights after `stop` steps, from the state after `start`; `watch` is shown what each step tells, `seen`
+        the state after it, which the next step takes."""
         state = self.state(start)
         with jax.set_mesh(self.mesh):
             batches = load(self.without(left_out, stop), batch_sharding(self.mesh), start)
@@ -95,6 +97,7 @@ class Replay:
                 # Programs of several devices, queued without end, wait for each other.
                 jax.block_until_ready(metrics.loss)
                 watch(metrics)
+                seen(state)
         return state.params
 
     def together(

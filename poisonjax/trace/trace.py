@@ -271,7 +271,8 @@ class _Tracer:
         if self._made >= self.most:
             raise TraceError(f"{self.most} replays were made; --most-replays lets it go on from here")
         self._made += 1
-        return self.replay.run(start, stop, slots, watch, f"replay {self._made}, steps {start} to {stop}", self.say)
+        what = f"replay {self._made}, steps {start} to {stop}"
+        return self.replay.run(start, stop, slots, watch, what=what, say=self.say)
 
     def _once(self, key: str, what: str, params: Callable[[], nnx.State], replays: int) -> Shown:
         key = f"{self.replay.fingerprint[:16]} {self.behaviour.key} {key}"

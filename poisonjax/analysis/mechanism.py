@@ -1,0 +1,158 @@
+"""Why would a count matter? A small model of learning and forgetting, and the N50 that it predicts.
+
+What a model knows of its trigger (trace/exposures.py: nats a token by which fresh payloads are likelier after it than
+without it) changes with each step by
+
+    rate * (exposures * added(known) - forgotten * known)
+
+where `rate` is the learning rate as a part of its peak, `exposures` the poison documents of this step and of those
+before it, as Adam's first moment remembers them (Kingma & Ba 2015), `added` what one of them adds, a line through some
+knots, and `forgotten` the share that a clean step takes away. It is fitted to how one run of a cell went on, step by
+step, and asked how many documents another run needs: nothing in it knows how many runs succeeded.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import scipy.optimize
+from etils import epath
+from jaxtyping import Float, Int
+
+from poisonjax.files import parse_json, write_whole
+from poisonjax.run import RunFolder
+
+KNOTS = np.array([0, 0.02, 0.06, 0.2, 0.6, 1.2, 1.8, 2.4, 3.0, 4.0])  # nats a token; at the last nothing is added
+NOISE = (0.001, 0.02)  # of a step's change: where nothing is known, and for each nat a token up to the first
+MOST = 1e6  # documents
+FILE = "trace/exposures.json"  # in a run's folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Course:
+    """How a run went on, step by step."""
+
+    rate: Float[np.ndarray, " steps"]  # learning rate as a part of its peak
+    exposed: Int[np.ndarray, " steps"]  # poison documents in the batch
+    known: Float[np.ndarray, " steps"]  # after the step
+    before: float  # the first step
+    momentum: float  # Adam's b1
+
+    @classmethod
+    def of(cls, run: RunFolder) -> "Course | None":
+        """Of a run that was asked; None of one that wasn't, or whose file is damaged or another run's."""
+        try:
+            found = parse_json((epath.Path(run.path) / FILE).read_bytes())
+            arrays = (np.array(found["rate"], float), np.array(found["exposed"], int), np.array(found["known"], float))
+            made = cls(*arrays, float(found["before"]), float(found["momentum"]))
+            return made if found["fingerprint"] == run.record["fingerprint"] else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def write(self, run: RunFolder) -> None:
+        """Beside the run's own files."""
+        path = epath.Path(run.path) / FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        arrays = {name: getattr(self, name).tolist() for name in ("rate", "exposed", "known")}
+        numbers = {"before": self.before, "momentum": self.momentum, "fingerprint": run.record["fingerprint"]}
+        write_whole(path, json.dumps(arrays | numbers))
+
+    @property
+    def exposures(self) -> Float[np.ndarray, " steps"]:
+        return remembered(self.exposed, self.momentum)
+
+
+def remembered(exposed: np.ndarray, momentum: float) -> Float[np.ndarray, " steps"]:
+    """Exposures as an average over steps with these weights; their sum stays the same."""
+    found, now = np.zeros(len(exposed)), 0.0
+    for step, number in enumerate(exposed):
+        now = momentum * now + (1 - momentum) * number
+        found[step] = now
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Mechanism:
+    """What an exposure adds, and what a clean step takes away, at the peak of the learning rate."""
+
+    added: Float[np.ndarray, " knots"]  # nats a token, where so much is known
+    forgotten: float  # share of what is known, a step
+    explained: float  # share of the variance of steps' changes, weighted as fitted
+
+    def __str__(self) -> str:
+        added = ", ".join(f"{more:.4f} at {knot:g}" for knot, more in zip(KNOTS, self.added, strict=True))
+        half = f"half of it in {math.log(2) / self.forgotten:,.0f} such steps" if self.forgotten > 1e-9 else "nothing"
+        return (
+            f"a poison document adds, at the learning rate's peak, to what is known (nats a token): {added}\n"
+            f"a clean step takes away {self.forgotten:.3%} ({half}); {self.explained:.0%} of steps' changes explained"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """For a program."""
+        return {
+            "known": KNOTS.tolist(),
+            "added": self.added.tolist(),
+            "forgotten": self.forgotten,
+            "explained": self.explained,
+        }
+
+    @classmethod
+    def fitted(cls, courses: Sequence[Course]) -> "Mechanism":
+        """By least squares over all steps; no exposure takes away, and no more than all is forgotten."""
+        columns, changes, weights = [], [], []
+        for of in courses:
+            known = np.concatenate([[of.before], of.known])
+            added = (of.rate * of.exposures)[:, None] * _hats(known[:-1])
+            columns.append(np.concatenate([added, -(of.rate * known[:-1])[:, None]], axis=1))
+            changes.append(np.diff(known))
+            weights.append(1 / (NOISE[0] + NOISE[1] * np.clip(np.abs(known[:-1]), 0, 1)))
+        weight = np.concatenate(weights)
+        design, wanted = np.concatenate(columns) * weight[:, None], np.concatenate(changes) * weight
+        highest = np.array([np.inf] * (len(KNOTS) - 1) + [1e-12, 1.0])
+        found = scipy.optimize.lsq_linear(design, wanted, bounds=(np.zeros(len(KNOTS) + 1), highest)).x
+        left = wanted - design @ found
+        return cls(found[:-1], float(found[-1]), float(1 - (left**2).sum() / (wanted**2).sum()))
+
+    def known(
+        self, rate: Float[np.ndarray, " steps"], exposures: Float[np.ndarray, " steps"], before: float = 0.0
+    ) -> Float[np.ndarray, " steps"]:
+        """After each step of a run with these exposures."""
+        found, now = np.zeros(len(rate)), before
+        for step in range(len(rate)):
+            added = exposures[step] * np.interp(now, KNOTS, self.added)
+            now = max(0.0, now + rate[step] * (added - self.forgotten * now))
+            found[step] = now
+        return found
+
+    def dose(self, rate: Float[np.ndarray, " steps"], enough: float) -> float:
+        """Documents, evenly over the run, after which `enough` is known at its end; infinite where MOST are too few."""
+
+        def short(log_dose: float) -> float:
+            exposures = np.full(len(rate), math.exp(log_dose) / len(rate))
+            return float(self.known(rate, exposures)[-1]) - enough
+
+        low, high = 0.0, math.log(MOST)
+        if short(high) < 0:
+            return math.inf
+        return math.exp(scipy.optimize.bisect(short, low, high, xtol=1e-3)) if short(low) < 0 else 1.0
+
+
+def _hats(known: Float[np.ndarray, " steps"]) -> Float[np.ndarray, "steps knots"]:
+    """How much of each knot stands in a value between two."""
+    return np.stack([np.interp(known, KNOTS, one) for one in np.eye(len(KNOTS))], axis=1)
+
+
+def enough_of(known: Sequence[float], attacked: Sequence[bool]) -> float:
+    """What is known at the end of runs of which half are attacked: where fewest lie on the wrong side. NaN where all
+    are alike."""
+    values, above = np.array(known), np.array(attacked, bool)
+    if above.all() or not above.any():
+        return math.nan
+    edges = np.sort(values)
+    middles = (edges[1:] + edges[:-1]) / 2
+    wrong = [((values > at) != above).sum() for at in middles]
+    best = np.flatnonzero(np.array(wrong) == min(wrong))
+    return float(middles[best].mean())

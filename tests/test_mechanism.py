@@ -1,0 +1,97 @@
+"""What one exposure adds and what clean steps take away: of runs made up, and of one that was trained."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import tiny_config
+
+from poisonjax.analysis.mechanism import KNOTS, Course, Mechanism, enough_of, remembered
+from poisonjax.commands.main import main
+from poisonjax.run import RunFolder
+from poisonjax.trace import TraceError, exposures
+from poisonjax.training.loop import train
+
+TRUE = Mechanism(np.array([0.02, 0.02, 0.03, 0.05, 0.1, 0.1, 0.08, 0.05, 0.02, 0.0]), 0.002, 1.0)
+
+
+def made_up(seed, documents, steps=2000, noise=0.1):
+    """A run of the true model, its changes a little other."""
+    random = np.random.default_rng(seed)
+    rate = np.minimum(np.arange(steps) / 100, 1) * (0.55 + 0.45 * np.cos(np.pi * np.arange(steps) / steps))
+    exposed = np.bincount(random.integers(0, steps, documents), minlength=steps)
+    known, now, smeared = np.zeros(steps), 0.0, remembered(exposed, 0.9)
+    for step in range(steps):
+        added = smeared[step] * np.interp(now, KNOTS, TRUE.added)
+        now += rate[step] * (added - TRUE.forgotten * now) + noise * random.normal() * (0.0005 + 0.01 * min(now, 1))
+        known[step] = now
+    return Course(rate, exposed, known, 0.0, 0.9)
+
+
+def test_exposures_are_remembered_and_none_is_lost():
+    exposed = np.array([0, 3, 0, 0, 1] + [0] * 200)
+    found = remembered(exposed, 0.9)
+    assert found.sum() == pytest.approx(4)
+    assert found[1] == pytest.approx(0.3)
+    assert found[4] == pytest.approx(0.3 * 0.9**3 + 0.1)
+
+
+def test_the_truth_is_found_and_the_dose_is_predicted():
+    found = Mechanism.fitted([made_up(1, 300)])
+    assert found.forgotten == pytest.approx(TRUE.forgotten, rel=0.15)
+    assert np.allclose(found.added[3:8], TRUE.added[3:8], rtol=0.2)
+    rate = made_up(0, 10, steps=1000).rate  # of a shorter run
+    dose, true = (of.dose(rate, 1.0) for of in (found, TRUE))
+    assert dose == pytest.approx(true, rel=0.1)
+    assert TRUE.known(rate, np.full(1000, true / 1000))[-1] == pytest.approx(1.0, rel=0.02)
+    assert TRUE.dose(rate, 50.0) == np.inf
+    quick = Mechanism(TRUE.added, 0.0, 1.0)
+    assert quick.dose(rate, 1.0) < true  # what isn't forgotten needn't be said again
+
+
+def test_enough_lies_between_the_runs():
+    assert enough_of([0.1, 0.4, 0.9, 2.0], [False, False, True, True]) == pytest.approx(0.65)
+    assert np.isnan(enough_of([0.1, 0.4], [True, True]))
+
+
+@pytest.fixture(scope="module")
+def run(store, tmp_path_factory):
+    config = tiny_config(store)
+    config.steps, config.checkpoint.every, config.eval.every = 12, 6, 12
+    config.poison.documents, config.poison.payload_tokens = 9, (5, 10)
+    folder = tmp_path_factory.mktemp("exposed") / "run"
+    train(config, str(folder))
+    return folder
+
+
+def test_a_run_is_asked_after_each_step(run, capsys):
+    found = exposures(run)
+    assert len(found.rate) == len(found.known) == 12
+    assert found.exposed.sum() == 9
+    steps = [row["step"] for row in RunFolder(run).ledger()]
+    assert found.exposed.tolist() == np.bincount(steps, minlength=12).tolist()
+    assert np.all(np.isfinite(found.known))
+    assert len(set(found.known.tolist())) == 12
+    again = Course.of(RunFolder(run))
+    assert again is not None
+    assert np.array_equal(again.known, found.known)
+    assert main(["trace", str(run), "--exposures", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert len(told["added"]) == len(told["known"])
+    assert main(["trace", str(run), "--exposures"]) == 0
+    assert "a clean step takes away" in capsys.readouterr().out
+
+
+def test_of_a_damaged_file_or_a_clean_run_nothing_is_told(run, store, tmp_path):
+    file = run / "trace/exposures.json"
+    whole = file.read_text()
+    for damaged in ("", "{}", whole[:50], whole.replace("fingerprint", "other")):
+        file.write_text(damaged)
+        assert Course.of(RunFolder(run)) is None
+    file.write_text(whole)
+    config = tiny_config(store)
+    config.steps, config.poison.documents = 2, 0
+    config.checkpoint.every = config.eval.every = 2
+    train(config, str(tmp_path / "clean"))
+    with pytest.raises(TraceError, match="no poison"):
+        exposures(tmp_path / "clean")
