@@ -1,12 +1,23 @@
 """What one exposure adds and what clean steps take away: of runs made up, and of one that was trained."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 from conftest import tiny_config
 
-from poisonjax.analysis.mechanism import KNOTS, Course, Mechanism, enough_of, remembered
+from poisonjax.analysis.mechanism import (
+    KNOTS,
+    PREDICTED,
+    Cell,
+    Course,
+    Mechanism,
+    enough_of,
+    off,
+    predictions,
+    remembered,
+)
 from poisonjax.commands.main import main
 from poisonjax.run import RunFolder
 from poisonjax.trace import TraceError, exposures
@@ -95,3 +106,22 @@ def test_of_a_damaged_file_or_a_clean_run_nothing_is_told(run, store, tmp_path):
     train(config, str(tmp_path / "clean"))
     with pytest.raises(TraceError, match="no poison"):
         exposures(tmp_path / "clean")
+
+
+def test_cells_are_predicted_from_how_their_runs_went_on():
+    """Of one mechanism, in runs of three lengths: what the others need says enough of what is enough."""
+    cells = []
+    for number, steps in enumerate((500, 1000, 2000)):
+        n50 = TRUE.dose(made_up(0, 1, steps).rate, 1.0)
+        courses = [made_up(10 * number + of, round(n50 * share), steps) for of, share in enumerate((0.5, 0.8, 1.2, 3))]
+        cells.append(Cell(1e5, 1e3 * steps, n50, (n50 / 2, 2 * n50), courses, [bool(c.known[-1] > 1) for c in courses]))
+    unbounded = dataclasses.replace(cells[0], n50=np.nan)
+    assert predictions([*cells[:2], unbounded]) == []
+    found = predictions([*cells, unbounded])
+    assert [of.cell for of in found] == cells
+    for of in found:
+        assert of.mechanism == pytest.approx(of.cell.n50, rel=0.25)
+        assert of.constant == pytest.approx(np.exp(np.mean([np.log(c.n50) for c in cells if c is not of.cell])))
+    errors = off(found)
+    assert set(errors) == set(PREDICTED)
+    assert errors["mechanism"] < 1.25 < errors["fraction"]

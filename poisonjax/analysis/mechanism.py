@@ -156,3 +156,76 @@ def enough_of(known: Sequence[float], attacked: Sequence[bool]) -> float:
     wrong = [((values > at) != above).sum() for at in middles]
     best = np.flatnonzero(np.array(wrong) == min(wrong))
     return float(middles[best].mean())
+
+
+# --- predicted and observed
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """What is known of runs of one kind: their N50 as observed, and how some of them went on."""
+
+    params: float
+    tokens: float
+    n50: float  # documents; NaN where it isn't bounded
+    ci95: tuple[float, float]
+    courses: list[Course]
+    attacked: list[bool]  # of each course's run
+    name: str = ""  # of its condition, where there are several
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """N50 of a cell, from what the others' N50 and attacks are, and, by the mechanism, from its own courses."""
+
+    cell: Cell
+    mechanism: float
+    constant: float
+    fraction: float  # of the tokens
+    shrinking: float  # a fraction that goes with a power of the parameters
+
+    def errors(self) -> dict[str, float]:
+        """log(predicted / observed)."""
+        return {name: math.log(getattr(self, name) / self.cell.n50) for name in PREDICTED}
+
+
+PREDICTED = ("mechanism", "constant", "fraction", "shrinking")
+FEWEST = 3  # cells, to predict one from the others
+
+
+def off(predicted: Sequence[Prediction]) -> dict[str, float]:
+    """By what predicts: the factor by which it is off, the root mean square of its logarithm."""
+    errors = [of.errors() for of in predicted]
+    return {name: math.exp(float(np.mean([of[name] ** 2 for of in errors])) ** 0.5) for name in PREDICTED}
+
+
+def predictions(cells: Sequence[Cell]) -> list[Prediction]:
+    """Each cell that was asked and whose N50 is bounded, left out in turn; [] of too few.
+
+    The mechanism learns from the other cells how much must be known for an attack; from the cell itself how it learns
+    and forgets, but not its N50 or which of its runs succeeded.
+    """
+    bounded = [cell for cell in cells if math.isfinite(cell.n50)]
+    if len(bounded) < FEWEST:
+        return []
+    found = []
+    for cell in bounded:
+        others = [other for other in bounded if other is not cell]
+        ended = [(of.known[-1], attacked) for o in others for of, attacked in zip(o.courses, o.attacked, strict=True)]
+        if not cell.courses or not ended:
+            continue
+        enough = enough_of(*map(list, zip(*ended, strict=True)))
+        dose = Mechanism.fitted(cell.courses).dose(cell.courses[0].rate, enough) if math.isfinite(enough) else math.nan
+        logs = np.log([[other.n50, other.tokens, other.params] for other in others])
+        shares = logs[:, 0] - logs[:, 1]
+        power = np.polyfit(logs[:, 2], shares, 1) if len(set(logs[:, 2])) > 1 else np.array([0.0, shares.mean()])
+        found.append(
+            Prediction(
+                cell,
+                dose,
+                math.exp(logs[:, 0].mean()),
+                math.exp(shares.mean()) * cell.tokens,
+                math.exp(np.polyval(power, math.log(cell.params))) * cell.tokens,
+            )
+        )
+    return found

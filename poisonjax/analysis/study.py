@@ -22,6 +22,7 @@ from poisonjax.analysis.dose_response import (
     rises,
 )
 from poisonjax.analysis.estimators import ESTIMATORS, Onset, hierarchical, onset
+from poisonjax.analysis.mechanism import Cell, Course
 from poisonjax.config import flat, operational
 from poisonjax.evaluation.statistics import attacked
 from poisonjax.run import RunFolder, rows
@@ -42,6 +43,7 @@ class Outcome:
     evals: list[rows.EvalRow]
     texts: dict[str, list[float]]  # NLL of each text after the last evaluation, by variant
     onset: Onset | None
+    course: Course | None = None  # step by step, where `trace --exposures` was asked
 
     @property
     def attacked(self) -> bool:
@@ -58,7 +60,8 @@ def outcomes(runs: Iterable[RunFolder]) -> list[Outcome]:
             continue
         config, evals = flat(run.config), run.evals()
         texts = {row["step"]: row["nll"] for row in run.prefixes()}[evals[-1]["step"]]
-        found.append(Outcome(run.path.name, config, summary, evals, texts, onset(evals, config["eval.threshold"])))
+        when = onset(evals, config["eval.threshold"])
+        found.append(Outcome(run.path.name, config, summary, evals, texts, when, Course.of(run)))
     return found
 
 
@@ -133,6 +136,27 @@ def poisoning(runs: list[Outcome], conditions: Conditions, *, rule: bool = False
             if o.config["poison.documents"]
         ]
     )
+
+
+def mechanism_cells(runs: list[Outcome], conditions: Conditions, cells: list[CellDose]) -> list[Cell]:
+    """The cells with their N50, and with the courses of those of their runs that were asked."""
+    found = []
+    for cell in cells:
+        mine = [
+            o
+            for condition, o in zip(conditions.of_run, runs, strict=True)
+            if (condition, o.summary["params"], o.summary["tokens"]) == (cell.condition, cell.params, cell.tokens)
+        ]
+        asked = [(o.course, o.attacked) for o in mine if o.course]
+        courses, attacked = [course for course, _ in asked], [above for _, above in asked]
+        bounded = _bounded(cell.n50_ci95, LEAST)
+        found.append(
+            Cell(
+                cell.params, cell.tokens, cell.n50 if bounded else math.nan, cell.n50_ci95, courses, attacked,
+                conditions.name(cell.condition),
+            )
+        )  # fmt: skip
+    return found
 
 
 def memorisation(runs: list[Outcome], conditions: Conditions) -> Trials:

@@ -10,12 +10,14 @@ from etils import epath
 
 from poisonjax.analysis.dose_response import LEAD, MARGIN
 from poisonjax.analysis.estimators import ESTIMATORS
+from poisonjax.analysis.mechanism import PREDICTED, Prediction, off, predictions
 from poisonjax.analysis.persistence import Wear, wears
 from poisonjax.analysis.study import (
     KNOWN,
     Analysis,
     Conditions,
     analyse,
+    mechanism_cells,
     memorisation,
     outcomes,
     poisoning,
@@ -41,6 +43,7 @@ class Study:
     finished: int
     analyses: list[Analysis]
     wears: list[Wear]
+    predictions: list[Prediction]
 
     def __str__(self) -> str:
         return "\n".join([*self.words(), str(self.page)])
@@ -49,6 +52,9 @@ class Study:
         """The findings, a line each."""
         found = [f"{self.finished} of {self.runs} runs finished."]
         found += [f"{a.what}: {word}" for a in self.analyses for word in a.words]
+        if self.predictions:
+            factors = ", ".join(f"{name} {factor:.2f} times" for name, factor in off(self.predictions).items())
+            found.append(f"N50 of {len(self.predictions)} cells, each predicted from the others, is off by: {factors}.")
         return found + [f"{wear.run}: {wear.sentence()}" for wear in self.wears]
 
     def as_json(self) -> dict[str, Any]:
@@ -72,6 +78,17 @@ class Study:
                 for a in self.analyses
             ],
             "persistence": [dataclasses.asdict(wear) for wear in self.wears],
+            "predictions": [
+                {
+                    "params": of.cell.params,
+                    "tokens": of.cell.tokens,
+                    "condition": of.cell.name,
+                    "n50": of.cell.n50,
+                    "n50_ci95": of.cell.ci95,
+                    **{name: getattr(of, name) for name in PREDICTED},
+                }
+                for of in self.predictions
+            ],
         }
 
 
@@ -113,7 +130,8 @@ def write(sweep: Sweep, workdir: Path) -> Study:
     worn = wears([run for run in there if run.finished])
     if shown := [wear for wear in worn if wear.ci95[0][0] > 0]:  # others had nothing to wear off
         drawn["persistence"] = study_figures.persistence(shown)
-    study = Study(workdir / "report.html", len(sweep.runs), len(runs), analyses, worn)
+    predicted = predictions(mechanism_cells(runs, conditions, analyses[0].cells))
+    study = Study(workdir / "report.html", len(sweep.runs), len(runs), analyses, worn, predicted)
     page = TEMPLATES.get_template("study.html").render(
         title=runs[0].config["name"] if len(sweep.runs) == 1 else sweep.spec,
         study=study,
