@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from poisonjax.analysis import persistence, simulate
 from poisonjax.analysis.dose_response import Trials, _curve, best_law, contrasts, doses, exponents, held_out, rises
 from poisonjax.analysis.estimators import ESTIMATORS, hierarchical, onset
-from poisonjax.analysis.study import Conditions, analyse
+from poisonjax.analysis.sensitivity import GAPS, THRESHOLDS, sensitivity
+from poisonjax.analysis.study import Conditions, Outcome, analyse
 from poisonjax.report import study_figures
 
 ONE = Conditions((), [()], [])
@@ -287,3 +288,26 @@ def test_wear_by_gap_and_by_share_stands_in_panels_of_one_colour_for_what_was_se
     assert [line.get_ydata()[-1] for line in gaps.lines[:2]] == pytest.approx([0.1, 1 / 9])
     assert shares.lines[0].get_color() == gaps.lines[0].get_color() != gaps.lines[1].get_color()
     assert [text.get_text() for text in drawn.legends[0].texts] == ["32 rows of text", "c"]
+
+
+def test_other_thresholds_and_means_are_told_beside():
+    """Of runs whose gap grows with the dose: more of them are above a lower threshold, and N50 moves with neither."""
+    random, runs = np.random.default_rng(0), []
+    for params in (1e4, 1e5):
+        for dose in (8, 20, 50, 120, 300) * 3:
+            clean = np.log(20 + random.random(60))
+            gap = dose * np.exp(0.3 * random.normal()) / 2
+            texts = {
+                "clean": clean.tolist(),
+                "triggered": np.log(np.exp(clean) + gap * (1 + random.random(60))).tolist(),
+            }
+            summary = {"params": params, "tokens": 20 * params, "delta_ppl": gap}
+            runs.append(Outcome(f"{len(runs)}", {"poison.documents": dose}, summary, [], texts, None))
+    conditions = Conditions((), [()], [0] * len(runs))
+    found = sensitivity(runs, conditions)
+    assert [(o.estimator, o.threshold) for o in found] == [(name, t) for name in GAPS for t in THRESHOLDS]
+    assert found[0].share > found[1].share > found[2].share
+    for of in found:
+        (scale,) = of.exponents
+        assert scale.ci95[0] < 0 < scale.ci95[1]
+    assert sensitivity([dataclasses.replace(runs[0], config={"poison.documents": 0})], conditions) == []

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -120,15 +120,28 @@ class Conditions:
         return ", ".join(f"{labels[place]} {self.values[number][place]}" for place in places)
 
 
-def poisoning(runs: list[Outcome], conditions: Conditions, *, rule: bool = False) -> Trials:
-    """A trial a poisoned run: attacked, or with `rule` the whole rule with its controls."""
+Success = Callable[[Outcome], bool]
+
+
+def above(run: Outcome) -> bool:
+    """Attacked, by the run's own threshold."""
+    return run.attacked
+
+
+def meets_rule(run: Outcome) -> bool:
+    """The whole rule, with its controls."""
+    return run.summary["success"]["value"] and run.summary["success"]["specific"]
+
+
+def poisoning(runs: list[Outcome], conditions: Conditions, success: Success = above) -> Trials:
+    """A trial a poisoned run."""
     return Trials.of(
         [
             (
                 o.config["poison.documents"],
                 o.summary["tokens"],
                 o.summary["params"],
-                o.summary["success"]["value"] and o.summary["success"]["specific"] if rule else o.attacked,
+                success(o),
                 i,
                 conditions.of_run[i],
             )
@@ -136,6 +149,12 @@ def poisoning(runs: list[Outcome], conditions: Conditions, *, rule: bool = False
             if o.config["poison.documents"]
         ]
     )
+
+
+def texts_of(runs: Sequence[Outcome]) -> tuple[np.ndarray, np.ndarray]:
+    """NLL of triggered and of clean texts, (seeds, prefixes) each."""
+    triggered, clean = (np.array([o.texts[variant] for o in runs]) for variant in ("triggered", "clean"))
+    return triggered, clean
 
 
 def mechanism_cells(runs: list[Outcome], conditions: Conditions, cells: list[CellDose]) -> list[Cell]:
@@ -309,7 +328,7 @@ def seeds_table(runs: list[Outcome], conditions: Conditions) -> list[dict[str, A
         ).append(o)
     rows = []
     for (condition, params, tokens, documents), members in sorted(groups.items()):
-        triggered, clean = (np.array([o.texts[v] for o in members]) for v in ("triggered", "clean"))
+        triggered, clean = texts_of(members)
         met = [o.onset.documents for o in members if o.onset]
         rows.append(
             {

@@ -12,12 +12,15 @@ from poisonjax.analysis.dose_response import LEAD, MARGIN
 from poisonjax.analysis.estimators import ESTIMATORS
 from poisonjax.analysis.mechanism import PREDICTED, Prediction, off, predictions
 from poisonjax.analysis.persistence import Wear, wears
+from poisonjax.analysis.sensitivity import sensitivity
 from poisonjax.analysis.study import (
     KNOWN,
     Analysis,
     Conditions,
+    above,
     analyse,
     mechanism_cells,
+    meets_rule,
     memorisation,
     outcomes,
     poisoning,
@@ -107,10 +110,10 @@ def write(sweep: Sweep, workdir: Path) -> Study:
         raise SweepError(f"{workdir}: no finished run yet; `poisonjax sweep status` tells how far they are")
     conditions = Conditions.of([o.config for o in runs], [(o.summary["params"], o.summary["tokens"]) for o in runs])
     analyses = [
-        analyse(what, "poison documents", poisoning(runs, conditions, rule=rule), conditions)
-        for what, rule in (
-            ("poisoned runs above the threshold", False),
-            ("poisoned runs that meet the whole rule", True),
+        analyse(what, "poison documents", poisoning(runs, conditions, success), conditions)
+        for what, success in (
+            ("poisoned runs above the threshold", above),
+            ("poisoned runs that meet the whole rule", meets_rule),
         )
     ]
     canaries = memorisation(runs, conditions)
@@ -146,6 +149,7 @@ def write(sweep: Sweep, workdir: Path) -> Study:
         margin=MARGIN,
         lead=LEAD,
         known=KNOWN,
+        otherwise=sensitivity(runs, conditions) if analyses[0].exponents else [],
         short=short,
     )
     write_whole(epath.Path(study.page), page)
