@@ -45,6 +45,11 @@ class Search:
         if not 1 <= self.together <= min(self.runs, 6):
             raise ValueError(f"together = {self.together}: between 1 and 6, at most runs = {self.runs}")
 
+    @property
+    def ends(self) -> tuple[int, int]:
+        """Of the range."""
+        return self.low, self.high
+
     def rounds(self) -> list[int]:
         """Runs of each batch: `together`, of the last one what is left."""
         full, rest = divmod(self.runs, self.together)

@@ -161,7 +161,7 @@ def load(spec: str, fields: Sequence[str] = ()) -> Sweep:
         if what in seen:
             raise SweepError(f"{spec}: two runs, or searches, have the same config: {seen[what]} and {id}")
         seen[what] = id
-    ends = [_of_search(base, of, dose, number) for of in searches for number, dose in enumerate(_ends(of.search))]
+    ends = [_of_search(base, of, dose, number) for of in searches for number, dose in enumerate(of.search.ends)]
     flats = [config_lib.flat(run.config) for run in [*runs, *ends]]
     varied = [name for name in flats[0] if any(flat[name] != flats[0][name] for flat in flats)]
     about = inspect.cleandoc(module.__doc__ or "")
@@ -183,16 +183,12 @@ def _slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9.=_]+", "-", name).strip("-")[:80] or "run"
 
 
-def _ends(search: Search) -> tuple[int, int]:
-    return search.low, search.high
-
-
 def _search(base: ml_collections.ConfigDict, point: Point) -> PlannedSearch:
     """The point's; its slots are given when all are known."""
     fields = {field: value for field, value in point.items() if field not in (DOSE, "name")}
     search = point[DOSE]
     made = PlannedSearch("", str(point.get("name", "")) or _words(fields) or "search", fields, search, [])
-    runs = [_of_search(base, made, dose, number) for number, dose in enumerate(_ends(search))]
+    runs = [_of_search(base, made, dose, number) for number, dose in enumerate(search.ends)]
     chosen_by = json.dumps([*(run.fingerprint for run in runs), search.together])
     return dataclasses.replace(made, id=f"{_slug(made.name)}-{hashlib.sha256(chosen_by.encode()).hexdigest()[:8]}")
 

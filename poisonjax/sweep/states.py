@@ -64,8 +64,8 @@ def success(run: PlannedRun, state: RunStatus) -> bool | None:
 def look(
     sweep: Sweep, workdir: Path, before: Mapping[str, RunStatus] | None = None
 ) -> tuple[Sweep, dict[str, RunStatus]]:
-    """The sweep with the runs whose doses what lies in its folder has chosen, and how far each of its runs is, by id;
-    those that were done `before` aren't read again."""
+    """The sweep with the runs whose doses what lies in its folder has chosen, and how far each of its runs is, by id.
+    Those that were done `before`, at the last look, aren't read again; doses are chosen again where others are."""
     states: dict[str, RunStatus] = {}
 
     def state(run: PlannedRun) -> RunStatus:
@@ -74,7 +74,8 @@ def look(
             states[run.id] = known if known and known.kind == "done" else status(workdir / run.id, run)
         return states[run.id]
 
-    sweep = grid.decided(sweep, lambda run: success(run, state(run)))
+    if not before or any(state(run).kind == "done" and before[run.id].kind != "done" for run in sweep.runs):
+        sweep = grid.decided(sweep, lambda run: success(run, state(run)))
     return sweep, {run.id: state(run) for run in sweep.runs}
 
 
