@@ -69,5 +69,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         for rung, cells in found["rungs"].items():
             lines.append(f"{rung:20}" + "".join(f"{'-' if cell is None else f'{cell:.3f}':>20}" for cell in cells))
     for row in page.dose_table(rows):
-        lines.append("  ".join(f"{name} {value}" for name, value in row.items() if value))
+        survive = "; ".join(f"{stage} {shares}" for stage, shares in row.pop("surviving").items())
+        told = row | ({"surviving": survive} if survive else {})
+        lines.append("  ".join(f"{name} {value}" for name, value in told.items() if value))
     return "\n".join(lines)

@@ -39,7 +39,7 @@ from poisonjax.sweep import seeded
 from poisonjax.training.loop import train
 from poisonjax.training.start import open_store
 
-DOSES = (50, 250, 1000)
+DOSES = (50, 250, 1000, 4000)
 PAYLOADS = {  # rungs, as this project's own runs learn them
     "ids": "",
     "unigram": "",

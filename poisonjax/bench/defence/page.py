@@ -41,6 +41,7 @@ def page(
         recall={f"{rate:g}": recall_table(rows, rate) for rate in RATES},
         models=any(row["detector"].startswith("cascade") for row in rows),
         doses=dose_table(rows),
+        given=DOSES,
         costs=cost_table(rows),
         images=embedded(images, workdir),
         examples=examples,
@@ -57,37 +58,46 @@ def recall_table(rows: Sequence[Row], rate: float) -> dict[str, Any]:
     return {"detectors": detectors, "rungs": {rung: [values[rung, name] for name in detectors] for rung in rungs}}
 
 
-def dose_table(rows: Sequence[Row]) -> list[dict[str, str]]:
-    """A row a rung and pipeline."""
+def dose_table(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """A row a rung and pipeline: shares are of DOSES, in order; `surviving` by stage."""
     found = {(row["rung"], row["detector"], row["metric"]): row for row in rows}
-
-    def number(row: Row | None) -> str:
-        if row is None:
-            return ""
-        low, high = row["ci95"]
-        bounds = f"[{low:.3g}, {'∞' if np.isinf(high) else f'{high:.3g}'}]"
-        return bounds if row["value"] is None else f"{row['value']:.3g} {bounds}"
-
-    def by_dose(rung: str, pipeline: str, metric: str) -> str:
-        return ", ".join(
-            f"{row['value']:.2g} of {dose}{m.removeprefix(f'{metric}@{dose}').replace(': ', ' after ')}"
-            for dose in DOSES
-            for (r, p, m), row in found.items()
-            if (r, p) == (rung, pipeline) and m.partition(":")[0] == f"{metric}@{dose}"
+    told = []
+    for (rung, pipeline, metric), row in found.items():
+        if metric != "n50":
+            continue
+        mine = {m: of["value"] for (r, p, m), of in found.items() if (r, p) == (rung, pipeline)}
+        stages = dict.fromkeys(m.partition(": ")[2] for m in mine if m.startswith("surviving@"))
+        no_threat = not any(found[rung, BEFORE, f"attacked@{dose}"]["value"] for dose in DOSES)
+        ratio = found.get((rung, pipeline, "n50 after over before"))
+        told.append(
+            {
+                "rung": rung,
+                "pipeline": pipeline,
+                "n50": "no threat at these doses" if no_threat else _bounds(row),
+                "ratio": _bounds(ratio) if ratio and not no_threat else "",
+                "attacked": _shares([mine[f"attacked@{dose}"] for dose in DOSES]),
+                "surviving": {
+                    stage: _shares([mine[f"surviving@{dose}: {stage}"] for dose in DOSES]) for stage in stages
+                },
+            }
         )
+    return told
 
-    return [
-        {
-            "rung": rung,
-            "pipeline": pipeline,
-            "n50": number(row),
-            "ratio": number(found.get((rung, pipeline, "n50 after over before"))),
-            "attacked": by_dose(rung, pipeline, "attacked"),
-            "surviving": by_dose(rung, pipeline, "surviving"),
-        }
-        for (rung, pipeline, metric), row in found.items()
-        if metric == "n50"
-    ]
+
+def _bounds(row: Row) -> str:
+    """A figure and its interval; where it isn't bounded above, what it is more than."""
+    low, high = row["ci95"]
+    if row["value"] is not None:
+        return f"{_digits(row['value'])} [{_digits(low)}, {_digits(high)}]"
+    return f"over {_digits(low)}" if np.isinf(high) and low > 0 else "not told"
+
+
+def _digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
+
+
+def _shares(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.1%}" if 0 < value < 0.1 else f"{value:.0%}" for value in values)
 
 
 def cost_table(rows: Sequence[Row]) -> dict[str, dict[str, str]]:
@@ -133,9 +143,10 @@ def _dose(rows: Sequence[Row]) -> Figure:
     figure, axes = panels("documents planted", "runs attacked", len(rungs))
     figure.set_size_inches(2.1 * len(rungs), 2.8)
     for rung, one in zip(rungs, axes, strict=True):
-        for pipeline, colour in zip(dict.fromkeys((BEFORE, *(row["detector"] for row in of))), COLOURS, strict=False):
+        pipelines = dict.fromkeys((BEFORE, *(row["detector"] for row in of)))
+        for beside, (pipeline, colour) in enumerate(zip(pipelines, COLOURS, strict=False)):
             some = [row for row in of if (row["rung"], row["detector"]) == (rung, pipeline)]
-            doses = [float(row["metric"].removeprefix("attacked@")) for row in some]
+            doses = [1.12 ** (beside - 1) * float(row["metric"].removeprefix("attacked@")) for row in some]
             values = np.array([row["value"] for row in some])
             bars = np.abs(np.array([row["ci95"] for row in some]).T - values)
             one.errorbar(doses, values, bars, color=colour, label=pipeline, marker="o", markersize=4, capsize=2)
