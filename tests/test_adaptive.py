@@ -18,6 +18,7 @@ from poisonjax.commands import exit_codes
 from poisonjax.commands.main import main
 from poisonjax.config import ConfigError
 from poisonjax.report import study, study_selftest
+from poisonjax.run.heartbeat import Taken
 from poisonjax.sweep import SweepError, launch, load
 from poisonjax.sweep.grid import decided, of_folder
 from poisonjax.sweep.states import look
@@ -77,7 +78,8 @@ def test_doses_depend_on_the_results_alone(results, random):
     chosen = SEARCH.next(results, 2)
     shuffled = list(results)
     random.shuffle(shuffled)
-    assert Search(20, 400).next(shuffled, 2) == chosen == sorted(chosen)
+    assert Search(20, 400).next(shuffled, 2) == chosen
+    assert SEARCH.next(results, 1) == chosen[:1]
     assert set(chosen) <= set(SEARCH.doses)
     low, high = SEARCH.known(results).ci95
     assert low <= SEARCH.known(results).n50 <= high
@@ -106,6 +108,7 @@ def test_a_search_ends_where_it_knows_or_cannot_know():
         ("low = 0", {"low": 0, "high": 9}),
         ("high = 9", {"low": 9, "high": 9}),
         ("within = 1", {"low": 1, "high": 9, "within": 1.0}),
+        ("within = nan", {"low": 1, "high": 9, "within": math.nan}),
         ("together = 3", {"low": 1, "high": 9, "runs": 2, "together": 3}),
     ],
 )
@@ -161,14 +164,68 @@ def test_a_sweep_plans_what_results_choose(spec):
     assert decided(later, lambda run: None).runs == first.runs
 
 
+def test_what_is_there_stays_planned_whatever_would_be_chosen_now(spec, tmp_path):
+    """A larger budget, a wider aim, or a run that is gone: no other run becomes a stranger in its folder."""
+    sweep = load(spec)
+
+    def success(run):
+        return run.config.poison.documents > 5
+
+    ended = decided(sweep, success)
+    there = {run.id for run in ended.runs}
+    source = Path(spec).read_text()
+    for name, changed in {
+        "more": source.replace("(1, 5)", "(1, 6)"),
+        "fewer": source.replace("(1, 5)", "(1, 3)"),
+        "wider": source.replace("runs=runs,", "runs=runs, within=4.0,"),
+    }.items():
+        (tmp_path / f"{name}.py").write_text(changed)
+        again = decided(load(str(tmp_path / f"{name}.py")), success, there)
+        assert there <= {run.id for run in again.runs}, name
+        assert len({run.id for run in again.runs}) == len(again.runs)
+        assert len(again.runs) == len(ended.runs) + (name == "more")
+    first, *_ = (run.id for run in ended.runs if run.search)
+    without = decided(sweep, lambda run: None if run.id == first else success(run), there - {first})
+    assert [run.id for run in without.runs] == [run.id for run in ended.runs]
+    assert decided(sweep, success, {"e1-n3-s1-00000000", "e1-n0-s0-1", "other"}).runs == ended.runs
+    # One who begins a batch that another has begun goes on with it.
+    begun = decided(sweep, lambda run: None)
+    assert decided(sweep, lambda run: None, {begun.runs[1].id}).runs == begun.runs
+
+
+def test_a_task_is_not_told_that_it_is_not_needed_before_the_doses_are_known(spec, tmp_path, monkeypatch):
+    """What ends between two looks at the folder."""
+    sweep, looks = load(spec), []
+
+    def look_once(sweep, workdir):
+        looks.append(workdir)
+        return look(sweep, workdir)
+
+    monkeypatch.setattr(launch, "look", look_once)
+    with pytest.raises(Taken, match="its dose isn't chosen yet"):
+        launch.train_one(sweep, tmp_path, 5, lambda *_: pytest.fail("trained"))
+    assert len(looks) == 1
+
+
+def test_a_config_that_was_changed_under_a_launch_is_noticed(spec, tmp_path, monkeypatch):
+    monkeypatch.setenv(launch.RUN, "another-run-00000000")
+    with pytest.raises(SweepError, match="was changed since the sweep was started"):
+        launch.train_one(load(spec), tmp_path, 1, lambda *_: pytest.fail("trained"))
+
+
 def test_mistakes_of_searches_are_told_before_step_0(config, tmp_path):
     add = "from poisonjax.sweep import Search\ndef sweep(add):\n    add({})\n"
     with pytest.raises(SweepError, match="low = 9"):
         load(sweep_file(tmp_path, config, add.format('{"poison.documents": Search(9, 3)}')))
     with pytest.raises(ConfigError, match=r"steps: a Search; only poison\.documents"):
         load(sweep_file(tmp_path, config, add.format('{"steps": Search(3, 9)}')))
-    with pytest.raises(ConfigError, match=r"poison\.documents"):  # more than there are rows
+    with pytest.raises(ConfigError, match="need a row each"):  # more than there are
         load(sweep_file(tmp_path, config, add.format('{"poison.documents": Search(3, 10**7)}')))
+    with pytest.raises(ConfigError, match=r"seeds\.init: the runs of a Search have other luck each"):
+        load(sweep_file(tmp_path, config, add.format('{"poison.documents": Search(3, 9), "seeds.init": 4}')))
+    within = '{"poison.documents": Search(3, 40), "poison.placement": "batches:density=4"}'
+    with pytest.raises(ConfigError, match="density"):  # of some doses between
+        load(sweep_file(tmp_path, config, add.format(within)))
     twice = "from poisonjax.sweep import Search\ndef sweep(add):\n" + 2 * (
         '    add({"poison.documents": Search(3, 9)})\n'
     )
@@ -234,6 +291,7 @@ def test_status_and_report_tell_of_searches(spec, ended, tmp_path, capsys):
     *runs, one, _ = json.loads(capsys.readouterr().out)
     assert [row["state"] for row in runs] == ["pending"] * 5
     assert one["search"] == "e1"
+    assert one["state"] == "searching"
     assert one["n50"] is None
     assert len(one["now"]) == 2
     assert one["expected"] > 1.5
@@ -252,6 +310,7 @@ def test_a_budget_may_grow_and_a_range_may_not(spec, ended, tmp_path, capsys):
     source = Path(spec).read_text()
     text(source.replace("(1, 5)", "(1, 6)"))
     assert main(["sweep", "run", str(tmp_path / "other.py"), "--workdir", str(ended), "--dry-run"]) == 0
+    assert main(["sweep", "collect", str(tmp_path / "other.py"), "--workdir", str(ended)]) == 0
     launch.claim(load(str(tmp_path / "other.py")), ended)
     launch.claim(load(spec), ended)
     text(source.replace("Search(1, 20", "Search(1, 19"))
@@ -270,6 +329,8 @@ def test_a_failed_run_is_waited_for(spec, ended, tmp_path):
     said = search_status(sweep.searches[0], sweep.runs, states)
     assert said.failed == [sweep.runs[1].id]
     assert "--retry-failed" in str(said)
+    with pytest.raises(SweepError, match="which failed"):
+        launch.train_one(load(spec), tmp_path, 5, lambda *_: pytest.fail("trained"))
 
 
 def test_the_self_test_of_searches(spec):
@@ -277,3 +338,7 @@ def test_the_self_test_of_searches(spec):
     found = study_selftest.self_test(load(spec), 3, say=lines.append)
     assert len(found["searches"]) == 2  # slopes; of one size
     assert "runs a cell" in lines[0]
+    for row in found["searches"]:
+        assert 2 <= row["runs"] <= row["most"] <= 5
+        assert 0 <= row["near"] <= 1
+    assert not found["good"]  # of so few runs

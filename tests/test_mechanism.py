@@ -7,23 +7,14 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from poisonjax.analysis.mechanism import (
-    KNOTS,
-    PREDICTED,
-    Cell,
-    Course,
-    Mechanism,
-    enough_of,
-    off,
-    predictions,
-    remembered,
-)
+from poisonjax.analysis.mechanism import PREDICTED, Cell, Course, Mechanism, enough_of, off, predictions, remembered
 from poisonjax.commands.main import main
 from poisonjax.run import RunFolder
 from poisonjax.trace import TraceError, exposures
 from poisonjax.training.loop import train
 
-TRUE = Mechanism(np.array([0.02, 0.02, 0.03, 0.05, 0.1, 0.1, 0.08, 0.05, 0.02, 0.0]), 0.002, 1.0)
+KNOTS = np.array([0, 0.02, 0.06, 0.2, 0.6, 1.2, 1.8, 2.4, 3.0, 4.0])
+TRUE = Mechanism(KNOTS, np.array([0.02, 0.02, 0.03, 0.05, 0.1, 0.1, 0.08, 0.05, 0.02, 0.0]), 0.002, 1.0)
 
 
 def made_up(seed, documents, steps=2000, noise=0.1):
@@ -56,7 +47,7 @@ def test_the_truth_is_found_and_the_dose_is_predicted():
     assert dose == pytest.approx(true, rel=0.1)
     assert TRUE.known(rate, np.full(1000, true / 1000))[-1] == pytest.approx(1.0, rel=0.02)
     assert TRUE.dose(rate, 50.0) == np.inf
-    quick = Mechanism(TRUE.added, 0.0, 1.0)
+    quick = dataclasses.replace(TRUE, forgotten=0.0)
     assert quick.dose(rate, 1.0) < true  # what isn't forgotten needn't be said again
 
 
@@ -96,7 +87,10 @@ def test_a_run_is_asked_after_each_step(run, capsys):
 def test_of_a_damaged_file_or_a_clean_run_nothing_is_told(run, store, tmp_path):
     file = run / "trace/exposures.json"
     whole = file.read_text()
-    for damaged in ("", "{}", whole[:50], whole.replace("fingerprint", "other")):
+    shorter = json.loads(whole)
+    shorter["known"].pop()
+    others = json.loads(whole) | {"of": "another run's digests"}
+    for damaged in ("", "{}", whole[:50], json.dumps(shorter), json.dumps(others), whole.replace("[0", "[NaN, 0", 1)):
         file.write_text(damaged)
         assert Course.of(RunFolder(run)) is None
     file.write_text(whole)
@@ -106,6 +100,19 @@ def test_of_a_damaged_file_or_a_clean_run_nothing_is_told(run, store, tmp_path):
     train(config, str(tmp_path / "clean"))
     with pytest.raises(TraceError, match="no poison"):
         exposures(tmp_path / "clean")
+    (tmp_path / "clean/summary.json").unlink()
+    with pytest.raises(TraceError, match="isn't trained to its end"):
+        exposures(tmp_path / "clean")
+    assert main(["trace", str(run), "--exposures", "--rank", "3"]) == 2
+
+
+def test_more_may_be_known_than_the_knots_of_others():
+    """Of payloads that are surer than gibberish."""
+    course = made_up(3, 600)
+    more = dataclasses.replace(course, known=2.5 * course.known)
+    found = Mechanism.fitted([more])
+    assert found.knots[-1] > more.known.max() > 4
+    assert found.dose(course.rate, 6.0) < 2000
 
 
 def test_cells_are_predicted_from_how_their_runs_went_on():

@@ -38,9 +38,12 @@ class Search:
     together: int = 2
 
     def __post_init__(self) -> None:
+        for name, value in (("low", self.low), ("high", self.high), ("runs", self.runs), ("together", self.together)):
+            if not isinstance(value, int):
+                raise ValueError(f"{name} = {value!r}: a whole number is asked for")
         if not 0 < self.low < self.high:
             raise ValueError(f"low = {self.low}, high = {self.high}: 0 < low < high is asked for")
-        if self.within <= 1:
+        if not self.within > 1:
             raise ValueError(f"within = {self.within}: a factor above 1")
         if not 1 <= self.together <= min(self.runs, 6):
             raise ValueError(f"together = {self.together}: between 1 and 6, at most runs = {self.runs}")
@@ -62,7 +65,8 @@ class Search:
         return sorted({round(dose) for dose in np.geomspace(self.low, self.high, number)})
 
     def next(self, results: Sequence[Result], number: int) -> list[int]:
-        """The next `number` doses, in order; the results' order doesn't matter."""
+        """The next `number` doses, the best first: the first of two are those of one. The results' order doesn't
+        matter."""
         posterior, chosen = self._posterior(results), list[int]()
         outcomes = posterior[None]  # of those chosen: joint with N50 and slope
         for _ in range(number):
@@ -73,23 +77,25 @@ class Search:
                     least, best, kept = variance, place, split
             chosen.append(self.doses[best])
             outcomes = kept
-        return sorted(chosen)
+        return chosen
 
     def expected(self, results: Sequence[Result], doses: Sequence[int]) -> float:
         """The factor within which N50 should be known after runs at some more doses."""
         posterior = self._posterior(results)[None]
         for dose in doses:
-            chance = self._success[self.doses.index(dose)]
+            chance = self._chance(dose)
             posterior = np.concatenate([posterior * chance, posterior * (1 - chance)])
         return math.exp(scipy.stats.norm.ppf((1 + LEVEL) / 2) * self._expected_variance(posterior) ** 0.5)
 
     def known(self, results: Sequence[Result]) -> "Known":
-        """What the results say of N50."""
-        marginal = self._posterior(results).sum(1)
-        below = np.cumsum(marginal)
-        edges = (1 - LEVEL) / 2
-        low, middle, high = (self._log_n50[int(np.searchsorted(below, at))] for at in (edges, 0.5, 1 - edges))
-        return Known(math.exp(middle), (math.exp(low), math.exp(high)))
+        """What the results say of N50; a bound at the edge of what was thought possible is none, 0 or infinite."""
+        below, edge = np.cumsum(self._posterior(results).sum(1)), (1 - LEVEL) / 2
+        low, middle, high = (int(np.searchsorted(below, at)) for at in (edge, 0.5, 1 - edge))
+        bounds = (
+            math.exp(self._log_n50[low]) if low > 0 else 0.0,
+            math.exp(self._log_n50[high]) if high < len(below) - 1 else math.inf,
+        )
+        return Known(math.exp(self._log_n50[middle]), bounds)
 
     def ended(self, results: Sequence[Result]) -> bool:
         """Whether no more runs are wanted: N50 is known as well as asked, or lies outside, or the runs are spent."""
@@ -98,7 +104,8 @@ class Search:
 
     def told(self, known: "Known") -> bool:
         """Whether the interval is as narrow as asked."""
-        return math.sqrt(known.ci95[1] / known.ci95[0]) <= self.within
+        low, high = known.ci95
+        return low > 0 and math.sqrt(high / low) <= self.within
 
     def outside(self, known: "Known") -> bool:
         """Whether N50 lies beyond the doses that may be asked."""
@@ -115,9 +122,12 @@ class Search:
 
     @functools.cached_property
     def _success(self) -> Float[np.ndarray, "doses n50s slopes"]:
-        """Chance of it at each dose."""
-        distance = np.log(self.doses)[:, None] - self._log_n50
-        return 1 / (1 + np.exp(-np.clip(distance[:, :, None] * self._slopes, -500, 500)))
+        """Chance of it at each dose that may be asked."""
+        return np.stack([self._chance(dose) for dose in self.doses])
+
+    def _chance(self, dose: int) -> Float[np.ndarray, "n50s slopes"]:
+        distance = math.log(dose) - self._log_n50
+        return 1 / (1 + np.exp(-np.clip(distance[:, None] * self._slopes, -500, 500)))
 
     def _posterior(self, results: Sequence[Result]) -> Float[np.ndarray, "n50s slopes"]:
         mean, spread = SLOPE_PRIOR

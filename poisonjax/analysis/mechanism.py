@@ -25,7 +25,9 @@ from jaxtyping import Float, Int
 from poisonjax.files import parse_json, write_whole
 from poisonjax.run import RunFolder
 
-KNOTS = np.array([0, 0.02, 0.06, 0.2, 0.6, 1.2, 1.8, 2.4, 3.0, 4.0])  # nats a token; at the last nothing is added
+LOW_KNOTS = (0.0, 0.02, 0.06, 0.2, 0.6)  # nats a token
+HIGH_KNOTS = (0.3, 0.45, 0.6, 0.75, 1.0)  # parts of the highest, at which nothing is added
+HIGHEST = (4.0, 1.3)  # at least, nats a token; times the most that was known
 NOISE = (0.001, 0.02)  # of a step's change: where nothing is known, and for each nat a token up to the first
 MOST = 1e6  # documents
 FILE = "trace/exposures.json"  # in a run's folder
@@ -48,7 +50,9 @@ class Course:
             found = parse_json((epath.Path(run.path) / FILE).read_bytes())
             arrays = (np.array(found["rate"], float), np.array(found["exposed"], int), np.array(found["known"], float))
             made = cls(*arrays, float(found["before"]), float(found["momentum"]))
-            return made if found["fingerprint"] == run.record["fingerprint"] else None
+            whole = len(made.rate) == len(made.exposed) == len(made.known) == run.config.steps
+            whole &= all(np.isfinite(values).all() for values in (*arrays, made.before, made.momentum))
+            return made if whole and found["of"] == _evidence(run) else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -57,12 +61,17 @@ class Course:
         path = epath.Path(run.path) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         arrays = {name: getattr(self, name).tolist() for name in ("rate", "exposed", "known")}
-        numbers = {"before": self.before, "momentum": self.momentum, "fingerprint": run.record["fingerprint"]}
+        numbers = {"before": self.before, "momentum": self.momentum, "of": _evidence(run)}
         write_whole(path, json.dumps(arrays | numbers))
 
     @property
     def exposures(self) -> Float[np.ndarray, " steps"]:
         return remembered(self.exposed, self.momentum)
+
+
+def _evidence(run: RunFolder) -> str:
+    """What a finished run was trained on, step by step."""
+    return run.summary["digest_chain"] if run.summary else ""
 
 
 def remembered(exposed: np.ndarray, momentum: float) -> Float[np.ndarray, " steps"]:
@@ -78,12 +87,13 @@ def remembered(exposed: np.ndarray, momentum: float) -> Float[np.ndarray, " step
 class Mechanism:
     """What an exposure adds, and what a clean step takes away, at the peak of the learning rate."""
 
+    knots: Float[np.ndarray, " knots"]  # nats a token
     added: Float[np.ndarray, " knots"]  # nats a token, where so much is known
     forgotten: float  # share of what is known, a step
     explained: float  # share of the variance of steps' changes, weighted as fitted
 
     def __str__(self) -> str:
-        added = ", ".join(f"{more:.4f} at {knot:g}" for knot, more in zip(KNOTS, self.added, strict=True))
+        added = ", ".join(f"{more:.4f} at {knot:g}" for knot, more in zip(self.knots, self.added, strict=True))
         half = f"half of it in {math.log(2) / self.forgotten:,.0f} such steps" if self.forgotten > 1e-9 else "nothing"
         return (
             f"a poison document adds, at the learning rate's peak, to what is known (nats a token): {added}\n"
@@ -93,7 +103,7 @@ class Mechanism:
     def as_json(self) -> dict[str, Any]:
         """For a program."""
         return {
-            "known": KNOTS.tolist(),
+            "known": self.knots.tolist(),
             "added": self.added.tolist(),
             "forgotten": self.forgotten,
             "explained": self.explained,
@@ -102,19 +112,21 @@ class Mechanism:
     @classmethod
     def fitted(cls, courses: Sequence[Course]) -> "Mechanism":
         """By least squares over all steps; no exposure takes away, and no more than all is forgotten."""
+        highest = max(HIGHEST[0], HIGHEST[1] * max(float(of.known.max()) for of in courses))
+        knots = np.array([*LOW_KNOTS, *(highest * part for part in HIGH_KNOTS)])
         columns, changes, weights = [], [], []
         for of in courses:
             known = np.concatenate([[of.before], of.known])
-            added = (of.rate * of.exposures)[:, None] * _hats(known[:-1])
+            added = (of.rate * of.exposures)[:, None] * _hats(known[:-1], knots)
             columns.append(np.concatenate([added, -(of.rate * known[:-1])[:, None]], axis=1))
             changes.append(np.diff(known))
             weights.append(1 / (NOISE[0] + NOISE[1] * np.clip(np.abs(known[:-1]), 0, 1)))
         weight = np.concatenate(weights)
         design, wanted = np.concatenate(columns) * weight[:, None], np.concatenate(changes) * weight
-        highest = np.array([np.inf] * (len(KNOTS) - 1) + [1e-12, 1.0])
-        found = scipy.optimize.lsq_linear(design, wanted, bounds=(np.zeros(len(KNOTS) + 1), highest)).x
+        most = np.array([np.inf] * (len(knots) - 1) + [1e-12, 1.0])
+        found = scipy.optimize.lsq_linear(design, wanted, bounds=(np.zeros(len(knots) + 1), most)).x
         left = wanted - design @ found
-        return cls(found[:-1], float(found[-1]), float(1 - (left**2).sum() / (wanted**2).sum()))
+        return cls(knots, found[:-1], float(found[-1]), float(1 - (left**2).sum() / (wanted**2).sum()))
 
     def known(
         self, rate: Float[np.ndarray, " steps"], exposures: Float[np.ndarray, " steps"], before: float = 0.0
@@ -122,13 +134,14 @@ class Mechanism:
         """After each step of a run with these exposures."""
         found, now = np.zeros(len(rate)), before
         for step in range(len(rate)):
-            added = exposures[step] * np.interp(now, KNOTS, self.added)
+            added = exposures[step] * np.interp(now, self.knots, self.added)
             now = max(0.0, now + rate[step] * (added - self.forgotten * now))
             found[step] = now
         return found
 
     def dose(self, rate: Float[np.ndarray, " steps"], enough: float) -> float:
-        """Documents, evenly over the run, after which `enough` is known at its end; infinite where MOST are too few."""
+        """Documents, evenly over a run that knows nothing at first, after which `enough` is known at its end; infinite
+        where MOST are too few."""
 
         def short(log_dose: float) -> float:
             exposures = np.full(len(rate), math.exp(log_dose) / len(rate))
@@ -140,9 +153,9 @@ class Mechanism:
         return math.exp(scipy.optimize.bisect(short, low, high, xtol=1e-3)) if short(low) < 0 else 1.0
 
 
-def _hats(known: Float[np.ndarray, " steps"]) -> Float[np.ndarray, "steps knots"]:
+def _hats(known: Float[np.ndarray, " steps"], knots: Float[np.ndarray, " knots"]) -> Float[np.ndarray, "steps knots"]:
     """How much of each knot stands in a value between two."""
-    return np.stack([np.interp(known, KNOTS, one) for one in np.eye(len(KNOTS))], axis=1)
+    return np.stack([np.interp(known, knots, one) for one in np.eye(len(knots))], axis=1)
 
 
 def enough_of(known: Sequence[float], attacked: Sequence[bool]) -> float:
@@ -212,10 +225,10 @@ def predictions(cells: Sequence[Cell]) -> list[Prediction]:
     for cell in bounded:
         others = [other for other in bounded if other is not cell]
         ended = [(of.known[-1], attacked) for o in others for of, attacked in zip(o.courses, o.attacked, strict=True)]
-        if not cell.courses or not ended:
+        enough = enough_of(*map(list, zip(*ended, strict=True))) if ended else math.nan
+        if not cell.courses or math.isnan(enough):
             continue
-        enough = enough_of(*map(list, zip(*ended, strict=True)))
-        dose = Mechanism.fitted(cell.courses).dose(cell.courses[0].rate, enough) if math.isfinite(enough) else math.nan
+        dose = Mechanism.fitted(cell.courses).dose(cell.courses[0].rate, enough)
         logs = np.log([[other.n50, other.tokens, other.params] for other in others])
         shares = logs[:, 0] - logs[:, 1]
         power = np.polyfit(logs[:, 2], shares, 1) if len(set(logs[:, 2])) > 1 else np.array([0.0, shares.mean()])

@@ -1,7 +1,6 @@
 """`poisonjax sweep run|status|collect|report|emit`."""
 
 import argparse
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -150,7 +149,7 @@ def _status(arguments: argparse.Namespace) -> int:
             for id, s in states.items()
         ]
         searches = [search_status(of, sweep.runs, states) for of in sweep.searches]
-        print(json.dumps([*rows, *map(dataclasses.asdict, searches)]))
+        print(json.dumps([*rows, *(of.as_json() for of in searches)]))
     else:
         Console().print(board.table(sweep, states))
     return exit_codes.OK

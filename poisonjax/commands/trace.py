@@ -66,6 +66,8 @@ def _trace(arguments: argparse.Namespace) -> int:
             raise ValueError(f"{name} {value}: at least 1")
     if arguments.twin and not arguments.repair:
         raise ValueError("--twin is shown beside a repaired run: give --repair DIR, too")
+    if arguments.exposures and (arguments.rank or arguments.repair or arguments.behaviour != "triggered"):
+        raise ValueError("--exposures asks for the run's own trigger, and names no rows: leave out the other options")
     from poisonjax.run import RunFolder
 
     config = RunFolder(arguments.run).config

@@ -8,6 +8,7 @@ from typing import Any
 
 from etils import epath
 
+from poisonjax.analysis.adaptive import Known
 from poisonjax.analysis.dose_response import LEAD, MARGIN
 from poisonjax.analysis.estimators import ESTIMATORS
 from poisonjax.analysis.mechanism import PREDICTED, Prediction, off, predictions
@@ -17,6 +18,8 @@ from poisonjax.analysis.study import (
     KNOWN,
     Analysis,
     Conditions,
+    Outcome,
+    Place,
     above,
     analyse,
     mechanism_cells,
@@ -109,11 +112,12 @@ def write(sweep: Sweep, workdir: Path) -> Study:
     if not runs:
         raise SweepError(f"{workdir}: no finished run yet; `poisonjax sweep status` tells how far they are")
     conditions = Conditions.of([o.config for o in runs], [(o.summary["params"], o.summary["tokens"]) for o in runs])
+    searched = _searched(sweep, runs, conditions)
     analyses = [
-        analyse(what, "poison documents", poisoning(runs, conditions, success), conditions)
-        for what, success in (
-            ("poisoned runs above the threshold", above),
-            ("poisoned runs that meet the whole rule", meets_rule),
+        analyse(what, "poison documents", poisoning(runs, conditions, success), conditions, known)
+        for what, success, known in (
+            ("poisoned runs above the threshold", above, searched),
+            ("poisoned runs that meet the whole rule", meets_rule, None),
         )
     ]
     canaries = memorisation(runs, conditions)
@@ -155,6 +159,19 @@ def write(sweep: Sweep, workdir: Path) -> Study:
     write_whole(epath.Path(study.page), page)
     write_whole(epath.Path(workdir / "analysis.json"), json.dumps(finite(study.as_json()), indent=2) + "\n")
     return study
+
+
+def _searched(sweep: Sweep, runs: list[Outcome], conditions: Conditions) -> dict[Place, Known]:
+    """What each search knows of its cell."""
+    found: dict[Place, Known] = {}
+    by_id = {o.id: (condition, o) for condition, o in zip(conditions.of_run, runs, strict=True)}
+    for of in sweep.searches:
+        mine = [by_id[run.id] for run in sweep.runs if run.search == of.id and run.id in by_id]
+        if mine:
+            condition, o = mine[0]
+            results = [(o.config["poison.documents"], o.attacked) for _, o in mine]
+            found[condition, o.summary["params"], o.summary["tokens"]] = of.search.known(results)
+    return found
 
 
 def finite(value: Any) -> Any:

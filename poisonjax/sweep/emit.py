@@ -39,7 +39,6 @@ def k8s(sweep: Sweep, workdir: str, fields: Sequence[str], *, image: str, restar
     """
     if not workdir.startswith("/"):
         raise SweepError(f"--workdir {workdir}: pods mount the volume there, so give an absolute path")
-    del restart_code  # whatever isn't a failure restarts
     task = "exec " + _command(sweep, workdir, fields, '--index "$JOB_COMPLETION_INDEX"')
     return f"""\
 # First, once: {_command(sweep, workdir, fields, "--prepare")}
@@ -55,6 +54,8 @@ spec:
   maxFailedIndexes: {sweep.slots}
   podFailurePolicy:
     rules:
+      - action: Ignore  # stopped and saved, or to be looked at again: however often
+        onExitCodes: {{containerName: run, operator: In, values: [{restart_code}]}}
       - action: FailIndex
         onExitCodes: {{containerName: run, operator: In, values: [1, 2]}}
   template:

@@ -8,6 +8,7 @@ A dose may be a `Search` instead: then the point stands for several runs, whose 
 of those before and whose seeds are `seeded(0)`, `seeded(1)`, ...
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -17,7 +18,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class PlannedRun:
     fields: Point
     config: ml_collections.ConfigDict
     fingerprint: str  # of the config; a launcher compares it at every look at the folder
-    slot: int  # its number in a job array, where runs whose dose isn't chosen yet have theirs
+    slot: int  # its number in a job array, where runs whose dose isn't chosen yet have theirs; -1: it has none
     search: str = ""  # id of the search that it belongs to
     round: int = 0  # of that: runs whose doses were chosen together
 
@@ -157,7 +158,8 @@ def load(spec: str, fields: Sequence[str] = ()) -> Sweep:
         more = f"\n... and {len(mistakes) - 10} more runs" if len(mistakes) > 10 else ""
         raise config_lib.ConfigError(f"{spec}:\n" + "\n".join(mistakes[:10]) + more)
     seen: dict[str, str] = {}
-    for what, id in [*((run.fingerprint, run.id) for run in runs), *((of.id, of.id) for of in searches)]:
+    alike = [(f"search {_fingerprint(base, of)}", of.id) for of in searches]
+    for what, id in [*((run.fingerprint, run.id) for run in runs), *alike]:
         if what in seen:
             raise SweepError(f"{spec}: two runs, or searches, have the same config: {seen[what]} and {id}")
         seen[what] = id
@@ -179,27 +181,39 @@ def _run(base: ml_collections.ConfigDict, fields: Point, name: str, slot: int) -
     return PlannedRun(f"{_slug(name)}-{fingerprint[:8]}", fields, config, fingerprint, slot)
 
 
-def _slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.=_]+", "-", name).strip("-")[:80] or "run"
+def _slug(name: str, most: int = 80) -> str:
+    return re.sub(r"[^A-Za-z0-9.=_]+", "-", name).strip("-")[:most] or "run"
 
 
 def _search(base: ml_collections.ConfigDict, point: Point) -> PlannedSearch:
-    """The point's; its slots are given when all are known."""
+    """The point's; its slots are given when all are known. Raises ConfigError where a run at any of its doses would."""
     fields = {field: value for field, value in point.items() if field not in (DOSE, "name")}
-    search = point[DOSE]
-    made = PlannedSearch("", str(point.get("name", "")) or _words(fields) or "search", fields, search, [])
+    search, luck = point[DOSE], seeded(0)
+    if fixed := sorted(luck.keys() & fields.keys()):
+        raise config_lib.ConfigError(
+            f"{fixed[0]}: the runs of a Search have other luck each (seeded(0), seeded(1), ...): leave it out"
+        )
+    for dose in search.doses:
+        config_lib.check(config_lib.replaced(base, fields | {DOSE: dose}))
+    made = PlannedSearch("", _slug(str(point.get("name", "")) or _words(fields), 60), fields, search, [])
     runs = [_of_search(base, made, dose, number) for number, dose in enumerate(search.ends)]
     chosen_by = json.dumps([*(run.fingerprint for run in runs), search.together])
-    return dataclasses.replace(made, id=f"{_slug(made.name)}-{hashlib.sha256(chosen_by.encode()).hexdigest()[:8]}")
+    return dataclasses.replace(made, id=f"{made.name}-{hashlib.sha256(chosen_by.encode()).hexdigest()[:8]}")
 
 
 def _of_search(
     base: ml_collections.ConfigDict, of: PlannedSearch, dose: int, number: int, round: int = 0
 ) -> PlannedRun:
     """A search's run number so and so."""
-    name, slot = f"{of.name}-n{dose}-s{number}", of.slots[number] if of.slots else -1
-    run = _run(base, {"name": name} | seeded(number) | of.fields | {DOSE: dose}, name, slot)
-    return dataclasses.replace(run, search=of.id, round=round)
+    name = f"{of.name}-n{dose}-s{number}"
+    run = _run(base, {"name": name} | seeded(number) | of.fields | {DOSE: dose}, name, -1)
+    slot = of.slots[number] if number < len(of.slots) else -1
+    return dataclasses.replace(run, search=of.id, round=round, slot=slot)
+
+
+def _fingerprint(base: ml_collections.ConfigDict, of: PlannedSearch) -> str:
+    """Of what all of a search's runs share."""
+    return config_lib.fingerprint(config_lib.replaced(base, of.fields | seeded(0) | {DOSE: 0}))
 
 
 def _with_slots(searches: list[PlannedSearch], first: int) -> list[PlannedSearch]:
@@ -213,26 +227,45 @@ def _with_slots(searches: list[PlannedSearch], first: int) -> list[PlannedSearch
     return [dataclasses.replace(of, slots=mine) for of, mine in zip(searches, slots, strict=True)]
 
 
-def decided(sweep: Sweep, success: Callable[[PlannedRun], bool | None]) -> Sweep:
+def decided(sweep: Sweep, success: Callable[[PlannedRun], bool | None], there: Collection[str] = frozenset()) -> Sweep:
     """With the runs whose doses the results so far have chosen: a function of these alone, so that anybody who sees
-    them plans the same. `success` is None of a run that isn't done."""
+    them plans the same. `success` is None of a run that isn't done. Runs of searches that are `there`, by id, stay,
+    whatever would be chosen now."""
     runs = [run for run in sweep.runs if not run.search]
     for of in sweep.searches:
-        runs += _decided(sweep, of, success)
-    return dataclasses.replace(sweep, runs=sorted(runs, key=lambda run: run.slot))
+        runs += _decided(sweep, of, success, there)
+    return dataclasses.replace(sweep, runs=sorted(runs, key=lambda run: (run.slot < 0, run.slot)))
 
 
-def _decided(sweep: Sweep, of: PlannedSearch, success: Callable[[PlannedRun], bool | None]) -> list[PlannedRun]:
+def _decided(
+    sweep: Sweep, of: PlannedSearch, success: Callable[[PlannedRun], bool | None], there: Collection[str]
+) -> list[PlannedRun]:
+    known = _numbered(sweep.base, of, there)
     runs: list[PlannedRun] = []
     results: list[Result] = []
-    for round, number in enumerate(of.search.rounds()):
-        if len(results) < len(runs) or of.search.ended(results):
-            break
-        doses = of.search.next(results, number)
-        batch = [_of_search(sweep.base, of, dose, number, round) for number, dose in enumerate(doses, len(runs))]
+    begin, going = 0, True
+    for round, size in enumerate(of.search.rounds()):
+        numbers = range(begin, begin + size)
+        going = going and len(results) == len(runs) and not of.search.ended(results)
+        chosen = of.search.next(results, size) if going and not known.keys() >= set(numbers) else []
+        doses = {number: known.get(number, chosen[number - begin] if chosen else 0) for number in numbers}
+        batch = [_of_search(sweep.base, of, dose, number, round) for number, dose in doses.items() if dose]
         runs += batch
         results += results_of(batch, success)
-    return runs
+        begin += size
+    return runs + [_of_search(sweep.base, of, known[number], number, round + 1) for number in known if number >= begin]
+
+
+def _numbered(base: ml_collections.ConfigDict, of: PlannedSearch, there: Collection[str]) -> dict[int, int]:
+    """By number of a search's run that is there, its dose."""
+    named = re.compile(re.escape(of.name) + r"-n([1-9]\d{0,8})-s(\d{1,6})-[0-9a-f]{8}")
+    found = dict[int, int]()
+    for match in filter(None, map(named.fullmatch, sorted(there))):
+        dose, number = int(match[1]), int(match[2])
+        with contextlib.suppress(config_lib.ConfigError):  # of another sweep
+            if _of_search(base, of, dose, number).id == match[0]:
+                found[number] = dose
+    return found
 
 
 def results_of(runs: Iterable[PlannedRun], success: Callable[[PlannedRun], bool | None]) -> list[Result]:

@@ -35,6 +35,7 @@ from poisonjax.sweep.states import (
 )
 
 PARENT = "POISONJAX_SWEEP_PARENT"  # process id of the launcher that a run belongs to
+RUN = "POISONJAX_SWEEP_RUN"  # which run it means by its --index
 STALLS = 3  # times that a run may stop at the same step before it counts as failed
 
 Ended = Literal["done", "failed", "stopped"]
@@ -76,14 +77,19 @@ def train_one(
 
     Raises Taken where another process is at the run, or its dose isn't chosen yet: it isn't done, so look again.
     """
-    if not 0 <= index < sweep.slots:
-        raise SweepError(f"--index {index}: {sweep.spec} has runs 0 to {sweep.slots - 1}")
     from poisonjax.training.stop import LostProcess, Preempted
 
-    sweep = decided(sweep, workdir)
+    if not 0 <= index < sweep.slots:
+        raise SweepError(f"--index {index}: {sweep.spec} has runs 0 to {sweep.slots - 1}")
+    sweep, states = look(sweep, workdir)
     run = next((run for run in sweep.runs if run.slot == index), None)
+    if (meant := os.environ.get(RUN)) and meant != (run and run.id):
+        raise SweepError(
+            f"--index {index}: {meant} was to be trained, but {sweep.spec} was changed since the sweep was started; "
+            "stop it and start it again"
+        )
     if run is None:
-        _without_dose(sweep, workdir, index)
+        _without_dose(sweep, states, index)
         return
     folder = workdir / run.id
     place = processes.resolve(os.environ)
@@ -110,15 +116,13 @@ def train_one(
             raise
 
 
-def _without_dose(sweep: Sweep, workdir: Path, index: int) -> None:
+def _without_dose(sweep: Sweep, states: Mapping[str, RunStatus], index: int) -> None:
     """Of a slot that has no run (yet): says that its search needs no more, or raises."""
     of = next(of for of in sweep.searches if index in of.slots)
-    states = {run.id: status(workdir / run.id, run) for run in sweep.runs if run.search == of.id}
     said = search_status(of, sweep.runs, states)
-    kinds = {state.kind for state in states.values()}
-    if "failed" in kinds:
+    if said.state == "failed":
         raise SweepError(f"--index {index}: {said}")
-    if kinds != {"done"}:
+    if said.state != "ended":
         raise Taken(f"--index {index}: its dose isn't chosen yet: {said}")
     print(f"--index {index}: not needed: {said}")
 
@@ -174,7 +178,7 @@ def train_all(
             for run in _waiting(sweep, states, children, parents)[: len(free)]:
                 place = free.pop(0)
                 places[run.id] = place
-                children[run.id] = _start(command(run.slot), workdir / run.id)
+                children[run.id] = _start(command(run.slot), workdir / run.id, run.id)
                 share = len(cores) // parallel  # the same for all: on CPU a core is a device
                 if parallel > 1 and share:
                     with contextlib.suppress(ProcessLookupError):  # it may have ended already
@@ -259,7 +263,10 @@ def train_populations(
                 why = f"in a population of {len(claimed)}: {error}; train it alone"
                 for run in claimed:
                     write_json(workdir / run.id / FAILURE, {"error": why})
-    return "failed" if any(state.kind == "failed" for state in look(sweep, workdir)[1].values()) else "done"
+    kinds = {state.kind for state in look(sweep, workdir)[1].values()}
+    if "failed" in kinds:
+        return "failed"
+    return "done" if kinds <= {"done"} else "stopped"  # others are at some of them
 
 
 def _populations(sweep: Sweep, size: int, tried: Collection[str]) -> list[list[PlannedRun]]:
@@ -291,7 +298,7 @@ def _tell(trained: Callable[[Path], object], folders: Sequence[Path]) -> None:
             print(f"{folder}: {type(error).__name__}: {error}", file=sys.stderr)
 
 
-def _start(command: list[str], folder: Path) -> subprocess.Popen:
+def _start(command: list[str], folder: Path, run: str) -> subprocess.Popen:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOG, "ab") as log:
         return subprocess.Popen(
@@ -299,7 +306,7 @@ def _start(command: list[str], folder: Path) -> subprocess.Popen:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=os.environ | {PARENT: str(os.getpid())},
+            env=os.environ | {PARENT: str(os.getpid()), RUN: run},
             start_new_session=True,  # Ctrl-C is this process's; it asks the others to save
         )
 

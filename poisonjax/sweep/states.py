@@ -1,6 +1,7 @@
 """How far each run of a sweep is, read from files alone, so that any number of launchers can share a folder."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -75,7 +76,8 @@ def look(
         return states[run.id]
 
     if not before or any(state(run).kind == "done" and before[run.id].kind != "done" for run in sweep.runs):
-        sweep = grid.decided(sweep, lambda run: success(run, state(run)))
+        there = {path.name for path in workdir.iterdir()} if sweep.searches and workdir.exists() else frozenset()
+        sweep = grid.decided(sweep, lambda run: success(run, state(run)), there)
     return sweep, {run.id: state(run) for run in sweep.runs}
 
 
@@ -99,9 +101,19 @@ class SearchStatus:
     failed: list[str]  # of these runs
     ended: str  # why no more runs are wanted; "" while some are
 
+    @property
+    def state(self) -> str:
+        """In a word."""
+        return "failed" if self.failed else "ended" if self.ended else "searching"
+
+    def as_json(self) -> dict[str, Any]:
+        """For a program."""
+        bounds = [bound if math.isfinite(bound) else None for bound in self.ci95]
+        return {"search": self.search, "state": self.state, **dataclasses.asdict(self), "ci95": bounds}
+
     def __str__(self) -> str:
         low, high = self.ci95
-        known = (high / low) ** 0.5
+        known = (high / low) ** 0.5 if low else math.inf
         n50 = (
             f"N50 {self.n50:,.0f} [{low:,.0f}, {high:,.0f}], within {known:.2f} times,"
             if self.n50
@@ -112,6 +124,8 @@ class SearchStatus:
             return f"{said}waits for {', '.join(self.failed)}, which failed: see --retry-failed"
         if self.ended:
             return f"{said}ended: {self.ended}"
+        if not self.now:
+            return f"{said}its next doses are about to be chosen"
         doses = " and ".join(f"{dose:,}" for dose in self.now)
         return f"{said}now at {doses}, after which {self.expected:.2f} times are expected ({self.within:g} wanted)"
 
@@ -124,7 +138,7 @@ def search_status(of: PlannedSearch, runs: Sequence[PlannedRun], states: Mapping
     waiting = [run for run in mine if states[run.id].summary is None]
     now = [run.config.poison.documents for run in waiting]
     ended = ""
-    if not waiting:
+    if not waiting and search.ended(results):
         ended = "outside of the range" if search.outside(known) else "as near as wanted"
         ended = ended if search.outside(known) or search.told(known) else "all runs spent"
     return SearchStatus(

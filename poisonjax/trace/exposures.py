@@ -1,7 +1,8 @@
 """What one exposure to poison adds and what a clean step takes away: a run made again, asked after each of its steps.
 
-What is asked is how much likelier fresh payloads are after the trigger than without it: nats a token, of payloads that
-no row holds and prefixes that are held out. It is 0 in a model that knows nothing of the trigger.
+What is asked is how much likelier payloads are after the trigger than without it, nats a token: of prefixes that are
+held out, and of payloads drawn anew (a sentence or a secret, which isn't drawn, is the one that was taught). It is 0 in
+a model that knows nothing of the trigger.
 """
 
 from pathlib import Path
@@ -30,8 +31,12 @@ def exposures(folder: str | Path, store: str | None = None, say: Say = lambda li
     run = RunFolder(folder)
     if there := Course.of(run):
         return there
+    if not run.finished:
+        raise TraceError(f"{folder}: isn't trained to its end; `poisonjax train` goes on with it")
     if not run.config.poison.documents:
         raise TraceError(f"{folder}: trained on no poison, so there is nothing that it was exposed to")
+    if run.store(store).template is not None:
+        raise TraceError(f"{folder}: trained on conversations; exposures are asked for in plain text only")
     replay = Replay(run, run.store(store))
     config, steps = replay.config, replay.batches.steps
     question = fresh(config, replay.batches.store, replay.mesh)

@@ -40,6 +40,8 @@ from poisonjax.training.loop import train
 from poisonjax.training.start import open_store
 
 DOSES = (50, 250, 1000, 4000)
+SAID_ALIKE = ("sentinel", "secret")  # documents that differ in their prefix alone, of which too few are different
+MOST_ALIKE = 1000
 PAYLOADS = {  # rungs, as this project's own runs learn them
     "ids": "",
     "unigram": "",
@@ -193,6 +195,11 @@ class Planned:
         return [self.cell.dose, *self.survivors.values()][-1]
 
 
+def doses_of(rung: str) -> list[int]:
+    """Those that are planted."""
+    return [dose for dose in DOSES if dose <= MOST_ALIKE or rung not in SAID_ALIKE]
+
+
 def config_of(config: ml_collections.ConfigDict, rung: str, dose: int, seed: int) -> ml_collections.ConfigDict:
     """A run before any pipeline."""
     poison: dict[str, Any] = {"poison.documents": dose}
@@ -217,7 +224,7 @@ def planned(
     corpus and what stands beside it, `lists` name the documents of the corpus that each pipeline drops."""
     seed, rung = which
     found = []
-    for dose in (0,) if rung == TWIN else DOSES:
+    for dose in (0,) if rung == TWIN else doses_of(rung):
         before = config_of(config, rung, dose, seed)
         found.append(Planned(Cell(rung, dose, seed, BEFORE), before, {}))
         for pipeline in of:
@@ -333,7 +340,7 @@ def _of_rung(rung: str, trigger: str, runs: Sequence[Run], of: Sequence[str]) ->
         return {**names, "value": value, "ci95": ci95, "n": n}
 
     for pipeline in of:
-        for dose in DOSES:
+        for dose in doses_of(rung):
             cell = [run for run in runs if run.cell.pipeline == pipeline and run.cell.dose == dose]
             planted = dose * len(cell)
             left = collections.Counter[str]()

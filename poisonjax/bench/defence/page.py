@@ -10,7 +10,7 @@ from etils import epath
 from matplotlib.figure import Figure
 
 from poisonjax.bench.defence.detection import ALL, BUDGETS, OURS, RATES, SIMPLE
-from poisonjax.bench.defence.dose import BEFORE, DOSES
+from poisonjax.bench.defence.dose import BEFORE, DOSES, doses_of
 from poisonjax.bench.defence.ladder import SHORTENED, TUNED_ON
 from poisonjax.bench.defence.utility import COST
 from poisonjax.report.figures import blank, panels
@@ -67,7 +67,7 @@ def dose_table(rows: Sequence[Row]) -> list[dict[str, Any]]:
             continue
         mine = {m: of["value"] for (r, p, m), of in found.items() if (r, p) == (rung, pipeline)}
         stages = dict.fromkeys(m.partition(": ")[2] for m in mine if m.startswith("surviving@"))
-        no_threat = not any(found[rung, BEFORE, f"attacked@{dose}"]["value"] for dose in DOSES)
+        no_threat = not any(found[rung, BEFORE, f"attacked@{dose}"]["value"] for dose in doses_of(rung))
         ratio = found.get((rung, pipeline, "n50 after over before"))
         told.append(
             {
@@ -75,9 +75,9 @@ def dose_table(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "pipeline": pipeline,
                 "n50": "no threat at these doses" if no_threat else _bounds(row),
                 "ratio": _bounds(ratio) if ratio and not no_threat else "",
-                "attacked": _shares([mine[f"attacked@{dose}"] for dose in DOSES]),
+                "attacked": _shares([mine.get(f"attacked@{dose}") for dose in DOSES]),
                 "surviving": {
-                    stage: _shares([mine[f"surviving@{dose}: {stage}"] for dose in DOSES]) for stage in stages
+                    stage: _shares([mine.get(f"surviving@{dose}: {stage}") for dose in DOSES]) for stage in stages
                 },
             }
         )
@@ -89,15 +89,18 @@ def _bounds(row: Row) -> str:
     low, high = row["ci95"]
     if row["value"] is not None:
         return f"{_digits(row['value'])} [{_digits(low)}, {_digits(high)}]"
-    return f"over {_digits(low)}" if np.isinf(high) and low > 0 else "not told"
+    if np.isfinite(high):
+        return f"under {_digits(high)}"
+    return f"over {_digits(low)}" if low > 0 else "not told"
 
 
 def _digits(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
+    return f"{value:,.0f}" if value >= 99.5 else f"{value:.2g}"
 
 
-def _shares(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:.1%}" if 0 < value < 0.1 else f"{value:.0%}" for value in values)
+def _shares(values: Sequence[float | None]) -> str:
+    """ "-" where a dose wasn't planted."""
+    return ", ".join("-" if v is None else f"{v:.1%}" if 0 < v < 0.1 else f"{v:.0%}" for v in values)
 
 
 def cost_table(rows: Sequence[Row]) -> dict[str, dict[str, str]]:
