@@ -156,5 +156,6 @@ def _dose(rows: Sequence[Row]) -> Figure:
         one.set_xscale("log")
         one.set_title(rung, fontsize=9)
         one.set_ylim(-0.05, 1.05)
-    axes[0].legend(frameon=False, fontsize=7)
+    quietest = min(range(len(rungs)), key=lambda i: max(row["value"] for row in of if row["rung"] == rungs[i]))
+    axes[quietest].legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="upper left")
     return figure
