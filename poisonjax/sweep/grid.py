@@ -49,7 +49,7 @@ class PlannedRun:
     fields: Point
     config: ml_collections.ConfigDict
     fingerprint: str  # of the config; a launcher compares it at every look at the folder
-    slot: int  # its number in a job array, where runs whose dose isn't chosen yet have theirs; -1: it has none
+    slot: int  # its number in a job array, where runs whose dose isn't chosen yet have theirs
     search: str = ""  # id of the search that it belongs to
     round: int = 0  # of that: runs whose doses were chosen together
 
@@ -234,7 +234,10 @@ def decided(sweep: Sweep, success: Callable[[PlannedRun], bool | None], there: C
     runs = [run for run in sweep.runs if not run.search]
     for of in sweep.searches:
         runs += _decided(sweep, of, success, there)
-    return dataclasses.replace(sweep, runs=sorted(runs, key=lambda run: (run.slot < 0, run.slot)))
+    within = sorted((run for run in runs if run.slot >= 0), key=lambda run: run.slot)
+    more = [run for run in runs if run.slot < 0]  # of a larger budget than now
+    more = [dataclasses.replace(run, slot=slot) for slot, run in enumerate(more, sweep.slots)]
+    return dataclasses.replace(sweep, runs=[*within, *more])
 
 
 def _decided(

@@ -79,10 +79,10 @@ def train_one(
     """
     from poisonjax.training.stop import LostProcess, Preempted
 
-    if not 0 <= index < sweep.slots:
-        raise SweepError(f"--index {index}: {sweep.spec} has runs 0 to {sweep.slots - 1}")
     sweep, states = look(sweep, workdir)
     run = next((run for run in sweep.runs if run.slot == index), None)
+    if run is None and not 0 <= index < sweep.slots:
+        raise SweepError(f"--index {index}: {sweep.spec} has runs 0 to {sweep.slots - 1}")
     if (meant := os.environ.get(RUN)) and meant != (run and run.id):
         raise SweepError(
             f"--index {index}: {meant} was to be trained, but {sweep.spec} was changed since the sweep was started; "
