@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import scipy.stats
 from jaxtyping import Float
+from scipy.special import logsumexp
 
 from poisonjax.analysis.dose_response import SLOPE_PRIOR, SLOPES
 
@@ -89,7 +90,10 @@ class Search:
 
     def known(self, results: Sequence[Result]) -> "Known":
         """What the results say of N50; a bound at the edge of what was thought possible is none, 0 or infinite."""
-        below, edge = np.cumsum(self._posterior(results).sum(1)), (1 - LEVEL) / 2
+        return self._told_by(self._posterior(results))
+
+    def _told_by(self, posterior: Float[np.ndarray, "n50s slopes"]) -> "Known":
+        below, edge = np.cumsum(posterior.sum(1)), (1 - LEVEL) / 2
         low, middle, high = (int(np.searchsorted(below, at)) for at in (edge, 0.5, 1 - edge))
         bounds = (
             math.exp(self._log_n50[low]) if low > 0 else 0.0,
@@ -129,13 +133,20 @@ class Search:
         distance = math.log(dose) - self._log_n50
         return 1 / (1 + np.exp(-np.clip(distance[:, None] * self._slopes, -500, 500)))
 
-    def _posterior(self, results: Sequence[Result]) -> Float[np.ndarray, "n50s slopes"]:
-        mean, spread = SLOPE_PRIOR
-        prior = -(((np.log(self._slopes) - mean) / spread) ** 2) / 2
-        log = np.broadcast_to(prior, (len(self._log_n50), len(self._slopes))).copy()
+    def _log_likelihood(self, results: Sequence[Result]) -> Float[np.ndarray, "n50s slopes"]:
+        log = np.zeros((len(self._log_n50), len(self._slopes)))
         for dose, success in sorted(results):
             away = (math.log(dose) - self._log_n50)[:, None] * self._slopes
             log -= np.logaddexp(0, -away if success else away)
+        return log
+
+    def _posterior(
+        self, results: Sequence[Result], log_slopes: Float[np.ndarray, " slopes"] | float = 0.0
+    ) -> Float[np.ndarray, "n50s slopes"]:
+        """`log_slopes`: what else says of the slopes, beside their prior."""
+        mean, spread = SLOPE_PRIOR
+        prior = -(((np.log(self._slopes) - mean) / spread) ** 2) / 2
+        log = self._log_likelihood(results) + prior + log_slopes
         weights = np.exp(log - log.max())
         return weights / weights.sum()
 
@@ -153,3 +164,12 @@ class Known:
 
     n50: float
     ci95: tuple[float, float]
+
+
+def known_together(searches: Sequence[tuple[Search, Sequence[Result]]]) -> list[Known]:
+    """What several searches and their results say of N50, as the report has it: one slope for all of them."""
+    of_slopes = [logsumexp(search._log_likelihood(results), axis=0) for search, results in searches]
+    return [
+        search._told_by(search._posterior(results, sum(of_slopes) - mine))
+        for (search, results), mine in zip(searches, of_slopes, strict=True)
+    ]

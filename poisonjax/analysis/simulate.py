@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from poisonjax.analysis.adaptive import Result, Search
+from poisonjax.analysis.adaptive import Result, Search, known_together
 from poisonjax.analysis.dose_response import LAWS, Law, Trials, best_law, contrasts, doses, exponents, held_out
 from poisonjax.streams import stream
 
@@ -161,7 +161,7 @@ def scores(cells: Sequence[Cell], design: Design, law: Law, slope: float, studie
             [(d, tokens[c], params[c], success, run, condition[c]) for run, (c, d, success) in enumerate(every)]
         )
         if design is by_search:  # as the report tells those
-            known = [of.known(mine) for of, mine in zip(searches, results, strict=True)]
+            known = known_together([*zip(searches, results, strict=True)])
             told = [(np.exp(at), of.n50, of.ci95) for at, of in zip(log_n50, known, strict=True)]
         else:
             told = [(np.exp(at), of.n50, of.n50_ci95) for at, of in zip(log_n50[order], doses(trials), strict=True)]

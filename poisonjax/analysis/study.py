@@ -247,7 +247,9 @@ def _searched(cell: CellDose, searched: Mapping[Place, Known]) -> CellDose:
         return cell
     low, high = known.ci95
     n50 = known.n50 if low > 0 and math.isfinite(high) else math.nan
-    return dataclasses.replace(cell, n50=n50, n50_ci95=known.ci95)
+    moved = known.n50 / cell.n50  # N90 lies as far above as the slope of all runs says
+    n90_ci95 = (cell.n90_ci95[0] * moved, cell.n90_ci95[1] * moved) if moved > 0 else (0.0, math.inf)
+    return dataclasses.replace(cell, n50=n50, n50_ci95=known.ci95, n90=cell.n90 * moved, n90_ci95=n90_ci95)
 
 
 def _scale_words(unit: str, powers: list[Exponent]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from etils import epath
 
-from poisonjax.analysis.adaptive import Known
+from poisonjax.analysis.adaptive import Known, Result, Search, known_together
 from poisonjax.analysis.dose_response import LEAD, MARGIN
 from poisonjax.analysis.estimators import ESTIMATORS
 from poisonjax.analysis.mechanism import PREDICTED, Prediction, off, predictions
@@ -162,16 +162,16 @@ def write(sweep: Sweep, workdir: Path) -> Study:
 
 
 def _searched(sweep: Sweep, runs: list[Outcome], conditions: Conditions) -> dict[Place, Known]:
-    """What each search knows of its cell."""
-    found: dict[Place, Known] = {}
+    """What the searches know together of their cells."""
     by_id = {o.id: (condition, o) for condition, o in zip(conditions.of_run, runs, strict=True)}
+    found: dict[Place, tuple[Search, list[Result]]] = {}
     for of in sweep.searches:
         mine = [by_id[run.id] for run in sweep.runs if run.search == of.id and run.id in by_id]
         if mine:
             condition, o = mine[0]
             results = [(o.config["poison.documents"], o.attacked) for _, o in mine]
-            found[condition, o.summary["params"], o.summary["tokens"]] = of.search.known(results)
-    return found
+            found[condition, o.summary["params"], o.summary["tokens"]] = (of.search, results)
+    return dict(zip(found, known_together([*found.values()]), strict=True))
 
 
 def finite(value: Any) -> Any:

@@ -18,6 +18,7 @@ from poisonjax.report.figures import blank, panels
 
 STYLES = ("-", "--", ":", "-.")
 TWO_COLUMNS = 42  # characters of a name in a legend
+MOST_TICKS = 10  # of an axis, that can be told apart
 
 
 Cell = tuple[int, float, float]  # condition, parameters, tokens
@@ -64,6 +65,15 @@ def short(number: float) -> str:
     return f"{number:.3g}"
 
 
+def _dose_axis(axes: Any, doses: Sequence[float]) -> None:
+    """A tick at each dose, where there is room."""
+    if len(doses) > MOST_TICKS:
+        _log_axis(axes.xaxis)
+        return
+    axes.set_xticks(doses, [short(dose) for dose in doses])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
 def _log_axis(axis: Any) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     axis.set_minor_formatter(NullFormatter())
@@ -103,8 +113,7 @@ def dose_response(analysis: Analysis) -> Figure:
             slope = math.log(9) / math.log(fitted.n90 / fitted.n50)
             xs = np.geomspace(levels[0] / 1.3, levels[-1] * 1.3, 200)
             axes.plot(xs, 1 / (1 + (xs / fitted.n50) ** -slope), label=look.name(*place), **style)
-    axes.set_xticks(doses, [short(dose) for dose in doses])
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    _dose_axis(axes, doses.tolist())
     if analysis.cells:
         _legend(figure)
     return figure
@@ -152,8 +161,7 @@ def gaps(runs: Sequence[Outcome], conditions: Conditions) -> Figure:
     all_doses = sorted({o.config["poison.documents"] for mine in cells.values() for o in mine})
     for axes in beside.values():
         if len(beside) == 1:
-            axes.set_xticks(all_doses, [short(dose) for dose in all_doses])
-            axes.xaxis.set_minor_formatter(NullFormatter())
+            _dose_axis(axes, all_doses)
         else:
             _log_axis(axes.xaxis)
     _legend(figure)
