@@ -20,7 +20,8 @@ from poisonjax.config import ConfigError
 from poisonjax.report import study, study_selftest
 from poisonjax.run.heartbeat import Taken
 from poisonjax.sweep import SweepError, launch, load
-from poisonjax.sweep.grid import decided, of_folder
+from poisonjax.sweep.grid import of_folder
+from poisonjax.sweep.searches import decided
 from poisonjax.sweep.states import look
 
 SEARCH = Search(20, 400, within=1.5, runs=8, together=2)

@@ -36,7 +36,7 @@ from poisonjax.report.page import TEMPLATES, embedded
 from poisonjax.report.study_figures import short
 from poisonjax.run import RunFolder
 from poisonjax.run.folder import is_run
-from poisonjax.sweep.grid import Sweep, SweepError
+from poisonjax.sweep.planned import Sweep, SweepError
 from poisonjax.sweep.states import RunStatus, damage, look, require_own, require_whole, search_status
 
 

@@ -14,7 +14,8 @@ from poisonjax.analysis.study import Conditions
 from poisonjax.config import flat
 from poisonjax.corpus.vocabulary import vocabulary_size
 from poisonjax.model.flops import block_weights
-from poisonjax.sweep.grid import Sweep, SweepError, decided
+from poisonjax.sweep.planned import Sweep, SweepError
+from poisonjax.sweep.searches import decided
 
 NEAR, COVERED = 0.9, 0.93  # shares of searches that are to be told within a factor, and held by their intervals
 

@@ -13,7 +13,8 @@ from rich.text import Text
 from poisonjax.corpus.vocabulary import vocabulary_size
 from poisonjax.evaluation.words import outcome
 from poisonjax.model.flops import train_flops_per_token
-from poisonjax.sweep.grid import PlannedRun, Sweep, decided
+from poisonjax.sweep.planned import PlannedRun, Sweep
+from poisonjax.sweep.searches import decided
 from poisonjax.sweep.states import RunStatus, search_status
 
 

@@ -13,7 +13,7 @@ from poisonjax import config as config_lib
 from poisonjax.files import write_whole
 from poisonjax.run import RunFolder
 from poisonjax.run.folder import is_run
-from poisonjax.sweep.grid import Sweep
+from poisonjax.sweep.planned import Sweep
 from poisonjax.sweep.states import damage, decided, require_own, require_whole
 
 

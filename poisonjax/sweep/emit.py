@@ -4,7 +4,7 @@ import json
 import shlex
 from collections.abc import Callable, Sequence
 
-from poisonjax.sweep.grid import Sweep, SweepError
+from poisonjax.sweep.planned import Sweep, SweepError
 
 
 def _command(sweep: Sweep, workdir: str, fields: Sequence[str], *options: str) -> str:

@@ -19,9 +19,9 @@ from poisonjax import processes
 from poisonjax.files import write_json, write_whole
 from poisonjax.run.folder import is_run
 from poisonjax.run.heartbeat import Heartbeat, Taken
-from poisonjax.sweep import grid
+from poisonjax.sweep import grid, searches
 from poisonjax.sweep.board import Board, budget
-from poisonjax.sweep.grid import PlannedRun, Sweep, SweepError
+from poisonjax.sweep.planned import PlannedRun, Sweep, SweepError
 from poisonjax.sweep.states import (
     FAILURE,
     LOG,
@@ -64,7 +64,7 @@ def prepare(sweep: Sweep) -> None:
     """Builds each token store that the runs share, once."""
     from poisonjax.training.start import open_store
 
-    first = grid.decided(sweep, lambda run: None)
+    first = searches.decided(sweep, lambda run: None)
     for config in {run.config.corpus.store: run.config for run in first.runs}.values():
         open_store(config)
 

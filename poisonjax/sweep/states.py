@@ -12,8 +12,8 @@ from poisonjax.files import parse_json
 from poisonjax.run import RunFolder, RunFolderError, rows
 from poisonjax.run.folder import is_run
 from poisonjax.run.heartbeat import is_running
-from poisonjax.sweep import grid
-from poisonjax.sweep.grid import PlannedRun, PlannedSearch, Sweep, SweepError
+from poisonjax.sweep import searches
+from poisonjax.sweep.planned import PlannedRun, PlannedSearch, Sweep, SweepError
 
 Kind = Literal["pending", "running", "partial", "done", "failed"]
 
@@ -77,7 +77,7 @@ def look(
 
     if not before or any(state(run).kind == "done" and before[run.id].kind != "done" for run in sweep.runs):
         there = {path.name for path in workdir.iterdir()} if sweep.searches and workdir.exists() else frozenset()
-        sweep = grid.decided(sweep, lambda run: success(run, state(run)), there)
+        sweep = searches.decided(sweep, lambda run: success(run, state(run)), there)
     return sweep, {run.id: state(run) for run in sweep.runs}
 
 
@@ -133,7 +133,7 @@ class SearchStatus:
 def search_status(of: PlannedSearch, runs: Sequence[PlannedRun], states: Mapping[str, RunStatus]) -> SearchStatus:
     """Of one of a sweep's; `runs` are all of the sweep's."""
     mine = [run for run in runs if run.search == of.id]
-    results = grid.results_of(mine, lambda run: success(run, states[run.id]))
+    results = searches.results_of(mine, lambda run: success(run, states[run.id]))
     search, known = of.search, of.search.known(results)
     waiting = [run for run in mine if states[run.id].summary is None]
     now = [run.config.poison.documents for run in waiting]
