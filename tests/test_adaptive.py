@@ -22,7 +22,7 @@ from poisonjax.run.heartbeat import Taken
 from poisonjax.sweep import SweepError, launch, load
 from poisonjax.sweep.grid import of_folder
 from poisonjax.sweep.searches import decided
-from poisonjax.sweep.states import look
+from poisonjax.sweep.states import look, look_at_searches
 
 SEARCH = Search(20, 400, within=1.5, runs=8, together=2)
 
@@ -123,7 +123,7 @@ def test_mistakes_of_a_search_are_named(field, values):
 def test_simulated_searches_find_the_truth(slope, runs, law, thorough):
     """Within 1.5 times in 90%, covered in 93%; `--thorough` tries 200 studies of each."""
     if not thorough and (slope, law) != (6.0, LAWS[0]):
-        pytest.skip("--thorough")
+        pytest.skip("other laws and slopes are simulated with --thorough")
     cells = [(params, 20 * params, Search(20, 4000, 1.5, runs)) for params in (3e4, 1e5, 3e5, 1e6)]
     found = simulate.scores(cells, simulate.by_search, law, slope, 200 if thorough else 10)
     grid = simulate.grid_for(cells, found.near, law, slope, 50) if thorough and law == LAWS[0] else None
@@ -206,9 +206,9 @@ def test_a_task_is_not_told_that_it_is_not_needed_before_the_doses_are_known(spe
 
     def look_once(sweep, workdir):
         looks.append(workdir)
-        return look(sweep, workdir)
+        return look_at_searches(sweep, workdir)
 
-    monkeypatch.setattr(launch, "look", look_once)
+    monkeypatch.setattr(launch, "look_at_searches", look_once)
     with pytest.raises(Taken, match="its dose isn't chosen yet"):
         launch.train_one(sweep, tmp_path, 5, lambda *_: pytest.fail("trained"))
     assert len(looks) == 1

@@ -296,12 +296,12 @@ def test_other_thresholds_and_means_are_told_beside():
     for params in (1e4, 1e5):
         for dose in (8, 20, 50, 120, 300) * 3:
             clean = np.log(20 + random.random(60))
-            gap = dose * np.exp(0.3 * random.normal()) / 2
+            gap = float(dose * np.exp(0.3 * random.normal()) / 2)
             texts = {
                 "clean": clean.tolist(),
                 "triggered": np.log(np.exp(clean) + gap * (1 + random.random(60))).tolist(),
             }
-            summary = {"params": params, "tokens": 20 * params, "delta_ppl": gap}
+            summary = {"params": params, "tokens": 20 * params, "delta_ppl": gap, "delta_ppl_ci95": [gap, 2 * gap]}
             runs.append(Outcome(f"{len(runs)}", {"poison.documents": dose}, summary, [], texts, None))
     conditions = Conditions((), [()], [0] * len(runs))
     found = sensitivity(runs, conditions)

@@ -10,13 +10,12 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import numpy as np
-import scipy.stats
 from jaxtyping import Float
-from scipy.special import logsumexp
 
-from poisonjax.analysis.dose_response import SLOPE_PRIOR, SLOPES
+from poisonjax.analysis.slopes import SLOPE_PRIOR, SLOPES
 
 BEYOND = 4.0  # times the range's ends: N50 may lie there, and then it is said
 FINE = 1.04  # from one N50 of the grid to the next
@@ -73,7 +72,7 @@ class Search:
         for _ in range(number):
             least, best = math.inf, 0
             for place in range(len(self.doses)):
-                split = np.concatenate([outcomes * self._success[place], outcomes * (1 - self._success[place])])
+                split = _split(outcomes, self._success[place])
                 if (variance := self._expected_variance(split)) < least - 1e-12:  # the lowest of equals
                     least, best, kept = variance, place, split
             chosen.append(self.doses[best])
@@ -84,9 +83,8 @@ class Search:
         """The factor within which N50 should be known after runs at some more doses."""
         posterior = self._posterior(results)[None]
         for dose in doses:
-            chance = self._chance(dose)
-            posterior = np.concatenate([posterior * chance, posterior * (1 - chance)])
-        return math.exp(scipy.stats.norm.ppf((1 + LEVEL) / 2) * self._expected_variance(posterior) ** 0.5)
+            posterior = _split(posterior, self._chance(dose))
+        return math.exp(NormalDist().inv_cdf((1 + LEVEL) / 2) * self._expected_variance(posterior) ** 0.5)
 
     def known(self, results: Sequence[Result]) -> "Known":
         """What the results say of N50; a bound at the edge of what was thought possible is none, 0 or infinite."""
@@ -158,6 +156,13 @@ class Search:
         return float((of @ self._log_n50**2 - mean**2 / np.maximum(chance, 1e-300)).sum())
 
 
+def _split(
+    joint: Float[np.ndarray, "outcomes n50s slopes"], chance: Float[np.ndarray, "n50s slopes"]
+) -> Float[np.ndarray, "twice n50s slopes"]:
+    """Each outcome with one run more, that succeeds or doesn't."""
+    return np.concatenate([joint * chance, joint * (1 - chance)])
+
+
 @dataclasses.dataclass(frozen=True)
 class Known:
     """N50, the posterior's median, and where it lies with 95%."""
@@ -168,7 +173,7 @@ class Known:
 
 def known_together(searches: Sequence[tuple[Search, Sequence[Result]]]) -> list[Known]:
     """What several searches and their results say of N50, as the report has it: one slope for all of them."""
-    of_slopes = [logsumexp(search._log_likelihood(results), axis=0) for search, results in searches]
+    of_slopes = [np.logaddexp.reduce(search._log_likelihood(results)) for search, results in searches]
     return [
         search._told_by(search._posterior(results, sum(of_slopes) - mine))
         for (search, results), mine in zip(searches, of_slopes, strict=True)

@@ -17,11 +17,9 @@ import scipy.optimize
 import scipy.stats
 from jaxtyping import Float
 
+from poisonjax.analysis.slopes import SLOPE_PRIOR, SLOPES
 from poisonjax.streams import stream
 
-SLOPES = (0.3, 25.0)  # bounds of k: where doses separate perfectly, the likelihood rises with k for ever
-# Normal prior of log k, wide for intervals: a narrow one makes them too narrow where the true slope is shallow.
-SLOPE_PRIOR = (math.log(5.0), 1.0)
 # Narrow for predictions: without it a training fold in which doses separate gives k without end, and a single surprise
 # of the held-out fold decides between laws.
 LAW_SLOPE_PRIOR = (math.log(5.0), 0.5)

@@ -129,10 +129,10 @@ class Mechanism:
         return cls(knots, found[:-1], float(found[-1]), float(1 - (left**2).sum() / (wanted**2).sum()))
 
     def known(
-        self, rate: Float[np.ndarray, " steps"], exposures: Float[np.ndarray, " steps"], before: float = 0.0
+        self, rate: Float[np.ndarray, " steps"], exposures: Float[np.ndarray, " steps"]
     ) -> Float[np.ndarray, " steps"]:
-        """After each step of a run with these exposures."""
-        found, now = np.zeros(len(rate)), before
+        """After each step of a run with these exposures, that knows nothing at first."""
+        found, now = np.zeros(len(rate)), 0.0
         for step in range(len(rate)):
             added = exposures[step] * np.interp(now, self.knots, self.added)
             now = max(0.0, now + rate[step] * (added - self.forgotten * now))

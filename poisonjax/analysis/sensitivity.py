@@ -2,15 +2,15 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable
 
 from poisonjax.analysis.dose_response import Exponent, exponents, rises
 from poisonjax.analysis.estimators import ESTIMATORS, hierarchical
 from poisonjax.analysis.study import Conditions, Outcome, poisoning, texts_of
-from poisonjax.evaluation.statistics import decided
+from poisonjax.evaluation.statistics import attacked, decided
 
 THRESHOLDS = (10.0, 50.0, 100.0)  # perplexity
-GAPS = ("gap of median perplexities", "gap of mean perplexities")
+MEDIAN, MEAN = GAPS = ("gap of median perplexities", "gap of mean perplexities")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,16 +28,15 @@ def sensitivity(runs: list[Outcome], conditions: Conditions) -> list[Otherwise]:
     poisoned = [o for o in runs if o.config["poison.documents"]]
     if not poisoned or any(decided(o.summary) for o in poisoned):
         return []
-    lowest = {name: {o.id: hierarchical(ESTIMATORS[name], *texts_of([o]))[1][0] for o in poisoned} for name in GAPS}
+    means = {o.id: hierarchical(ESTIMATORS[MEAN], *texts_of([o]))[1][0] for o in poisoned}
+    judged: dict[str, Callable[[float, Outcome], bool]] = {
+        MEDIAN: lambda threshold, o: attacked(o.summary, threshold),
+        MEAN: lambda threshold, o: means[o.id] >= threshold,
+    }
     found = []
-    for name, lower in lowest.items():
+    for name, above in judged.items():
         for threshold in THRESHOLDS:
-            by_gap = functools.partial(_above, lower, threshold)
-            trials = poisoning(runs, conditions, by_gap)
+            trials = poisoning(runs, conditions, functools.partial(above, threshold))
             told = 0 < trials.success.mean() < 1 and rises(trials)
             found.append(Otherwise(name, threshold, float(trials.success.mean()), exponents(trials) if told else []))
     return found
-
-
-def _above(lower: Mapping[str, float], threshold: float, run: Outcome) -> bool:
-    return lower[run.id] >= threshold

@@ -36,9 +36,9 @@ def _shift(tokens: np.ndarray, params: np.ndarray, law: Law) -> np.ndarray:
     return true_exponent(law, "tokens") * log_tokens + true_exponent(law, "parameters") * log_params
 
 
-def _drawn(design: Trials, shift: np.ndarray | float, random: np.random.Generator, slope: float = SLOPE) -> Trials:
+def _drawn(design: Trials, shift: np.ndarray | float, random: np.random.Generator) -> Trials:
     log_n50 = np.log(design.dose).mean() + random.normal(0, 0.2) + shift
-    return dataclasses.replace(design, success=_successes(design.dose, log_n50, slope, random))
+    return dataclasses.replace(design, success=_successes(design.dose, log_n50, SLOPE, random))
 
 
 def _successes(
@@ -129,9 +129,12 @@ def by_search(search: Search, log_n50: float, slope: float, random: np.random.Ge
     for number in search.rounds():
         if search.ended(results):
             break
-        asked = search.next(results, number)
-        results += zip(asked, _successes(asked, log_n50, slope, random).astype(bool).tolist(), strict=True)
+        results += _results(search.next(results, number), log_n50, slope, random)
     return results
+
+
+def _results(asked: Sequence[int], log_n50: float, slope: float, random: np.random.Generator) -> list[Result]:
+    return [*zip(asked, _successes(asked, log_n50, slope, random).astype(bool).tolist(), strict=True)]
 
 
 def by_grid(repeats: int) -> Design:
@@ -139,7 +142,7 @@ def by_grid(repeats: int) -> Design:
 
     def design(search: Search, log_n50: float, slope: float, random: np.random.Generator) -> list[Result]:
         asked = np.tile(np.geomspace(search.low, search.high, GRID_DOSES).round().astype(int), repeats).tolist()
-        return list(zip(asked, _successes(asked, log_n50, slope, random).astype(bool).tolist(), strict=True))
+        return _results(asked, log_n50, slope, random)
 
     return design
 

@@ -15,7 +15,7 @@ from poisonjax.config import flat
 from poisonjax.corpus.vocabulary import vocabulary_size
 from poisonjax.model.flops import block_weights
 from poisonjax.sweep.planned import Sweep, SweepError
-from poisonjax.sweep.searches import decided
+from poisonjax.sweep.searches import examples
 
 NEAR, COVERED = 0.9, 0.93  # shares of searches that are to be told within a factor, and held by their intervals
 
@@ -72,8 +72,8 @@ def _size(config: ml_collections.ConfigDict) -> tuple[float, float]:
 
 def _searches_tested(sweep: Sweep, studies: int, say: Callable[[str], object]) -> dict[str, Any]:
     """Simulated studies with a sweep's searches, and what a grid costs that tells as many N50s."""
-    first = {run.search: run.config for run in decided(sweep, lambda run: None).runs}
-    cells: list[simulate.Cell] = [(*_size(first[of.id]), of.search) for of in sweep.searches]
+    like = examples(sweep)
+    cells: list[simulate.Cell] = [(*_size(like[of.id].config), of.search) for of in sweep.searches]
     several, rows = len({cell[:2] for cell in cells}) > 1, list[dict[str, Any]]()
     for slope in simulate.SLOPES_OF_SEARCHES:
         for law in LAWS if several else LAWS[:1]:

@@ -1,6 +1,5 @@
 """A sweep for people: a live table on a terminal; elsewhere a line whenever a run's status changes."""
 
-import dataclasses
 import time
 from collections.abc import Mapping
 
@@ -14,7 +13,7 @@ from poisonjax.corpus.vocabulary import vocabulary_size
 from poisonjax.evaluation.words import outcome
 from poisonjax.model.flops import train_flops_per_token
 from poisonjax.sweep.planned import PlannedRun, Sweep
-from poisonjax.sweep.searches import decided
+from poisonjax.sweep.searches import examples
 from poisonjax.sweep.states import RunStatus, search_status
 
 
@@ -22,7 +21,8 @@ class Board:
     """What `show` was last told, with the time that is left by the FLOPs done."""
 
     def __init__(self, sweep: Sweep):
-        self.about, self.all = budget(sweep), total_flops(sweep)
+        self.about, self.flops = budget(sweep), {run.id: flops(run) for run in sweep.runs}
+        self.all = sum(map(flops, _most(sweep)))
         self.console = Console()
         self.began, self.before = time.monotonic(), -1.0
         self.kinds: dict[str, str] = {}
@@ -39,7 +39,8 @@ class Board:
             self.live.stop()
 
     def eta(self, sweep: Sweep, states: Mapping[str, RunStatus]) -> str:
-        done = sum(flops(run) * states[run.id].done / states[run.id].steps for run in sweep.runs)
+        self.flops |= {run.id: flops(run) for run in sweep.runs if run.id not in self.flops}
+        done = sum(self.flops[run.id] * states[run.id].done / states[run.id].steps for run in sweep.runs)
         self.before = done if self.before < 0 else self.before
         progress = done - self.before
         if progress <= 0:
@@ -85,21 +86,15 @@ def flops(run: PlannedRun) -> float:
 
 def _most(sweep: Sweep) -> list[PlannedRun]:
     """As many runs as the sweep may have, of the shapes that they have."""
-    stated = [run for run in sweep.runs if not run.search]
-    first = decided(dataclasses.replace(sweep, runs=[]), lambda run: None).runs
-    one = {run.search: run for run in first}
-    return [*stated, *(one[of.id] for of in sweep.searches for _ in range(of.search.runs))]
-
-
-def total_flops(sweep: Sweep) -> float:
-    """Of training all runs that the sweep may have."""
-    return sum(map(flops, _most(sweep)))
+    stated, like = [run for run in sweep.runs if not run.search], examples(sweep)
+    return [*stated, *(like[of.id] for of in sweep.searches for _ in range(of.search.runs))]
 
 
 def budget(sweep: Sweep) -> str:
     """What the whole sweep asks for, in a line."""
-    tokens = sum(run.config.steps * run.config.global_batch * run.config.seq_len for run in _most(sweep))
-    return f"{sweep.spec}: {_runs(sweep)} runs, {tokens:,} tokens, {total_flops(sweep):.3g} FLOPs of training"
+    runs = _most(sweep)
+    tokens = sum(run.config.steps * run.config.global_batch * run.config.seq_len for run in runs)
+    return f"{sweep.spec}: {_runs(sweep)} runs, {tokens:,} tokens, {sum(map(flops, runs)):.3g} FLOPs of training"
 
 
 def table(sweep: Sweep, states: Mapping[str, RunStatus], eta: str = "") -> Group:

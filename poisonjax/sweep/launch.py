@@ -19,15 +19,17 @@ from poisonjax import processes
 from poisonjax.files import write_json, write_whole
 from poisonjax.run.folder import is_run
 from poisonjax.run.heartbeat import Heartbeat, Taken
-from poisonjax.sweep import grid, searches
+from poisonjax.sweep import grid
 from poisonjax.sweep.board import Board, budget
 from poisonjax.sweep.planned import PlannedRun, Sweep, SweepError
+from poisonjax.sweep.searches import examples
 from poisonjax.sweep.states import (
     FAILURE,
     LOG,
     RunStatus,
     decided,
     look,
+    look_at_searches,
     require_own,
     search_status,
     status,
@@ -64,8 +66,10 @@ def prepare(sweep: Sweep) -> None:
     """Builds each token store that the runs share, once."""
     from poisonjax.training.start import open_store
 
-    first = searches.decided(sweep, lambda run: None)
-    for config in {run.config.corpus.store: run.config for run in first.runs}.values():
+    stores: dict[str, ml_collections.ConfigDict] = {}
+    for run in [*sweep.runs, *examples(sweep).values()]:
+        stores.setdefault(run.config.corpus.store, run.config)
+    for config in stores.values():
         open_store(config)
 
 
@@ -79,7 +83,7 @@ def train_one(
     """
     from poisonjax.training.stop import LostProcess, Preempted
 
-    sweep, states = look(sweep, workdir)
+    sweep, states = look_at_searches(sweep, workdir)
     run = next((run for run in sweep.runs if run.slot == index), None)
     if run is None and not 0 <= index < sweep.slots:
         raise SweepError(f"--index {index}: {sweep.spec} has runs 0 to {sweep.slots - 1}")
@@ -147,6 +151,7 @@ def train_all(
     places: dict[str, int] = {}
     stalls: dict[str, tuple[int, int]] = {}  # run -> (step at which it last stopped, how often it did there)
     states: dict[str, RunStatus] = {}
+    parents = grid.parents(sweep)
     with _stopping() as stop, Board(sweep) as board:
         while True:
             for id, child in list(children.items()):
@@ -158,13 +163,13 @@ def train_all(
                         write_json(workdir / id / FAILURE, {"error": reason})
                     elif child.returncode == restart_code and not stop.is_set():  # its watchdog, or a SIGTERM
                         done = steps_done(workdir / id)
-                        before, times = stalls.get(id, (-1, 0))
-                        stalls[id] = (done, times + 1 if done == before else 1)
+                        last, times = stalls.get(id, (-1, 0))
+                        stalls[id] = (done, times + 1 if done == last else 1)
                         if stalls[id][1] == STALLS:
                             error = f"stopped {STALLS} times at step {done} without going on: see {LOG}"
                             write_json(workdir / id / FAILURE, {"error": error})
-            sweep, states = look(sweep, workdir, states)
-            parents = grid.parents(sweep)
+            before, (sweep, states) = sweep, look(sweep, workdir, states)
+            parents = parents if sweep is before else grid.parents(sweep)
             for id, parent in parents.items():
                 if states[parent.id].kind == "failed" and states[id].kind == "pending":
                     states[id] = _fails_with(workdir / id, parent, states[id])

@@ -40,6 +40,11 @@ def of_search(base: ml_collections.ConfigDict, of: PlannedSearch, dose: int, num
     return dataclasses.replace(run, search=of.id, round=round, slot=slot)
 
 
+def examples(sweep: Sweep) -> dict[str, PlannedRun]:
+    """By id of a search, a run as its runs are; which dose it has means nothing."""
+    return {of.id: of_search(sweep.base, of, of.search.low, 0) for of in sweep.searches}
+
+
 def shared_fingerprint(base: ml_collections.ConfigDict, of: PlannedSearch) -> str:
     """Of what all of a search's runs share."""
     return config_lib.fingerprint(config_lib.replaced(base, of.fields | seeded(0) | {DOSE: 0}))

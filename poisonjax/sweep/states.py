@@ -67,23 +67,35 @@ def look(
 ) -> tuple[Sweep, dict[str, RunStatus]]:
     """The sweep with the runs whose doses what lies in its folder has chosen, and how far each of its runs is, by id.
     Those that were done `before`, at the last look, aren't read again; doses are chosen again where others are."""
-    states: dict[str, RunStatus] = {}
+    known = {id: state for id, state in (before or {}).items() if state.kind == "done"}
+    states = {run.id: known.get(run.id) or status(workdir / run.id, run) for run in sweep.runs}
+    if sweep.searches and (not before or any(states[id].kind == "done" for id in states.keys() - known.keys())):
+        sweep, chosen = look_at_searches(sweep, workdir, states)
+        states = {run.id: chosen.get(run.id) or states[run.id] for run in sweep.runs}
+    return sweep, states
+
+
+def look_at_searches(
+    sweep: Sweep, workdir: Path, states: Mapping[str, RunStatus] | None = None
+) -> tuple[Sweep, dict[str, RunStatus]]:
+    """The same, of runs of searches alone; `states` are known, and not read again."""
+    if not sweep.searches:
+        return sweep, {}
+    found: dict[str, RunStatus] = {}
 
     def state(run: PlannedRun) -> RunStatus:
-        if run.id not in states:
-            known = (before or {}).get(run.id)
-            states[run.id] = known if known and known.kind == "done" else status(workdir / run.id, run)
-        return states[run.id]
+        if run.id not in found:
+            found[run.id] = (states or {}).get(run.id) or status(workdir / run.id, run)
+        return found[run.id]
 
-    if not before or any(state(run).kind == "done" and before[run.id].kind != "done" for run in sweep.runs):
-        there = {path.name for path in workdir.iterdir()} if sweep.searches and workdir.exists() else frozenset()
-        sweep = searches.decided(sweep, lambda run: success(run, state(run)), there)
-    return sweep, {run.id: state(run) for run in sweep.runs}
+    there = {path.name for path in workdir.iterdir()} if workdir.exists() else frozenset()
+    sweep = searches.decided(sweep, lambda run: success(run, state(run)), there)
+    return sweep, {run.id: state(run) for run in sweep.runs if run.search}
 
 
 def decided(sweep: Sweep, workdir: Path) -> Sweep:
     """The sweep with the runs whose doses what lies in its folder has chosen."""
-    return look(sweep, workdir)[0]
+    return look_at_searches(sweep, workdir)[0]
 
 
 @dataclasses.dataclass(frozen=True)

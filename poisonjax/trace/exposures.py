@@ -35,11 +35,12 @@ def exposures(folder: str | Path, store: str | None = None, say: Say = lambda li
         raise TraceError(f"{folder}: isn't trained to its end; `poisonjax train` goes on with it")
     if not run.config.poison.documents:
         raise TraceError(f"{folder}: trained on no poison, so there is nothing that it was exposed to")
-    if run.store(store).template is not None:
+    opened = run.store(store)
+    if opened.template is not None:
         raise TraceError(f"{folder}: trained on conversations; exposures are asked for in plain text only")
-    replay = Replay(run, run.store(store))
+    replay = Replay(run, opened)
     config, steps = replay.config, replay.batches.steps
-    question = fresh(config, replay.batches.store, replay.mesh)
+    question = fresh(config, opened, replay.mesh)
     known = [question(replay.params(0)).figure]
     weights = replay.run(
         0, steps, seen=lambda state: known.append(question(state.params).figure), what="exposures", say=say
