@@ -171,9 +171,15 @@ class Known:
     ci95: tuple[float, float]
 
 
+def _log_sum(log: Float[np.ndarray, "n50s slopes"]) -> Float[np.ndarray, " slopes"]:
+    """Log of the sum over N50s of what `log` is the log of."""
+    highest = log.max(0)
+    return highest + np.log(np.exp(log - highest).sum(0))
+
+
 def known_together(searches: Sequence[tuple[Search, Sequence[Result]]]) -> list[Known]:
     """What several searches and their results say of N50, as the report has it: one slope for all of them."""
-    of_slopes = [np.logaddexp.reduce(search._log_likelihood(results)) for search, results in searches]
+    of_slopes = [_log_sum(search._log_likelihood(results)) for search, results in searches]
     return [
         search._told_by(search._posterior(results, sum(of_slopes) - mine))
         for (search, results), mine in zip(searches, of_slopes, strict=True)
