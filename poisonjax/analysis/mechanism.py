@@ -139,13 +139,12 @@ class Mechanism:
             found[step] = now
         return found
 
-    def dose(self, rate: Float[np.ndarray, " steps"], enough: float) -> float:
-        """Documents, evenly over a run that knows nothing at first, after which `enough` is known at its end; infinite
-        where MOST are too few."""
+    def dose(self, rate: Float[np.ndarray, " steps"], placed: Float[np.ndarray, " steps"], enough: float) -> float:
+        """Documents after which `enough` is known at the end of a run that knows nothing at first, if each step has
+        this share of them; infinite where MOST are too few."""
 
         def short(log_dose: float) -> float:
-            exposures = np.full(len(rate), math.exp(log_dose) / len(rate))
-            return float(self.known(rate, exposures)[-1]) - enough
+            return float(self.known(rate, math.exp(log_dose) * placed)[-1]) - enough
 
         low, high = 0.0, math.log(MOST)
         if short(high) < 0:
@@ -189,10 +188,11 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """N50 of a cell, from what the others' N50 and attacks are, and, by the mechanism, from its own courses."""
+    """N50 of a cell, from what the others' N50 and attacks are, and, by the mechanism, from courses."""
 
     cell: Cell
-    mechanism: float
+    mechanism: float  # as its own runs went on
+    pooled: float  # as the runs of all others went on
     constant: float
     fraction: float  # of the tokens
     shrinking: float  # a fraction that goes with a power of the parameters
@@ -202,7 +202,7 @@ class Prediction:
         return {name: math.log(getattr(self, name) / self.cell.n50) for name in PREDICTED}
 
 
-PREDICTED = ("mechanism", "constant", "fraction", "shrinking")
+PREDICTED = ("mechanism", "pooled", "constant", "fraction", "shrinking")
 FEWEST = 3  # cells, to predict one from the others
 
 
@@ -215,8 +215,9 @@ def off(predicted: Sequence[Prediction]) -> dict[str, float]:
 def predictions(cells: Sequence[Cell]) -> list[Prediction]:
     """Each cell that was asked and whose N50 is bounded, left out in turn; [] of too few.
 
-    The mechanism learns from the other cells how much must be known for an attack; from the cell itself how it learns
-    and forgets, but not its N50 or which of its runs succeeded.
+    The mechanism learns from the other cells how much must be known for an attack, and how models learn and forget from
+    them too (`pooled`) or from the cell itself; of this it is told how its learning rate goes and where documents are
+    put, but neither its N50 nor which of its runs succeeded.
     """
     bounded = [cell for cell in cells if math.isfinite(cell.n50)]
     if len(bounded) < FEWEST:
@@ -228,14 +229,17 @@ def predictions(cells: Sequence[Cell]) -> list[Prediction]:
         enough = enough_of(*map(list, zip(*ended, strict=True))) if ended else math.nan
         if not cell.courses or math.isnan(enough):
             continue
-        dose = Mechanism.fitted(cell.courses).dose(cell.courses[0].rate, enough)
+        placed = np.mean([of.exposures / of.exposed.sum() for of in cell.courses], axis=0)
+        learning = (cell.courses, [of for other in others for of in other.courses])
+        own, pooled = (Mechanism.fitted(of).dose(cell.courses[0].rate, placed, enough) for of in learning)
         logs = np.log([[other.n50, other.tokens, other.params] for other in others])
         shares = logs[:, 0] - logs[:, 1]
         power = np.polyfit(logs[:, 2], shares, 1) if len(set(logs[:, 2])) > 1 else np.array([0.0, shares.mean()])
         found.append(
             Prediction(
                 cell,
-                dose,
+                own,
+                pooled,
                 math.exp(logs[:, 0].mean()),
                 math.exp(shares.mean()) * cell.tokens,
                 math.exp(np.polyval(power, math.log(cell.params))) * cell.tokens,

@@ -154,6 +154,7 @@ def write(sweep: Sweep, workdir: Path) -> Study:
         lead=LEAD,
         known=KNOWN,
         otherwise=sensitivity(runs, conditions) if analyses[0].exponents else [],
+        predicted=off(predicted) if predicted else {},
         short=short,
     )
     write_whole(epath.Path(study.page), page)
