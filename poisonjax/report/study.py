@@ -137,7 +137,10 @@ def write(sweep: Sweep, workdir: Path) -> Study:
     worn = wears([run for run in there if run.finished])
     if shown := [wear for wear in worn if wear.ci95[0][0] > 0]:  # others had nothing to wear off
         drawn["persistence"] = study_figures.persistence(shown)
-    predicted = predictions(mechanism_cells(runs, conditions, analyses[0].cells))
+    cells = mechanism_cells(runs, conditions, analyses[0].cells)
+    if asked := [cell for cell in cells if cell.courses]:
+        drawn["courses"] = study_figures.courses(asked)
+    predicted = predictions(cells)
     study = Study(workdir / "report.html", len(sweep.runs), len(runs), analyses, worn, predicted)
     page = TEMPLATES.get_template("study.html").render(
         title=runs[0].config["name"] if len(sweep.runs) == 1 else sweep.spec,

@@ -1,7 +1,9 @@
 """Figures of a sweep's analysis. A colour is a number of parameters, a line style a number of tokens for each; where
 conditions are compared, a colour is a condition and a line style a size."""
 
+import itertools
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,15 +12,17 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from poisonjax.analysis import mechanism
 from poisonjax.analysis.dose_response import CellDose
 from poisonjax.analysis.persistence import Wear
 from poisonjax.analysis.study import Analysis, Conditions, Outcome
 from poisonjax.evaluation.statistics import decided
-from poisonjax.report.figures import blank, panels
+from poisonjax.report.figures import COLOURS, SIZE, blank, panels
 
 STYLES = ("-", "--", ":", "-.")
 TWO_COLUMNS = 42  # characters of a name in a legend
 MOST_TICKS = 10  # of an axis, that can be told apart
+ACROSS, WIDTH = 3, 34  # panels, characters of a title
 
 
 Cell = tuple[int, float, float]  # condition, parameters, tokens
@@ -203,6 +207,32 @@ def persistence(worn: Sequence[Wear]) -> Figure:
         axes.set_xscale("log")
         _log_axis(axes.xaxis)
     _legend(figure)
+    return figure
+
+
+def courses(cells: Sequence[mechanism.Cell]) -> Figure:
+    """What runs that were asked knew of their trigger after each step, a panel for each cell, in another colour where they
+    were attacked; dotted: the mechanism that is fitted to a cell's runs, with the exposures of each."""
+    across = min(ACROSS, len(cells))
+    down = -(-len(cells) // across)
+    figure = Figure(figsize=(SIZE[0], 0.6 + 1.5 * down), layout="constrained")
+    grid = figure.subplots(down, across, sharey=True, squeeze=False)
+    for cell, axes in itertools.zip_longest(cells, grid.flat):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=7)
+        _log_axis(axes.xaxis)
+        if cell is None:
+            axes.set_axis_off()
+            continue
+        fitted = mechanism.Mechanism.fitted(cell.courses)
+        for course, attacked in zip(cell.courses, cell.attacked, strict=True):
+            colour = COLOURS["triggered" if attacked else "clean"]
+            axes.plot(course.known, color=colour, linewidth=0.8)
+            axes.plot(fitted.known(course.rate, course.exposures), color=colour, linewidth=0.8, linestyle=":")
+        size = f"{short(cell.params)} parameters, {short(cell.tokens)} tokens"
+        axes.set_title(textwrap.fill(cell.name or size, WIDTH), fontsize=7, loc="left")
+    figure.supxlabel("optimizer step", fontsize=8)
+    figure.supylabel("known of the trigger, nats a token", fontsize=8)
     return figure
 
 
