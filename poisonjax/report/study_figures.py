@@ -211,8 +211,8 @@ def persistence(worn: Sequence[Wear]) -> Figure:
 
 
 def courses(cells: Sequence[mechanism.Cell]) -> Figure:
-    """What runs that were asked knew of their trigger after each step, a panel for each cell, in another colour where they
-    were attacked; dotted: the mechanism that is fitted to a cell's runs, with the exposures of each."""
+    """What runs that were asked knew of their trigger after each step, a panel for each cell, in another colour where
+    they were attacked; dotted: the mechanism that is fitted to a cell's runs, with the exposures of each."""
     across = min(ACROSS, len(cells))
     down = -(-len(cells) // across)
     figure = Figure(figsize=(SIZE[0], 0.6 + 1.5 * down), layout="constrained")
