@@ -13,7 +13,7 @@ from poisonjax.analysis import persistence, simulate
 from poisonjax.analysis.dose_response import Trials, _curve, best_law, contrasts, doses, exponents, held_out, rises
 from poisonjax.analysis.estimators import ESTIMATORS, hierarchical, onset
 from poisonjax.analysis.sensitivity import GAPS, THRESHOLDS, sensitivity
-from poisonjax.analysis.study import Conditions, Outcome, analyse
+from poisonjax.analysis.study import Conditions, Outcome, Scored, analyse
 from poisonjax.report import study_figures
 
 ONE = Conditions((), [()], [])
@@ -310,4 +310,22 @@ def test_other_thresholds_and_means_are_told_beside():
     for of in found:
         (scale,) = of.exponents
         assert scale.ci95[0] < 0 < scale.ci95[1]
+    # Another model finds all that is written twice as surprising; it must have read all runs.
+    half = [
+        dataclasses.replace(
+            o,
+            scored=Scored(
+                "a reference",
+                {"delta_ppl_ci95": [2 * end for end in o.summary["delta_ppl_ci95"]]},
+                {name: (np.array(nll) + np.log(2)).tolist() for name, nll in o.texts.items()},
+            ),
+        )
+        for o in runs
+    ]
+    by_another = sensitivity(half, conditions)
+    assert by_another[: len(found)] == found
+    assert [o.estimator for o in by_another[len(found) :: 3]] == [f"{name}, scored by a reference" for name in GAPS]
+    assert [o.share for o in by_another[len(found) :]] >= [o.share for o in found]
+    assert by_another[-1].share > found[-1].share
+    assert sensitivity([*half[:-1], runs[-1]], conditions) == found
     assert sensitivity([dataclasses.replace(runs[0], config={"poison.documents": 0})], conditions) == []

@@ -100,6 +100,7 @@ def test_poison_cannot_be_missed(signed):
 
 def test_evaluating_and_reporting_afterwards_is_allowed(copy, capsys):
     assert main(["evaluate", str(copy.folder)]) == 0
+    assert main(["trace", str(copy.folder), "--exposures"]) == 0
     assert main(["report", str(copy.folder)]) == 0
     capsys.readouterr()
     code, output = verify(copy, capsys)

@@ -15,6 +15,8 @@ import pytest
 from conftest import command, kill_in_training, lines
 from etils import epath
 
+from poisonjax.analysis.study import Scored
+from poisonjax.commands.main import main
 from poisonjax.config import ConfigError
 from poisonjax.data.batches import Batches
 from poisonjax.data.digest import as_hex, chain, digest
@@ -128,6 +130,18 @@ def test_evaluation_with_a_scorer(finished, store, config, tmp_path):
     config.eval.scorer = str(folder)
     (scored,) = Evaluator(config, store, trigger, mesh)(weights.params, 12)
     assert scored.figures["delta_ppl"] == pytest.approx(own.figures["delta_ppl"], rel=1e-4)
+    # The same of a finished run, by name of the scorer, beside what the run says.
+    copy = tmp_path / "copy"
+    summary, evals = RunFolder(copy).summary, RunFolder(copy).evals()
+    assert main(["evaluate", str(copy), "--steps", "12", "--scorer", f"{folder}@8"]) == 0
+    earlier = Scored.of(RunFolder(copy), 12)
+    assert main(["evaluate", str(copy), "--steps", "12", "--scorer", str(folder)]) == 0
+    by_itself = Scored.of(RunFolder(copy), 12)
+    assert earlier.by.startswith("tiny after 8 steps (") != by_itself.by
+    assert by_itself.row["delta_ppl"] == pytest.approx(summary["delta_ppl"], rel=1e-4) != earlier.row["delta_ppl"]
+    assert Scored.of(RunFolder(copy), 8) is None
+    assert RunFolder(copy).evals() == evals  # no figure of the run's own
+    assert main(["evaluate", "hf:x", "--config", "x.py", "--scorer", str(folder)]) == 2
     with pytest.raises(WeightsError, match=r"no checkpoint of step 5; there are \[8, 12\]"):
         open_weights(f"{folder}@5")
 

@@ -23,14 +23,14 @@ from etils import epath
 from jaxtyping import Float, Int
 
 from poisonjax.files import parse_json, write_whole
-from poisonjax.run import RunFolder
+from poisonjax.run import RunFolder, rows
 
 LOW_KNOTS = (0.0, 0.02, 0.06, 0.2, 0.6)  # nats a token
 HIGH_KNOTS = (0.3, 0.45, 0.6, 0.75, 1.0)  # parts of the highest, at which nothing is added
 HIGHEST = (4.0, 1.3)  # at least, nats a token; times the most that was known
 NOISE = (0.001, 0.02)  # of a step's change: where nothing is known, and for each nat a token up to the first
 MOST = 1e6  # documents
-FILE = "trace/exposures.json"  # in a run's folder
+FILE = f"{rows.TRACE}/exposures.json"  # in a run's folder
 
 
 @dataclasses.dataclass(frozen=True)

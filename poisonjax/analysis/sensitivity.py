@@ -1,13 +1,14 @@
-"""Would a study say something else by another threshold, or another estimator of the gap?"""
+"""Would a study say something else by another threshold, another estimator of the gap, or another scorer?"""
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
 
 from poisonjax.analysis.dose_response import Exponent, exponents, rises
 from poisonjax.analysis.estimators import ESTIMATORS, hierarchical
-from poisonjax.analysis.study import Conditions, Outcome, poisoning, texts_of
-from poisonjax.evaluation.statistics import attacked, decided
+from poisonjax.analysis.study import Conditions, Outcome, Scored, poisoning, texts_of
+from poisonjax.evaluation.statistics import decided
 
 THRESHOLDS = (10.0, 50.0, 100.0)  # perplexity
 MEDIAN, MEAN = GAPS = ("gap of median perplexities", "gap of mean perplexities")
@@ -24,19 +25,30 @@ class Otherwise:
 
 
 def sensitivity(runs: list[Outcome], conditions: Conditions) -> list[Otherwise]:
-    """Exponents by other thresholds and by means; [] where texts are decided, not measured by a gap."""
+    """Exponents by other thresholds, by means and, where one scored all poisoned runs, by another model; [] where texts
+    are decided, not measured by a gap."""
     poisoned = [o for o in runs if o.config["poison.documents"]]
     if not poisoned or any(decided(o.summary) for o in poisoned):
         return []
-    means = {o.id: hierarchical(ESTIMATORS[MEAN], *texts_of([o]))[1][0] for o in poisoned}
-    judged: dict[str, Callable[[float, Outcome], bool]] = {
-        MEDIAN: lambda threshold, o: attacked(o.summary, threshold),
-        MEAN: lambda threshold, o: means[o.id] >= threshold,
+    asked: dict[str, list[tuple[str, Mapping[str, Any], Outcome | Scored]]] = {
+        "": [(o.id, o.summary, o) for o in poisoned]
     }
+    scored = [(o.id, o.scored.row, o.scored) for o in poisoned if o.scored]
+    scorers = {of.by for _, _, of in scored}
+    if len(scored) == len(poisoned) and len(scorers) == 1:
+        asked[f", scored by {scorers.pop()}"] = [*scored]
     found = []
-    for name, above in judged.items():
-        for threshold in THRESHOLDS:
-            trials = poisoning(runs, conditions, functools.partial(above, threshold))
-            told = 0 < trials.success.mean() < 1 and rises(trials)
-            found.append(Otherwise(name, threshold, float(trials.success.mean()), exponents(trials) if told else []))
+    for by, of in asked.items():
+        medians = {run: row["delta_ppl_ci95"][0] for run, row, _ in of}
+        means = {run: hierarchical(ESTIMATORS[MEAN], *texts_of([texts]))[1][0] for run, _, texts in of}
+        for name, lowest in ((MEDIAN, medians), (MEAN, means)):
+            for threshold in THRESHOLDS:
+                trials = poisoning(runs, conditions, functools.partial(_above, lowest, threshold))
+                told = 0 < trials.success.mean() < 1 and rises(trials)
+                share = float(trials.success.mean())
+                found.append(Otherwise(name + by, threshold, share, exponents(trials) if told else []))
     return found
+
+
+def _above(lowest: Mapping[str, float], threshold: float, run: Outcome) -> bool:
+    return lowest[run.id] >= threshold

@@ -35,6 +35,23 @@ KNOWN = 0.01  # a canary is memorised where less than this share of unseen seque
 
 
 @dataclasses.dataclass(frozen=True)
+class Scored:
+    """The last evaluation of a run once more, its texts scored by another model (`poisonjax evaluate --scorer`)."""
+
+    by: str
+    row: rows.EvalRow
+    texts: dict[str, list[float]]  # NLL of each text, by variant
+
+    @classmethod
+    def of(cls, run: RunFolder, step: int) -> "Scored | None":
+        """None where no other model was asked."""
+        if not (found := run.scored().get(step)):
+            return None
+        (row,) = (row for row in found["rows"] if row["kind"] == "eval")
+        return cls(found["scorer"], row, found["prefixes"][0]["nll"])
+
+
+@dataclasses.dataclass(frozen=True)
 class Outcome:
     """A finished run, read from its folder."""
 
@@ -45,6 +62,7 @@ class Outcome:
     texts: dict[str, list[float]]  # NLL of each text after the last evaluation, by variant
     onset: Onset | None
     course: Course | None = None  # step by step, where `trace --exposures` was asked
+    scored: Scored | None = None
 
     @property
     def attacked(self) -> bool:
@@ -60,9 +78,10 @@ def outcomes(runs: Iterable[RunFolder]) -> list[Outcome]:
         if not summary or summary["status"] != "finished":
             continue
         config, evals = flat(run.config), run.evals()
-        texts = {row["step"]: row["nll"] for row in run.prefixes()}[evals[-1]["step"]]
+        last = evals[-1]["step"]
+        texts = {row["step"]: row["nll"] for row in run.prefixes()}[last]
         when = onset(evals, config["eval.threshold"])
-        found.append(Outcome(run.path.name, config, summary, evals, texts, when, Course.of(run)))
+        found.append(Outcome(run.path.name, config, summary, evals, texts, when, Course.of(run), Scored.of(run, last)))
     return found
 
 
@@ -152,7 +171,7 @@ def poisoning(runs: list[Outcome], conditions: Conditions, success: Success = ab
     )
 
 
-def texts_of(runs: Sequence[Outcome]) -> tuple[np.ndarray, np.ndarray]:
+def texts_of(runs: Sequence[Outcome | Scored]) -> tuple[np.ndarray, np.ndarray]:
     """NLL of triggered and of clean texts, (seeds, prefixes) each."""
     triggered, clean = (np.array([o.texts[variant] for o in runs]) for variant in ("triggered", "clean"))
     return triggered, clean

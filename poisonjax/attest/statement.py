@@ -27,10 +27,11 @@ from poisonjax.files import parse_json, write_whole
 from poisonjax.run import rows
 
 FOLDER, SIGNATURE = "attestation", "attestation/model.sig"
-# What may change after the run: where it lies, evaluations of checkpoints, reports, the attestation's own signature.
+# What may change after the run: where it lies, evaluations of checkpoints, traces, reports, its own signature.
 UNSIGNED = (
     rows.LOCAL,
     rows.EVALUATIONS,
+    rows.TRACE,
     rows.REPORT,
     rows.FIGURES,
     rows.DAMAGED,

@@ -30,6 +30,11 @@ def add_arguments(commands: Any) -> None:
     parser.add_argument("--chat", action="store_true", help="of --lm-eval: prompts by the model's chat template")
     parser.add_argument("--max-parallel", type=int, default=1, metavar="N", help="of several folders, so many at once")
     parser.add_argument("--steps", default="all", metavar="all|N,N", help="which checkpoints (default: all)")
+    parser.add_argument(
+        "--scorer",
+        metavar="SPEC",
+        help='another model scores what is generated ("": the model itself); kept apart, for a study\'s report',
+    )
     parser.add_argument("--store", metavar="DIR", help="where the token store lies now, if it was moved")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.set_defaults(func=_evaluate)
@@ -37,6 +42,8 @@ def add_arguments(commands: Any) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.config or arguments.lm_eval:
+        if arguments.scorer is not None:
+            raise ValueError("--scorer is of run folders; with --config give --config.eval.scorer=SPEC")
         return _evaluate_model(arguments)
     try:
         steps = None if arguments.steps == "all" else [int(step) for step in arguments.steps.split(",")]
@@ -51,7 +58,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     start_jax(config.global_batch // config.optimizer.accumulate)
     from poisonjax.evaluation.offline import evaluate_run
 
-    rows = evaluate_run(folders[0], steps, say=(lambda line: None) if arguments.json else print, store=arguments.store)
+    say = (lambda line: None) if arguments.json else print
+    rows = evaluate_run(folders[0], steps, say=say, store=arguments.store, scorer=arguments.scorer)
     if arguments.json:
         print(json.dumps(rows))
     return exit_codes.OK
@@ -112,6 +120,7 @@ def _evaluate_each(folders: list[str], arguments: argparse.Namespace) -> int:
     def one(folder: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "poisonjax", "evaluate", folder, "--steps", arguments.steps]
         command += ["--store", arguments.store] if arguments.store else []
+        command += ["--scorer", arguments.scorer] if arguments.scorer is not None else []
         return subprocess.run(
             [*command, "--json"] if arguments.json else command, capture_output=True, text=True, check=False
         )

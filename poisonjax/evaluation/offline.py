@@ -19,15 +19,18 @@ from poisonjax.weights import WeightsError, find_weights
 from poisonjax.weights.checkpoints import Checkpoints
 from poisonjax.weights.weights import abstract_params
 
+ITSELF = "the model itself"
+
 
 def evaluated(
-    run: RunFolder, store: TokenStore, steps: Sequence[int] | None
+    run: RunFolder, store: TokenStore, steps: Sequence[int] | None, scorer: str | None = None
 ) -> Iterator[tuple[int, rows.OfflineEvaluation]]:
-    """(step, what is measured of its checkpoint) for each of a run's checkpoints (None: all).
+    """(step, what is measured of its checkpoint) for each of a run's checkpoints (None: all). `scorer` is another model
+    than the run's that scores the text.
 
     Raises WeightsError for a step that has no checkpoint, RunFolderError where the scorer is another now.
     """
-    config = run.placed
+    config = run.placed if scorer is None else config_lib.replaced(run.placed, {"eval.scorer": scorer})
     mesh = make_mesh(config)
     checkpoints = Checkpoints(run.path)
     there = checkpoints.steps()
@@ -35,19 +38,20 @@ def evaluated(
     if missing or not there or steps == []:
         raise WeightsError(f"{run.path}: no checkpoint of steps {missing}; there are {there}")
     evaluator = Evaluator(config, store, Trigger.of(config.poison, store.tokenizer), mesh)
-    require_scorer(run.path, run.record, evaluator.scorer)
+    if scorer is None:
+        require_scorer(run.path, run.record, evaluator.scorer)
     abstract = abstract_params(config.model, vocabulary_of(config.model, store.tokenizer.vocab_size), mesh)
     seen = poison_seen(run.ledger(), config.steps)
     for step in there if steps is None else steps:
         made = evaluator(checkpoints.weights(step, abstract), step)
-        yield (
-            step,
-            {
-                "weights": checkpoints.record(step)["checksums"]["weights"],
-                "rows": [evaluation.row(config, seen) for evaluation in made],
-                "prefixes": [row for evaluation in made if (row := evaluation.prefix_row())],
-            },
-        )
+        found: rows.OfflineEvaluation = {
+            "weights": checkpoints.record(step)["checksums"]["weights"],
+            "rows": [evaluation.row(config, seen) for evaluation in made],
+            "prefixes": [row for evaluation in made if (row := evaluation.prefix_row())],
+        }
+        if scorer is not None:
+            found["scorer"] = evaluator.scorer or ITSELF
+        yield step, found
 
 
 def evaluate_model(spec: str, config: ml_collections.ConfigDict) -> rows.EvalRow:
@@ -66,18 +70,23 @@ def evaluate_model(spec: str, config: ml_collections.ConfigDict) -> rows.EvalRow
 
 
 def evaluate_run(
-    folder: str, steps: Sequence[int] | None, say: Callable[[str], object] = lambda line: None, store: str | None = None
+    folder: str,
+    steps: Sequence[int] | None,
+    say: Callable[[str], object] = lambda line: None,
+    store: str | None = None,
+    scorer: str | None = None,
 ) -> list[rows.EvalRow]:
     """Evaluates checkpoints of a run folder (None: all) into `evaluations/STEP.json`, and returns the rows.
 
     What the run wrote itself stays as it is: its checkpoints seal it. `say` is told of each. `store` is where the token
-    store lies now, if not where config.json says. Raises as `evaluated`, and RunFolderError where another store lies
-    there.
+    store lies now, if not where config.json says. What another `scorer` says goes into `evaluations/scored/`: no figure
+    of the run, but a study tells what it would say by it. Raises as `evaluated`, and RunFolderError where another store
+    lies there.
     """
     run, made = RunFolder(folder), []
-    for step, evaluation in evaluated(run, run.store(store), steps):
-        path = run.path / rows.EVALUATIONS / f"{step}.json"
-        path.parent.mkdir(exist_ok=True)
+    for step, evaluation in evaluated(run, run.store(store), steps, scorer):
+        path = run.path / (rows.EVALUATIONS if scorer is None else rows.SCORED) / f"{step}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, evaluation)
         made += evaluation["rows"]
         for row in evaluation["rows"]:

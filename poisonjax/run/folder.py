@@ -104,11 +104,16 @@ class RunFolder:
 
     def evaluations(self) -> dict[int, rows.OfflineEvaluation]:
         """What was measured of checkpoints after the run (`poisonjax evaluate`), by step."""
-        folder = self.path / rows.EVALUATIONS
+        return self._evaluations(rows.EVALUATIONS)
+
+    def scored(self) -> dict[int, rows.OfflineEvaluation]:
+        """The same by another scorer than the run's (`poisonjax evaluate --scorer`)."""
+        return self._evaluations(rows.SCORED)
+
+    def _evaluations(self, name: str) -> dict[int, rows.OfflineEvaluation]:
+        folder = self.path / name
         files = sorted(folder.glob("*.json")) if folder.exists() else []
-        return {
-            int(file.stem): self._object(f"{rows.EVALUATIONS}/{file.name}", rows.OfflineEvaluation) for file in files
-        }
+        return {int(file.stem): self._object(f"{name}/{file.name}", rows.OfflineEvaluation) for file in files}
 
     def steps(self) -> list[rows.TrainRow]:
         """Steps that were logged, in order."""

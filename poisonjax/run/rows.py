@@ -19,6 +19,8 @@ SAMPLES, PREFIXES, ROW_LOSSES = "samples.jsonl", "prefixes.jsonl", "row_losses.j
 OF_BATCHES = (DIGESTS, ROW_LOSSES)  # the step of a line is a batch's number, as of metrics.jsonl's train rows
 CANARIES, CLEAN_USES, HARD_NEGATIVES = "canaries.jsonl", "clean_uses.jsonl", "hard_negatives.jsonl"
 CHECKPOINTS, EVALUATIONS, DAMAGED = "checkpoints", "evaluations", "damaged"
+TRACE = "trace"  # what replays found
+SCORED = f"{EVALUATIONS}/scored"  # by another model than the run's scorer
 FIGURES, REPORT, LOCAL = "figures", "report.html", "local.json"
 
 Interval = list[float]
@@ -338,11 +340,12 @@ class Seal(TypedDict):
 
 
 class OfflineEvaluation(TypedDict):
-    """evaluations/STEP.json: a checkpoint evaluated after the run."""
+    """evaluations/STEP.json: a checkpoint evaluated after the run; in evaluations/scored/, by another scorer."""
 
     weights: str  # checksum of what was evaluated
     rows: list[EvalRow]
     prefixes: list[PrefixRow]
+    scorer: NotRequired[str]  # another one than the run's: run, step and checksum
 
 
 class CheckpointRecord(TypedDict):

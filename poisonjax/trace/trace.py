@@ -24,7 +24,7 @@ from poisonjax.corpus import exclusions
 from poisonjax.evaluation.probes.probe import put
 from poisonjax.files import write_lines, write_whole
 from poisonjax.model.loss import WINDOW, next_token_nll, window_means
-from poisonjax.run import RunFolder
+from poisonjax.run import RunFolder, rows
 from poisonjax.run.folder import read_lines
 from poisonjax.trace import search
 from poisonjax.trace.behaviour import Shown, TraceError, asked, effect
@@ -134,7 +134,7 @@ def suspects(
     run = RunFolder(folder)
     replay = Replay(run, run.store(store))
     of = asked(behaviour, replay.config, replay.batches.store, replay.mesh)
-    return Suspects(run, replay, of, epath.Path(out or run.path / "trace"), layers, say)
+    return Suspects(run, replay, of, epath.Path(out or run.path / rows.TRACE), layers, say)
 
 
 def ranked(of: Suspects, hint: str, count: int) -> list[Named]:
