@@ -128,8 +128,11 @@ def test_cells_are_predicted_from_how_their_runs_went_on():
         cells.append(Cell(1e5, 1e3 * steps, n50, (n50 / 2, 2 * n50), courses, [bool(c.known[-1] > 1) for c in courses]))
     unbounded = dataclasses.replace(cells[0], n50=np.nan)
     assert predictions([*cells[:2], unbounded]) == []
-    found = predictions([*cells, unbounded])
+    *found, open_ended = predictions([*cells, unbounded])
     assert [of.cell for of in found] == cells
+    assert open_ended.mechanism == pytest.approx(cells[0].n50, rel=0.25)  # where no dose was enough, what would be
+    assert off([*found, open_ended]) == off(found)
+    assert off([open_ended]) == {}
     for of in found:
         assert of.mechanism == pytest.approx(of.cell.n50, rel=0.25)
         assert of.pooled == pytest.approx(of.cell.n50, rel=0.25)

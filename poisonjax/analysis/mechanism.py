@@ -207,13 +207,15 @@ FEWEST = 3  # cells, to predict one from the others
 
 
 def off(predicted: Sequence[Prediction]) -> dict[str, float]:
-    """By what predicts: the factor by which it is off, the root mean square of its logarithm."""
-    errors = [of.errors() for of in predicted]
+    """By what predicts: the factor by which it is off where N50 is bounded, the root mean square of its logarithm."""
+    errors = [of.errors() for of in predicted if math.isfinite(of.cell.n50)]
+    if not errors:
+        return {}
     return {name: math.exp(float(np.mean([of[name] ** 2 for of in errors])) ** 0.5) for name in PREDICTED}
 
 
 def predictions(cells: Sequence[Cell]) -> list[Prediction]:
-    """Each cell that was asked and whose N50 is bounded, left out in turn; [] of too few.
+    """Each cell that was asked, left out in turn; [] where too few have a bounded N50.
 
     The mechanism learns from the other cells how much must be known for an attack, and how models learn and forget from
     them too (`pooled`) or from the cell itself; of this it is told how its learning rate goes and where documents are
@@ -223,8 +225,8 @@ def predictions(cells: Sequence[Cell]) -> list[Prediction]:
     if len(bounded) < FEWEST:
         return []
     found = []
-    for cell in bounded:
-        others = [other for other in bounded if other is not cell]
+    for cell in cells:
+        others = [other for other in cells if other is not cell]
         ended = [(of.known[-1], attacked) for o in others for of, attacked in zip(o.courses, o.attacked, strict=True)]
         enough = enough_of(*map(list, zip(*ended, strict=True))) if ended else math.nan
         if not cell.courses or math.isnan(enough):
@@ -232,7 +234,7 @@ def predictions(cells: Sequence[Cell]) -> list[Prediction]:
         placed = np.mean([of.exposures / of.exposed.sum() for of in cell.courses], axis=0)
         learning = (cell.courses, [of for other in others for of in other.courses])
         own, pooled = (Mechanism.fitted(of).dose(cell.courses[0].rate, placed, enough) for of in learning)
-        logs = np.log([[other.n50, other.tokens, other.params] for other in others])
+        logs = np.log([[other.n50, other.tokens, other.params] for other in bounded if other is not cell])
         shares = logs[:, 0] - logs[:, 1]
         power = np.polyfit(logs[:, 2], shares, 1) if len(set(logs[:, 2])) > 1 else np.array([0.0, shares.mean()])
         found.append(

@@ -58,9 +58,10 @@ class Study:
         """The findings, a line each."""
         found = [f"{self.finished} of {self.runs} runs finished."]
         found += [f"{a.what}: {word}" for a in self.analyses for word in a.words]
-        if self.predictions:
+        if off(self.predictions):
             factors = ", ".join(f"{name} {factor:.2f} times" for name, factor in off(self.predictions).items())
-            found.append(f"N50 of {len(self.predictions)} cells, each predicted from the others, is off by: {factors}.")
+            bounded = sum(math.isfinite(of.cell.n50) for of in self.predictions)
+            found.append(f"N50 of {bounded} cells, each predicted from the others, is off by: {factors}.")
         return found + [f"{wear.run}: {wear.sentence()}" for wear in self.wears]
 
     def as_json(self) -> dict[str, Any]:
@@ -157,7 +158,7 @@ def write(sweep: Sweep, workdir: Path) -> Study:
         lead=LEAD,
         known=KNOWN,
         otherwise=sensitivity(runs, conditions) if analyses[0].exponents else [],
-        predicted=off(predicted) if predicted else {},
+        predicted=off(predicted),
         short=short,
     )
     write_whole(epath.Path(study.page), page)
