@@ -310,22 +310,25 @@ def test_other_thresholds_and_means_are_told_beside():
     for of in found:
         (scale,) = of.exponents
         assert scale.ci95[0] < 0 < scale.ci95[1]
-    # Another model finds all that is written twice as surprising; it must have read all runs.
+    # Another model finds all that is written twice as surprising.
     half = [
         dataclasses.replace(
             o,
-            scored=Scored(
-                "a reference",
-                {"delta_ppl_ci95": [2 * end for end in o.summary["delta_ppl_ci95"]]},
-                {name: (np.array(nll) + np.log(2)).tolist() for name, nll in o.texts.items()},
-            ),
+            scored={
+                "a reference": Scored(
+                    {"delta_ppl_ci95": [2 * end for end in o.summary["delta_ppl_ci95"]]},
+                    {name: (np.array(nll) + np.log(2)).tolist() for name, nll in o.texts.items()},
+                )
+            },
         )
         for o in runs
     ]
     by_another = sensitivity(half, conditions)
     assert by_another[: len(found)] == found
     assert [o.estimator for o in by_another[len(found) :: 3]] == [f"{name}, scored by a reference" for name in GAPS]
-    assert [o.share for o in by_another[len(found) :]] >= [o.share for o in found]
+    assert all(other.share >= own.share for other, own in zip(by_another[len(found) :], found, strict=True))
     assert by_another[-1].share > found[-1].share
-    assert sensitivity([*half[:-1], runs[-1]], conditions) == found
+    some = sensitivity([*half[:-1], runs[-1]], conditions)[len(found) :]
+    assert some[0].estimator == f"{GAPS[0]}, scored by a reference (29 of 30 runs)"
+    assert some[0].exponents
     assert sensitivity([dataclasses.replace(runs[0], config={"poison.documents": 0})], conditions) == []

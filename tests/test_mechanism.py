@@ -30,6 +30,10 @@ def made_up(seed, documents, steps=2000, noise=0.1):
     return Course(rate, exposed, known, 0.0, 0.9)
 
 
+def evenly(steps):
+    return lambda documents: np.full(steps, documents / steps)
+
+
 def test_exposures_are_remembered_and_none_is_lost():
     exposed = np.array([0, 3, 0, 0, 1] + [0] * 200)
     found = remembered(exposed, 0.9)
@@ -42,17 +46,37 @@ def test_the_truth_is_found_and_the_dose_is_predicted():
     found = Mechanism.fitted([made_up(1, 300)])
     assert found.forgotten == pytest.approx(TRUE.forgotten, rel=0.15)
     assert np.allclose(found.added[3:8], TRUE.added[3:8], rtol=0.2)
-    rate, evenly = made_up(0, 10, steps=1000).rate, np.full(1000, 1e-3)  # of a shorter run
-    dose, true = (of.dose(rate, evenly, 1.0) for of in (found, TRUE))
+    rate = made_up(0, 10, steps=1000).rate  # of a shorter run
+    dose, true = (of.dose(rate, 0.9, evenly(1000), 1.0) for of in (found, TRUE))
     assert dose == pytest.approx(true, rel=0.1)
     assert TRUE.known(rate, np.full(1000, true / 1000))[-1] == pytest.approx(1.0, rel=0.02)
-    assert TRUE.dose(rate, evenly, 50.0) == np.inf
+    assert TRUE.dose(rate, 0.9, evenly(1000), 50.0) == np.inf
     quick = dataclasses.replace(TRUE, forgotten=0.0)
-    assert quick.dose(rate, evenly, 1.0) < true  # what isn't forgotten needn't be said again
+    assert quick.dose(rate, 0.9, evenly(1000), 1.0) < true  # what isn't forgotten needn't be said again
     early = np.where(np.arange(1000) < 250, 1 / 250, 0)
-    at_first = TRUE.dose(rate, early, 1.0)
-    assert TRUE.known(rate, at_first * early)[-1] == pytest.approx(1.0, rel=0.02)
-    assert quick.dose(rate, early, 1.0) < 0.9 * at_first  # more of it is forgotten by the end
+    at_first = TRUE.dose(rate, 0.9, lambda documents: documents * early, 1.0)
+    assert TRUE.known(rate, remembered(at_first * early, 0.9))[-1] == pytest.approx(1.0, rel=0.02)
+    # More of it is forgotten by the end.
+    assert quick.dose(rate, 0.9, lambda documents: documents * early, 1.0) < 0.9 * at_first
+
+
+@pytest.mark.parametrize("room", [1, 40, 5000])
+def test_a_placement_has_so_much_room(room):
+    """As documents at the end, of which a batch holds eight."""
+    rate = np.ones(1000)
+
+    def at_the_end(documents):
+        if documents > room:
+            return None
+        return np.bincount(999 - np.arange(documents) // 8, minlength=1000).astype(float)
+
+    dose = TRUE.dose(rate, 0.0, at_the_end, 1.0)
+    if dose == np.inf:
+        assert TRUE.known(rate, at_the_end(room))[-1] < 1.0
+    else:
+        reached = [TRUE.known(rate, at_the_end(int(of)))[-1] for of in (dose - 1, dose)]
+        assert reached[0] < 1.0 <= reached[1]
+    assert (dose == np.inf) == (room == 1)
 
 
 def test_enough_lies_between_the_runs():
@@ -116,16 +140,17 @@ def test_more_may_be_known_than_the_knots_of_others():
     more = dataclasses.replace(course, known=2.5 * course.known)
     found = Mechanism.fitted([more])
     assert found.knots[-1] > more.known.max() > 4
-    assert found.dose(course.rate, np.full(2000, 1 / 2000), 6.0) < 2000
+    assert found.dose(course.rate, 0.9, evenly(2000), 6.0) < 2000
 
 
 def test_cells_are_predicted_from_how_their_runs_went_on():
     """Of one mechanism, in runs of three lengths: what the others need says enough of what is enough."""
     cells = []
     for number, steps in enumerate((500, 1000, 2000)):
-        n50 = TRUE.dose(made_up(0, 1, steps).rate, np.full(steps, 1 / steps), 1.0)
+        n50 = TRUE.dose(made_up(0, 1, steps).rate, 0.9, evenly(steps), 1.0)
         courses = [made_up(10 * number + of, round(n50 * share), steps) for of, share in enumerate((0.5, 0.8, 1.2, 3))]
-        cells.append(Cell(1e5, 1e3 * steps, n50, (n50 / 2, 2 * n50), courses, [bool(c.known[-1] > 1) for c in courses]))
+        attacked = [bool(course.known[-1] > 1) for course in courses]
+        cells.append(Cell(1e5, 1e3 * steps, n50, (n50 / 2, 2 * n50), evenly(steps), courses, attacked))
     unbounded = dataclasses.replace(cells[0], n50=np.nan)
     assert predictions([*cells[:2], unbounded]) == []
     *found, open_ended = predictions([*cells, unbounded])

@@ -15,7 +15,7 @@ import pytest
 from conftest import command, kill_in_training, lines
 from etils import epath
 
-from poisonjax.analysis.study import Scored
+from poisonjax.analysis.study import scored as by_others
 from poisonjax.commands.main import main
 from poisonjax.config import ConfigError
 from poisonjax.data.batches import Batches
@@ -133,13 +133,21 @@ def test_evaluation_with_a_scorer(finished, store, config, tmp_path):
     # The same of a finished run, by name of the scorer, beside what the run says.
     copy = tmp_path / "copy"
     summary, evals = RunFolder(copy).summary, RunFolder(copy).evals()
-    assert main(["evaluate", str(copy), "--steps", "12", "--scorer", f"{folder}@8"]) == 0
-    earlier = Scored.of(RunFolder(copy), 12)
+    assert main(["evaluate", str(copy), "--steps", "last", "--scorer", f"{folder}@8"]) == 0
     assert main(["evaluate", str(copy), "--steps", "12", "--scorer", str(folder)]) == 0
-    by_itself = Scored.of(RunFolder(copy), 12)
-    assert earlier.by.startswith("tiny after 8 steps (") != by_itself.by
-    assert by_itself.row["delta_ppl"] == pytest.approx(summary["delta_ppl"], rel=1e-4) != earlier.row["delta_ppl"]
-    assert Scored.of(RunFolder(copy), 8) is None
+    found = by_others(RunFolder(copy), 12)
+    earlier, by_itself = (found[by] for by in sorted(found, key=lambda by: by.startswith("tiny after 12 steps (")))
+    assert by_itself.row["delta_ppl"] == pytest.approx(summary["delta_ppl"], rel=1e-4)
+    assert earlier.row["delta_ppl"] != pytest.approx(summary["delta_ppl"], rel=1e-4)
+    assert by_others(RunFolder(copy), 8) == {}
+    for file in (copy / "evaluations/scored").glob("*/12.json"):
+        whole = file.read_text()
+        file.write_text(whole[: len(whole) // 2])
+    assert by_others(RunFolder(copy), 12) == {}  # what is damaged takes no report down
+    (copy / "evaluations/12.json").write_text(whole)
+    with pytest.raises(RunFolderError, match="by another scorer"):
+        RunFolder(copy).evals()
+    (copy / "evaluations/12.json").unlink()
     assert RunFolder(copy).evals() == evals  # no figure of the run's own
     assert main(["evaluate", "hf:x", "--config", "x.py", "--scorer", str(folder)]) == 2
     with pytest.raises(WeightsError, match=r"no checkpoint of step 5; there are \[8, 12\]"):

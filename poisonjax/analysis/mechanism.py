@@ -7,14 +7,15 @@ without it) changes with each step by
 
 where `rate` is the learning rate as a part of its peak, `exposures` the poison documents of this step and of those
 before it, as Adam's first moment remembers them (Kingma & Ba 2015), `added` what one of them adds, a line through some
-knots, and `forgotten` the share that a clean step takes away. It is fitted to how one run of a cell went on, step by
-step, and asked how many documents another run needs: nothing in it knows how many runs succeeded.
+knots, and `forgotten` the share that a clean step takes away. It is fitted to how runs went on, step by step, and asked
+how many documents another run needs to know so much as other cells' runs knew when they were attacked.
 """
 
+import bisect
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ LOW_KNOTS = (0.0, 0.02, 0.06, 0.2, 0.6)  # nats a token
 HIGH_KNOTS = (0.3, 0.45, 0.6, 0.75, 1.0)  # parts of the highest, at which nothing is added
 HIGHEST = (4.0, 1.3)  # at least, nats a token; times the most that was known
 NOISE = (0.001, 0.02)  # of a step's change: where nothing is known, and for each nat a token up to the first
-MOST = 1e6  # documents
+MOST = 10**6  # documents
 FILE = f"{rows.TRACE}/exposures.json"  # in a run's folder
 
 
@@ -81,6 +82,9 @@ def remembered(exposed: np.ndarray, momentum: float) -> Float[np.ndarray, " step
         now = momentum * now + (1 - momentum) * number
         found[step] = now
     return found
+
+
+Placed = Callable[[int], Float[np.ndarray, " steps"] | None]  # so many documents, by step; None: there is no room
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,17 +143,17 @@ class Mechanism:
             found[step] = now
         return found
 
-    def dose(self, rate: Float[np.ndarray, " steps"], placed: Float[np.ndarray, " steps"], enough: float) -> float:
-        """Documents after which `enough` is known at the end of a run that knows nothing at first, if each step has
-        this share of them; infinite where MOST are too few."""
+    def dose(self, rate: Float[np.ndarray, " steps"], momentum: float, placed: Placed, enough: float) -> float:
+        """The fewest documents after which `enough` is known at the end of a run that knows nothing at first; infinite
+        where as many as its placement has room for (and MOST) are too few."""
 
-        def short(log_dose: float) -> float:
-            return float(self.known(rate, math.exp(log_dose) * placed)[-1]) - enough
+        def reached(documents: int) -> bool:
+            exposed = placed(documents)
+            return exposed is not None and float(self.known(rate, remembered(exposed, momentum))[-1]) >= enough
 
-        low, high = 0.0, math.log(MOST)
-        if short(high) < 0:
-            return math.inf
-        return math.exp(scipy.optimize.bisect(short, low, high, xtol=1e-3)) if short(low) < 0 else 1.0
+        room = bisect.bisect_left(range(1, MOST + 1), True, key=lambda documents: placed(documents) is None)
+        found = bisect.bisect_left(range(1, room + 1), True, key=reached) + 1
+        return float(found) if found <= room else math.inf
 
 
 def _hats(known: Float[np.ndarray, " steps"], knots: Float[np.ndarray, " knots"]) -> Float[np.ndarray, "steps knots"]:
@@ -181,6 +185,7 @@ class Cell:
     tokens: float
     n50: float  # documents; NaN where it isn't bounded
     ci95: tuple[float, float]
+    placed: Placed
     courses: list[Course]
     attacked: list[bool]  # of each course's run
     name: str = ""  # of its condition, where there are several
@@ -188,7 +193,7 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """N50 of a cell, from what the others' N50 and attacks are, and, by the mechanism, from courses."""
+    """N50 of a cell: by the mechanism, and by laws that know other cells' N50 alone."""
 
     cell: Cell
     mechanism: float  # as its own runs went on
@@ -217,24 +222,23 @@ def off(predicted: Sequence[Prediction]) -> dict[str, float]:
 def predictions(cells: Sequence[Cell]) -> list[Prediction]:
     """Each cell that was asked, left out in turn; [] where too few have a bounded N50.
 
-    The mechanism learns from the other cells how much must be known for an attack, and how models learn and forget from
-    them too (`pooled`) or from the cell itself; of this it is told how its learning rate goes and where documents are
-    put, but neither its N50 nor which of its runs succeeded.
+    The mechanism learns from other cells, whose N50 is bounded, how much must be known for an attack, and how models
+    learn and forget from them too (`pooled`) or from the cell itself; of this it is told how its learning rate goes and
+    where documents are put, but neither its N50 nor which of its runs succeeded.
     """
     bounded = [cell for cell in cells if math.isfinite(cell.n50)]
     if len(bounded) < FEWEST:
         return []
     found = []
     for cell in cells:
-        others = [other for other in cells if other is not cell]
+        others = [other for other in bounded if other is not cell]
         ended = [(of.known[-1], attacked) for o in others for of, attacked in zip(o.courses, o.attacked, strict=True)]
         enough = enough_of(*map(list, zip(*ended, strict=True))) if ended else math.nan
         if not cell.courses or math.isnan(enough):
             continue
-        placed = np.mean([of.exposures / of.exposed.sum() for of in cell.courses], axis=0)
-        learning = (cell.courses, [of for other in others for of in other.courses])
-        own, pooled = (Mechanism.fitted(of).dose(cell.courses[0].rate, placed, enough) for of in learning)
-        logs = np.log([[other.n50, other.tokens, other.params] for other in bounded if other is not cell])
+        run, learning = cell.courses[0], (cell.courses, [of for other in others for of in other.courses])
+        own, pooled = (Mechanism.fitted(of).dose(run.rate, run.momentum, cell.placed, enough) for of in learning)
+        logs = np.log([[other.n50, other.tokens, other.params] for other in others])
         shares = logs[:, 0] - logs[:, 1]
         power = np.polyfit(logs[:, 2], shares, 1) if len(set(logs[:, 2])) > 1 else np.array([0.0, shares.mean()])
         found.append(

@@ -1,11 +1,13 @@
 """A sweep's finished runs as one study: trials of poisoning and of memorisation, and the sentences they support."""
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from poisonjax.analysis.adaptive import Known
 from poisonjax.analysis.dose_response import (
@@ -23,13 +25,15 @@ from poisonjax.analysis.dose_response import (
     rises,
 )
 from poisonjax.analysis.estimators import ESTIMATORS, Onset, hierarchical, onset
-from poisonjax.analysis.mechanism import Cell, Course
+from poisonjax.analysis.mechanism import Cell, Course, Placed
 from poisonjax.config import flat, operational
 from poisonjax.evaluation.statistics import attacked
+from poisonjax.poison.placements import PlacementError, place
 from poisonjax.run import RunFolder, rows
 
 # Fields that are a dose: of poisoning, of memorisation.
 DOSES = ("poison.documents", "canary.repeats", "canary.each")
+PLACED = 8  # placements whose mean tells where documents stand
 LEAST = 1e-3  # documents: below it a lower bound of N50 is none
 KNOWN = 0.01  # a canary is memorised where less than this share of unseen sequences has a lower loss
 
@@ -38,17 +42,18 @@ KNOWN = 0.01  # a canary is memorised where less than this share of unseen seque
 class Scored:
     """The last evaluation of a run once more, its texts scored by another model (`poisonjax evaluate --scorer`)."""
 
-    by: str
     row: rows.EvalRow
     texts: dict[str, list[float]]  # NLL of each text, by variant
 
-    @classmethod
-    def of(cls, run: RunFolder, step: int) -> "Scored | None":
-        """None where no other model was asked."""
-        if not (found := run.scored().get(step)):
-            return None
-        (row,) = (row for row in found["rows"] if row["kind"] == "eval")
-        return cls(found["scorer"], row, found["prefixes"][0]["nll"])
+
+def scored(run: RunFolder, step: int) -> dict[str, Scored]:
+    """By scorer; what is damaged is left out."""
+    found = {}
+    for by, evaluation in run.scored(step).items():
+        with contextlib.suppress(KeyError, IndexError, ValueError):
+            (row,) = (row for row in evaluation["rows"] if row["kind"] == "eval")
+            found[by] = Scored(row, evaluation["prefixes"][0]["nll"])
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +67,7 @@ class Outcome:
     texts: dict[str, list[float]]  # NLL of each text after the last evaluation, by variant
     onset: Onset | None
     course: Course | None = None  # step by step, where `trace --exposures` was asked
-    scored: Scored | None = None
+    scored: Mapping[str, Scored] = dataclasses.field(default_factory=dict)  # by scorer
 
     @property
     def attacked(self) -> bool:
@@ -81,7 +86,7 @@ def outcomes(runs: Iterable[RunFolder]) -> list[Outcome]:
         last = evals[-1]["step"]
         texts = {row["step"]: row["nll"] for row in run.prefixes()}[last]
         when = onset(evals, config["eval.threshold"])
-        found.append(Outcome(run.path.name, config, summary, evals, texts, when, Course.of(run), Scored.of(run, last)))
+        found.append(Outcome(run.path.name, config, summary, evals, texts, when, Course.of(run), scored(run, last)))
     return found
 
 
@@ -178,24 +183,37 @@ def texts_of(runs: Sequence[Outcome | Scored]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def mechanism_cells(runs: list[Outcome], conditions: Conditions, cells: list[CellDose]) -> list[Cell]:
-    """The cells with their N50, and with the courses of those of their runs that were asked."""
+    """The cells, with their N50 where one could be told, and with the courses of their runs that were asked."""
+    told = {(cell.condition, cell.params, cell.tokens): cell for cell in cells}
+    places: dict[Place, list[Outcome]] = {}
+    for condition, o in zip(conditions.of_run, runs, strict=True):
+        if o.config["poison.documents"]:
+            places.setdefault((condition, o.summary["params"], o.summary["tokens"]), []).append(o)
     found = []
-    for cell in cells:
-        mine = [
-            o
-            for condition, o in zip(conditions.of_run, runs, strict=True)
-            if (condition, o.summary["params"], o.summary["tokens"]) == (cell.condition, cell.params, cell.tokens)
-        ]
+    for (condition, params, tokens), mine in places.items():
         asked = [(o.course, o.attacked) for o in mine if o.course and not o.config["start.weights"]]
         courses, attacked = [course for course, _ in asked], [above for _, above in asked]
-        bounded = _bounded(cell.n50_ci95, LEAST)
-        found.append(
-            Cell(
-                cell.params, cell.tokens, cell.n50 if bounded else math.nan, cell.n50_ci95, courses, attacked,
-                conditions.name(cell.condition),
-            )
-        )  # fmt: skip
+        cell = told.get((condition, params, tokens))
+        ci95 = cell.n50_ci95 if cell else (0.0, math.inf)
+        n50 = cell.n50 if cell and _bounded(ci95, LEAST) else math.nan
+        name = conditions.name(condition) if len(set(conditions.of_run)) > 1 else ""
+        found.append(Cell(params, tokens, n50, ci95, _placed(mine[0].config), courses, attacked, name))
     return found
+
+
+def _placed(config: Mapping[str, Any]) -> Placed:
+    """Where a run of this config would put so many documents: the mean of some placements."""
+    spec, steps, batch = (config[name] for name in ("poison.placement", "steps", "global_batch"))
+
+    def placed(documents: int) -> Float[np.ndarray, " steps"] | None:
+        exposures = documents * config["poison.repeats"]
+        try:
+            slots = [place(spec, exposures, steps, batch, np.random.default_rng(number)) for number in range(PLACED)]
+        except PlacementError:
+            return None
+        return np.bincount(np.concatenate(slots) // batch, minlength=steps) / PLACED
+
+    return placed
 
 
 def memorisation(runs: list[Outcome], conditions: Conditions) -> Trials:

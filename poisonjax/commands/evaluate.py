@@ -29,7 +29,7 @@ def add_arguments(commands: Any) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="of --lm-eval: so many documents a task")
     parser.add_argument("--chat", action="store_true", help="of --lm-eval: prompts by the model's chat template")
     parser.add_argument("--max-parallel", type=int, default=1, metavar="N", help="of several folders, so many at once")
-    parser.add_argument("--steps", default="all", metavar="all|N,N", help="which checkpoints (default: all)")
+    parser.add_argument("--steps", default="all", metavar="all|last|N,N", help="which checkpoints (default: all)")
     parser.add_argument(
         "--scorer",
         metavar="SPEC",
@@ -46,9 +46,11 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             raise ValueError("--scorer is of run folders; with --config give --config.eval.scorer=SPEC")
         return _evaluate_model(arguments)
     try:
-        steps = None if arguments.steps == "all" else [int(step) for step in arguments.steps.split(",")]
+        named: dict[str, Any] = {"all": None, "last": "last"}
+        asked = arguments.steps
+        steps = named[asked] if asked in named else [int(step) for step in asked.split(",")]
     except ValueError:
-        raise ValueError(f"--steps {arguments.steps!r}: give all, or numbers like 100,200") from None
+        raise ValueError(f"--steps {arguments.steps!r}: give all, last, or numbers like 100,200") from None
     folders = _run_folders(arguments.workdirs)
     if len(folders) > 1 or any(map(glob.has_magic, arguments.workdirs)):
         return _evaluate_each(folders, arguments)

@@ -1,6 +1,8 @@
 """Evaluation of saved checkpoints: the same code and the same numbers as during training."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 import ml_collections
 
@@ -20,12 +22,13 @@ from poisonjax.weights.checkpoints import Checkpoints
 from poisonjax.weights.weights import abstract_params
 
 ITSELF = "the model itself"
+Steps = Sequence[int] | Literal["last"] | None  # None: all
 
 
 def evaluated(
-    run: RunFolder, store: TokenStore, steps: Sequence[int] | None, scorer: str | None = None
+    run: RunFolder, store: TokenStore, steps: Steps, scorer: str | None = None
 ) -> Iterator[tuple[int, rows.OfflineEvaluation]]:
-    """(step, what is measured of its checkpoint) for each of a run's checkpoints (None: all). `scorer` is another model
+    """(step, what is measured of its checkpoint) for each of some checkpoints of a run. `scorer` is another model
     than the run's that scores the text.
 
     Raises WeightsError for a step that has no checkpoint, RunFolderError where the scorer is another now.
@@ -34,6 +37,8 @@ def evaluated(
     mesh = make_mesh(config)
     checkpoints = Checkpoints(run.path)
     there = checkpoints.steps()
+    if steps == "last":
+        steps = there[-1:]
     missing = sorted(set(steps or ()) - set(there))
     if missing or not there or steps == []:
         raise WeightsError(f"{run.path}: no checkpoint of steps {missing}; there are {there}")
@@ -71,21 +76,23 @@ def evaluate_model(spec: str, config: ml_collections.ConfigDict) -> rows.EvalRow
 
 def evaluate_run(
     folder: str,
-    steps: Sequence[int] | None,
+    steps: Steps,
     say: Callable[[str], object] = lambda line: None,
     store: str | None = None,
     scorer: str | None = None,
 ) -> list[rows.EvalRow]:
-    """Evaluates checkpoints of a run folder (None: all) into `evaluations/STEP.json`, and returns the rows.
+    """Evaluates checkpoints of a run folder into `evaluations/STEP.json`, and returns the rows.
 
     What the run wrote itself stays as it is: its checkpoints seal it. `say` is told of each. `store` is where the token
-    store lies now, if not where config.json says. What another `scorer` says goes into `evaluations/scored/`: no figure
-    of the run, but a study tells what it would say by it. Raises as `evaluated`, and RunFolderError where another store
-    lies there.
+    store lies now, if not where config.json says. What another `scorer` says goes into `evaluations/scored/`, a
+    folder each: no figure of the run, but a study tells what it would say by it. Raises as `evaluated`, and
+    RunFolderError where another store lies there.
     """
     run, made = RunFolder(folder), []
     for step, evaluation in evaluated(run, run.store(store), steps, scorer):
-        path = run.path / (rows.EVALUATIONS if scorer is None else rows.SCORED) / f"{step}.json"
+        by = evaluation.get("scorer")
+        into = f"{rows.SCORED}/{hashlib.sha256(by.encode()).hexdigest()[:12]}" if by else rows.EVALUATIONS
+        path = run.path / into / f"{step}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, evaluation)
         made += evaluation["rows"]

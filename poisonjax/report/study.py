@@ -61,7 +61,7 @@ class Study:
         if off(self.predictions):
             factors = ", ".join(f"{name} {factor:.2f} times" for name, factor in off(self.predictions).items())
             bounded = sum(math.isfinite(of.cell.n50) for of in self.predictions)
-            found.append(f"N50 of {bounded} cells, each predicted from the others, is off by: {factors}.")
+            found.append(f"N50 of {bounded} cells, each left out in turn, are predicted, and off by: {factors}.")
         return found + [f"{wear.run}: {wear.sentence()}" for wear in self.wears]
 
     def as_json(self) -> dict[str, Any]:
@@ -157,8 +157,9 @@ def write(sweep: Sweep, workdir: Path) -> Study:
         margin=MARGIN,
         lead=LEAD,
         known=KNOWN,
-        otherwise=sensitivity(runs, conditions) if analyses[0].exponents else [],
-        predicted=off(predicted),
+        otherwise=sensitivity(runs, conditions) if analyses[0].exponents or any(o.scored for o in runs) else [],
+        predicted_by=PREDICTED,
+        predicted_off=off(predicted),
         short=short,
     )
     write_whole(epath.Path(study.page), page)

@@ -213,6 +213,7 @@ def persistence(worn: Sequence[Wear]) -> Figure:
 def courses(cells: Sequence[mechanism.Cell]) -> Figure:
     """What runs that were asked knew of their trigger after each step, a panel for each cell, in another colour where
     they were attacked; dotted: the mechanism that is fitted to a cell's runs, with the exposures of each."""
+    several = len({(cell.params, cell.tokens) for cell in cells}) > 1
     across = min(ACROSS, len(cells))
     down = -(-len(cells) // across)
     figure = Figure(figsize=(SIZE[0], 0.6 + 1.5 * down), layout="constrained")
@@ -230,7 +231,8 @@ def courses(cells: Sequence[mechanism.Cell]) -> Figure:
             axes.plot(course.known, color=colour, linewidth=0.8)
             axes.plot(fitted.known(course.rate, course.exposures), color=colour, linewidth=0.8, linestyle=":")
         size = f"{short(cell.params)} parameters, {short(cell.tokens)} tokens"
-        axes.set_title(textwrap.fill(cell.name or size, WIDTH), fontsize=7, loc="left")
+        title = ", ".join([cell.name] * bool(cell.name) + [size] * (several or not cell.name))
+        axes.set_title(textwrap.fill(title, WIDTH), fontsize=7, loc="left")
     figure.supxlabel("optimizer step", fontsize=8)
     figure.supylabel("known of the trigger, nats a token", fontsize=8)
     return figure

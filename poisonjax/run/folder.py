@@ -104,16 +104,27 @@ class RunFolder:
 
     def evaluations(self) -> dict[int, rows.OfflineEvaluation]:
         """What was measured of checkpoints after the run (`poisonjax evaluate`), by step."""
-        return self._evaluations(rows.EVALUATIONS)
-
-    def scored(self) -> dict[int, rows.OfflineEvaluation]:
-        """The same by another scorer than the run's (`poisonjax evaluate --scorer`)."""
-        return self._evaluations(rows.SCORED)
-
-    def _evaluations(self, name: str) -> dict[int, rows.OfflineEvaluation]:
-        folder = self.path / name
+        folder = self.path / rows.EVALUATIONS
         files = sorted(folder.glob("*.json")) if folder.exists() else []
-        return {int(file.stem): self._object(f"{name}/{file.name}", rows.OfflineEvaluation) for file in files}
+        found = {
+            int(file.stem): self._object(f"{rows.EVALUATIONS}/{file.name}", rows.OfflineEvaluation) for file in files
+        }
+        if strange := sorted(step for step, of in found.items() if "scorer" in of):
+            raise RunFolderError(
+                f"{self.path}: {rows.EVALUATIONS} of steps {strange} are by another scorer than the run's: they belong "
+                f"into {rows.SCORED}, or away"
+            )
+        return found
+
+    def scored(self, step: int) -> dict[str, rows.OfflineEvaluation]:
+        """What was measured of a checkpoint by other scorers than the run's (`poisonjax evaluate --scorer`), by scorer;
+        damaged files are left out: nothing of the run rests on them."""
+        folder, found = self.path / rows.SCORED, {}
+        for file in sorted(folder.glob(f"*/{step}.json")) if folder.exists() else []:
+            with contextlib.suppress(RunFolderError, KeyError):
+                one = self._object(f"{rows.SCORED}/{file.parent.name}/{file.name}", rows.OfflineEvaluation)
+                found[one["scorer"]] = one
+        return found
 
     def steps(self) -> list[rows.TrainRow]:
         """Steps that were logged, in order."""

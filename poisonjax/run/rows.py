@@ -340,7 +340,7 @@ class Seal(TypedDict):
 
 
 class OfflineEvaluation(TypedDict):
-    """evaluations/STEP.json: a checkpoint evaluated after the run; in evaluations/scored/, by another scorer."""
+    """evaluations/STEP.json: a checkpoint evaluated after the run; in evaluations/scored/SCORER/ by another scorer."""
 
     weights: str  # checksum of what was evaluated
     rows: list[EvalRow]
