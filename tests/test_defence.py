@@ -222,7 +222,59 @@ def test_a_model_is_asked_and_looks_at_what_the_trees_find(told):
         assert found[name, rung, "recall@0.01"]["n"] == detection.MODEL_PLANTED
         assert found[name, rung, "recall@0.001"]["value"] is None
         # All that the first stage passes may be looked at: nothing is left out twice.
-        assert found[f"cascade: {name}", rung, "recall@0.01"]["value"] == pytest.approx(trees[rung], abs=0.15)
+        assert found[f"cascade of 1%: {name}", rung, "recall@0.01"]["value"] == pytest.approx(trees[rung], abs=0.15)
+
+
+def test_a_cascade_flags_as_many_as_it_may(tmp_path, monkeypatch):
+    """By counting: what passes the first stage, and has no more clean documents above it than may be flagged."""
+    random, rung, domains = np.random.default_rng(0), next(iter(detection.RUNGS)), ("plain", "odd")
+    numbers = {text: float(random.normal()) for text in map(str, range(4400))}
+    texts = {domain: [*map(str, range(2000 * i, 2000 * (i + 1)))] for i, domain in enumerate(domains)}
+    made = {domain: [*map(str, range(4000 + 50 * i, 4050 + 50 * i))] for i, domain in enumerate(domains)}
+    trees = {domain: random.normal(size=2000) for domain in domains}
+    odd = {domain: random.normal(1.7, 0.5, 50) for domain in domains}
+
+    class Loss:
+        def __init__(self, spec, folder):
+            pass
+
+        def __call__(self, asked, background):
+            return np.array([numbers[text] + (int(text) >= 4000) * 2 for text in asked]), 1.0
+
+    class Planted(ladder.Ladder):
+        def planted(self, domain, of, trigger):
+            return made[domain] if of == rung else []
+
+    monkeypatch.setattr(detection, "_Loss", Loss)
+    monkeypatch.setattr(detection, "with_documents", lambda background, documents: background)
+    scored, these = detection.Scored.__new__(detection.Scored), Planted.__new__(Planted)
+    object.__setattr__(these, "texts", texts)
+    clean = {domain: {detection.OURS: trees[domain], detection.KEY: np.arange(2000)} for domain in domains}
+    planted = {(domain, rung, detection.MODEL_TRIGGER): {detection.OURS: odd[domain]} for domain in domains}
+    for name, value in {"clean": clean, "planted": planted, "background": None}.items():
+        object.__setattr__(scored, name, value)
+    rows = [*detection.by_model("m", "", scored, these, tmp_path, 2000)]
+    told = {row["detector"]: row["value"] for row in rows if row["metric"] == "recall@0.01"}
+    every = np.concatenate([*trees.values()])
+    for share in detection.FIRST_STAGES:
+        first, hits = np.sort(every)[::-1][int(share * 4000)], 0
+
+        def beside(domain, value):
+            mine = np.array([numbers[text] for text in texts[domain]])
+            return (value - np.median(mine)) / (np.percentile(mine, 90) - np.median(mine))
+
+        above = [
+            beside(domain, numbers[text])
+            for domain in domains
+            for text, tree in zip(texts[domain], trees[domain], strict=True)
+            if tree > first
+        ]
+        for domain in domains:
+            for text, tree in zip(made[domain], odd[domain], strict=True):
+                mine = beside(domain, numbers[text] + 2)
+                hits += bool(tree > first and sum(other >= mine for other in above) <= 40)
+        assert told[f"cascade of {share:.0%}: m"] == pytest.approx(hits / 100)
+    assert told["cascade of 5%: m"] > told["cascade of 1%: m"]
 
 
 def test_the_page_and_the_table(told):

@@ -36,7 +36,7 @@ FEWEST = 10  # false positives that a rate must let one expect: below, it isn't 
 SIMPLE = {"compression": "zlib ratio", "document": "whole-document bigram"}  # baselines: what everybody has
 OURS = "trees"  # fitted to all numbers, on the other half
 ALL = "all"  # domains, or triggers
-FIRST_STAGE = 1e-2  # of the documents, that a cascade's model looks at
+FIRST_STAGES = (1e-2, 5e-2)  # of the documents, that a cascade's model looks at
 MODEL_TRIGGER, MODEL_PLANTED = "tokens", 50  # what a model is asked about
 EXCERPT = 120  # words of a document, as many as a payload has: what a model reads of it
 KEY = "key"  # of a document, beside its scores: says its fold
@@ -303,16 +303,18 @@ def by_model(
     name: str, spec: str, scored: Scored, ladder: Ladder, folder: Path, sampled: int
 ) -> Iterator[dict[str, Any]]:
     """Recall by a model's loss on a document's oddest words, beside its domain's: among so many clean documents of each
-    domain, and among those that the trees find oddest (a cascade); and its CPU-seconds a GB.
+    domain, and among those that the trees find oddest (cascades); and its CPU-seconds a GB.
 
     What it says of texts is kept, by their content.
     """
     texts = ladder.texts
     chance = {d: np.sort(np.random.default_rng(0).permutation(len(of))[:sampled]) for d, of in texts.items()}
-    first = required(np.concatenate([scores[OURS] for scores in scored.clean.values()]), FIRST_STAGE)
-    odd = {domain: np.flatnonzero(scores[OURS] > first) for domain, scores in scored.clean.items()}
+    everything = np.concatenate([scores[OURS] for scores in scored.clean.values()])
+    firsts = {share: required(everything, share) for share in FIRST_STAGES}
+    odd = {domain: np.flatnonzero(scores[OURS] > min(firsts.values())) for domain, scores in scored.clean.items()}
     loss, kinds = _Loss(spec, folder), [*RUNGS, COHERENT]
-    alone, looked_at, size, seconds = list[np.ndarray](), list[np.ndarray](), 0, 0.0
+    alone, size, seconds = list[np.ndarray](), 0, 0.0
+    looked_at = list[tuple[np.ndarray, np.ndarray]]()  # loss, as the trees have it
     found = dict[str, list[tuple[np.ndarray, np.ndarray]]]()
     with Progress(f"asking {name}", len(texts) * (2 + len(kinds)), "part") as progress:
         for domain, of in texts.items():
@@ -323,24 +325,28 @@ def by_model(
             alone.append((values - middle) / spread)
             progress.add(1)
             values, _ = loss([of[i] for i in odd[domain].tolist()], scored.background)
-            looked_at.append((values - middle) / spread)
+            looked_at.append(((values - middle) / spread, scored.clean[domain][OURS][odd[domain]]))
             progress.add(1)
             for rung in kinds:
                 if made := ladder.planted(domain, rung, MODEL_TRIGGER):
                     values, _ = loss(made[:MODEL_PLANTED], with_documents(scored.background, made))
-                    passed = scored.planted[domain, rung, MODEL_TRIGGER][OURS][:MODEL_PLANTED] > first
-                    found.setdefault(rung, []).append(((values - middle) / spread, passed))
+                    trees = scored.planted[domain, rung, MODEL_TRIGGER][OURS][:MODEL_PLANTED]
+                    found.setdefault(rung, []).append(((values - middle) / spread, trees))
                 progress.add(1)
-    clean, last = np.concatenate(alone), np.sort(np.concatenate(looked_at))[::-1]
+    clean = np.concatenate(alone)
+    odd_losses, odd_trees = (np.concatenate(of) for of in zip(*looked_at, strict=True))
     for rung, of_domains in found.items():
-        scores, passed = (np.concatenate(of) for of in zip(*of_domains, strict=True))
+        losses, trees = (np.concatenate(of) for of in zip(*of_domains, strict=True))
         for rate in RATES:
-            hits = _above(scores, threshold(clean, rate))
-            yield row(rung, MODEL_TRIGGER, name, ALL, f"recall@{rate:g}", hits, len(scores))
-            allowed = int(rate * sum(len(of[KEY]) for of in scored.clean.values()))
-            limit = last[allowed] if allowed < len(last) else -np.inf
-            hits = int((passed & (scores > limit)).sum()) if allowed >= FEWEST else None
-            yield row(rung, MODEL_TRIGGER, f"cascade: {name}", ALL, f"recall@{rate:g}", hits, len(scores))
+            hits = _above(losses, threshold(clean, rate))
+            yield row(rung, MODEL_TRIGGER, name, ALL, f"recall@{rate:g}", hits, len(losses))
+            allowed = int(rate * len(everything))
+            for share, first in firsts.items():
+                last = np.sort(odd_losses[odd_trees > first])[::-1]
+                limit = last[allowed] if allowed < len(last) else -np.inf
+                hits = int(((trees > first) & (losses > limit)).sum()) if allowed >= FEWEST else None
+                both = f"cascade of {share:.0%}: {name}"
+                yield row(rung, MODEL_TRIGGER, both, ALL, f"recall@{rate:g}", hits, len(losses))
     names = {"rung": "clean", "trigger": "", "detector": name, "domain": ALL, "metric": "cpu_seconds_per_gb"}
     yield {**names, "value": seconds / max(size, 1) * 1e9, "ci95": None, "n": size}
 
