@@ -13,6 +13,7 @@ how many documents another run needs to know so much as other cells' runs knew w
 
 import bisect
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -190,6 +191,11 @@ class Cell:
     attacked: list[bool]  # of each course's run
     name: str = ""  # of its condition, where there are several
 
+    @functools.cached_property
+    def mechanism(self) -> Mechanism:
+        """Fitted to its own courses."""
+        return Mechanism.fitted(self.courses)
+
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
@@ -236,8 +242,8 @@ def predictions(cells: Sequence[Cell]) -> list[Prediction]:
         enough = enough_of(*map(list, zip(*ended, strict=True))) if ended else math.nan
         if not cell.courses or math.isnan(enough):
             continue
-        run, learning = cell.courses[0], (cell.courses, [of for other in others for of in other.courses])
-        own, pooled = (Mechanism.fitted(of).dose(run.rate, run.momentum, cell.placed, enough) for of in learning)
+        run, of_others = cell.courses[0], Mechanism.fitted([of for other in others for of in other.courses])
+        own, pooled = (of.dose(run.rate, run.momentum, cell.placed, enough) for of in (cell.mechanism, of_others))
         logs = np.log([[other.n50, other.tokens, other.params] for other in others])
         shares = logs[:, 0] - logs[:, 1]
         power = np.polyfit(logs[:, 2], shares, 1) if len(set(logs[:, 2])) > 1 else np.array([0.0, shares.mean()])

@@ -58,8 +58,8 @@ class Study:
         """The findings, a line each."""
         found = [f"{self.finished} of {self.runs} runs finished."]
         found += [f"{a.what}: {word}" for a in self.analyses for word in a.words]
-        if off(self.predictions):
-            factors = ", ".join(f"{name} {factor:.2f} times" for name, factor in off(self.predictions).items())
+        if errors := off(self.predictions):
+            factors = ", ".join(f"{name} {factor:.2f} times" for name, factor in errors.items())
             bounded = sum(math.isfinite(of.cell.n50) for of in self.predictions)
             found.append(f"N50 of {bounded} cells, each left out in turn, are predicted, and off by: {factors}.")
         return found + [f"{wear.run}: {wear.sentence()}" for wear in self.wears]

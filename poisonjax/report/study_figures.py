@@ -225,13 +225,12 @@ def courses(cells: Sequence[mechanism.Cell]) -> Figure:
         if cell is None:
             axes.set_axis_off()
             continue
-        fitted = mechanism.Mechanism.fitted(cell.courses)
         for course, attacked in zip(cell.courses, cell.attacked, strict=True):
             colour = COLOURS["triggered" if attacked else "clean"]
             axes.plot(course.known, color=colour, linewidth=0.8)
-            axes.plot(fitted.known(course.rate, course.exposures), color=colour, linewidth=0.8, linestyle=":")
+            axes.plot(cell.mechanism.known(course.rate, course.exposures), color=colour, linewidth=0.8, linestyle=":")
         size = f"{short(cell.params)} parameters, {short(cell.tokens)} tokens"
-        title = ", ".join([cell.name] * bool(cell.name) + [size] * (several or not cell.name))
+        title = f"{cell.name}, {size}" if cell.name and several else cell.name or size
         axes.set_title(textwrap.fill(title, WIDTH), fontsize=7, loc="left")
     figure.supxlabel("optimizer step", fontsize=8)
     figure.supylabel("known of the trigger, nats a token", fontsize=8)
