@@ -14,6 +14,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # Most of the tests' time is compiling what then runs for milliseconds.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # threads of tiny fits wait for each other, beside other workers
 os.environ["JAX_PLATFORMS"] = "cpu"  # the TPU's compiler is installed, but no TPU
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 

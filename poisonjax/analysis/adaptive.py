@@ -70,13 +70,11 @@ class Search:
         posterior, chosen = self._posterior(results), list[int]()
         outcomes = posterior[None]  # of those chosen: joint with N50 and slope
         for _ in range(number):
-            least, best = math.inf, 0
-            for place in range(len(self.doses)):
-                split = _split(outcomes, self._success[place])
-                if (variance := self._expected_variance(split)) < least - 1e-12:  # the lowest of equals
-                    least, best, kept = variance, place, split
+            one = np.einsum("ons,dns->don", outcomes, self._success)  # succeeds, at each dose that may be asked
+            variances = self._expected_variance(np.concatenate([one, outcomes.sum(2) - one], axis=1))
+            best = int(np.argmax(variances < variances.min() + 1e-12))  # the lowest of equals
             chosen.append(self.doses[best])
-            outcomes = kept
+            outcomes = _split(outcomes, self._success[best])
         return chosen
 
     def expected(self, results: Sequence[Result], doses: Sequence[int]) -> float:
@@ -84,7 +82,8 @@ class Search:
         posterior = self._posterior(results)[None]
         for dose in doses:
             posterior = _split(posterior, self._chance(dose))
-        return math.exp(NormalDist().inv_cdf((1 + LEVEL) / 2) * self._expected_variance(posterior) ** 0.5)
+        variance = float(self._expected_variance(posterior.sum(2)[None])[0])
+        return math.exp(NormalDist().inv_cdf((1 + LEVEL) / 2) * variance**0.5)
 
     def known(self, results: Sequence[Result]) -> "Known":
         """What the results say of N50; a bound at the edge of what was thought possible is none, 0 or infinite."""
@@ -148,12 +147,10 @@ class Search:
         weights = np.exp(log - log.max())
         return weights / weights.sum()
 
-    def _expected_variance(self, joint: Float[np.ndarray, "outcomes n50s slopes"]) -> float:
+    def _expected_variance(self, joint: Float[np.ndarray, "doses outcomes n50s"]) -> Float[np.ndarray, " doses"]:
         """Of log N50, after each outcome, by its chance."""
-        of = joint.sum(2)
-        chance = of.sum(1)
-        mean = of @ self._log_n50
-        return float((of @ self._log_n50**2 - mean**2 / np.maximum(chance, 1e-300)).sum())
+        mean = joint @ self._log_n50
+        return (joint @ self._log_n50**2 - mean**2 / np.maximum(joint.sum(-1), 1e-300)).sum(-1)
 
 
 def _split(
