@@ -55,6 +55,26 @@ def test_interval_is_the_profile_of_a_brute_force_grid():
     np.testing.assert_allclose((low, high), (inside[0], inside[-1]), atol=0.05)
 
 
+def test_interval_ends_where_no_slope_is_likely_enough():
+    """A steep and a flat curve are both local optima here: which of them is found mustn't hang on what was tried last."""
+    rows = []
+    for size, of_15 in enumerate([7, 10, 6, 9]):
+        for dose, successes in ((20, 0), (75, 0), (283, of_15), (1064, 15), (4000, 15)):
+            rows += [(dose, 1.0, size, i < successes, len(rows) + i, 0) for i in range(15)]
+    trials = Trials.of(rows)
+    curve = _curve(trials, [(trials.params == size).astype(float) for size in range(4)], odds=math.log(9.0))
+    value, low, high = curve.interval(2, 0.95, reach=12)
+    least = curve.penalised(curve.fit())[0] + scipy.stats.f.ppf(0.95, 1, 300 / 5 - 2) / 2
+
+    def excess(at):
+        slopes = np.geomspace(1, 25, 9)
+        return min(curve.penalised(curve.fit((2, at), np.append(curve.middle, math.log(k))))[0] for k in slopes) - least
+
+    assert low < value < high
+    for end, inwards in (low, 0.01), (high, -0.01):
+        assert excess(end - inwards) > 0 > excess(end + inwards)
+
+
 def test_perfectly_separated_doses_give_an_interval_and_unreached_ones_none():
     n = np.repeat([10.0, 20, 40, 80], 3)
     ones = np.ones(12)

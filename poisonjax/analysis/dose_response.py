@@ -106,7 +106,7 @@ class _Curve:
         return value + 1e-4 * float(away @ away) + steep**2 / 2, gradient
 
     def fit(self, fixed: tuple[int, float] | None = None, start: np.ndarray | None = None) -> np.ndarray:
-        """The likeliest (theta, log k), with one term held at a value if `fixed`."""
+        """The likeliest (theta, log k), with one term held at a value if `fixed`; looked for from `start` too."""
         terms = self.design.shape[1]
         free = [i for i in range(terms + 1) if fixed is None or i != fixed[0]]
         base = np.zeros(terms + 1)
@@ -120,7 +120,7 @@ class _Curve:
             return value, gradient[free]
 
         best: tuple[float, np.ndarray] | None = None
-        starts = [start] if start is not None else [np.append(self.middle, math.log(k)) for k in (2.0, 8.0)]
+        starts = [np.append(self.middle, math.log(k)) for k in (2.0, 8.0)] + ([] if start is None else [start])
         bounds = [(None, None)] * terms + [(math.log(SLOPES[0]), math.log(SLOPES[1]))]
         for first in starts:
             done = scipy.optimize.minimize(
@@ -144,14 +144,12 @@ class _Curve:
         few = max(1.0, len(self.success) / (self.design.shape[1] + 1) - 2)
         least, bound = self.penalised(best)[0], self.dispersion * scipy.stats.f.ppf(level, 1, few) / 2
         edges = []
+
+        def excess(value: float) -> float:
+            # From the same starts for the same value: a steep and a flat curve may both be a local optimum.
+            return self.penalised(self.fit((term, value), best))[0] - least - bound
+
         for side in (-1.0, 1.0):
-            start = best
-
-            def excess(value: float) -> float:
-                nonlocal start
-                start = self.fit((term, value), start)
-                return self.penalised(start)[0] - least - bound
-
             inside, step = best[term], 0.05
             while step <= reach and excess(best[term] + side * step) < 0:
                 inside, step = best[term] + side * step, step * 1.6
