@@ -56,7 +56,7 @@ def test_interval_is_the_profile_of_a_brute_force_grid():
 
 
 def test_interval_ends_where_no_slope_is_likely_enough():
-    """A steep and a flat curve are both local optima here: which of them is found mustn't hang on what was tried last."""
+    """A steep and a flat curve are both local optima here: which is found mustn't hang on what was tried last."""
     rows = []
     for size, of_15 in enumerate([7, 10, 6, 9]):
         for dose, successes in ((20, 0), (75, 0), (283, of_15), (1064, 15), (4000, 15)):
