@@ -234,12 +234,17 @@ def test_a_cascade_flags_as_many_as_it_may(tmp_path, monkeypatch):
     trees = {domain: random.normal(size=2000) for domain in domains}
     odd = {domain: random.normal(1.7, 0.5, 50) for domain in domains}
 
+    def losses(text):
+        """(as it stands, its words mixed): order saves nothing of what is planted."""
+        stands = numbers[text] + 2 * (int(text) >= 4000)
+        return stands, stands + 3 * (int(text) < 4000) + int(text) % 7 / 7
+
     class Loss:
         def __init__(self, spec, folder):
             pass
 
-        def __call__(self, asked, background):
-            return np.array([numbers[text] + (int(text) >= 4000) * 2 for text in asked]), 1.0
+        def __call__(self, asked, background, mixed=False):
+            return np.array([losses(text)[mixed] for text in asked]), 1.0
 
     class Planted(ladder.Ladder):
         def planted(self, domain, of, trigger):
@@ -251,30 +256,47 @@ def test_a_cascade_flags_as_many_as_it_may(tmp_path, monkeypatch):
     object.__setattr__(these, "texts", texts)
     clean = {domain: {detection.OURS: trees[domain], detection.KEY: np.arange(2000)} for domain in domains}
     planted = {(domain, rung, detection.MODEL_TRIGGER): {detection.OURS: odd[domain]} for domain in domains}
-    for name, value in {"clean": clean, "planted": planted, "background": None}.items():
+    for name, value in {"clean": clean, "planted": planted, "background": Background.empty(10)}.items():
         object.__setattr__(scored, name, value)
     rows = [*detection.by_model("m", "", scored, these, tmp_path, 2000)]
     told = {row["detector"]: row["value"] for row in rows if row["metric"] == "recall@0.01"}
     every = np.concatenate([*trees.values()])
     for share in detection.FIRST_STAGES:
-        first, hits = np.sort(every)[::-1][int(share * 4000)], 0
+        first = np.sort(every)[::-1][int(share * 4000)]
+        for by in detection.LAST_STAGES:
 
-        def beside(domain, value):
-            mine = np.array([numbers[text] for text in texts[domain]])
-            return (value - np.median(mine)) / (np.percentile(mine, 90) - np.median(mine))
+            def last(text, by=by):
+                stands, mixed = losses(text)
+                return stands + (stands - mixed) * bool(by)
 
-        above = [
-            beside(domain, numbers[text])
-            for domain in domains
-            for text, tree in zip(texts[domain], trees[domain], strict=True)
-            if tree > first
-        ]
-        for domain in domains:
-            for text, tree in zip(made[domain], odd[domain], strict=True):
-                mine = beside(domain, numbers[text] + 2)
-                hits += bool(tree > first and sum(other >= mine for other in above) <= 40)
-        assert told[f"cascade of {share:.0%}: m"] == pytest.approx(hits / 100)
+            def beside(domain, text, last=last):
+                middle, ninth = np.percentile([*map(last, texts[domain])], [50, 90])
+                return (last(text) - middle) / (ninth - middle)
+
+            above = [
+                beside(domain, text)
+                for domain in domains
+                for text, tree in zip(texts[domain], trees[domain], strict=True)
+                if tree > first
+            ]
+            hits = sum(
+                bool(tree > first and sum(other >= beside(domain, text) for other in above) <= 40)
+                for domain in domains
+                for text, tree in zip(made[domain], odd[domain], strict=True)
+            )
+            assert told[f"cascade of {share:.0%}{by}: m"] == pytest.approx(hits / 100)
     assert told["cascade of 5%: m"] > told["cascade of 1%: m"]
+    assert told["cascade of 5%, order: m"] > told["cascade of 5%: m"]
+
+
+def test_mixed_words_are_the_same_words():
+    text = "  one two\n\tthree, four  five\u3000\u4e09 "
+    mixed = detection._mixed(text)
+    assert sorted(mixed.split()) == sorted(text.split())
+    assert mixed != text
+    assert [*filter(str.isspace, mixed)] == [*filter(str.isspace, text)]  # and what stands between them
+    assert detection._mixed(text) == mixed
+    assert detection._mixed("") == ""
 
 
 def test_the_page_and_the_table(told):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -37,8 +38,9 @@ SIMPLE = {"compression": "zlib ratio", "document": "whole-document bigram"}  # b
 OURS = "trees"  # fitted to all numbers, on the other half
 ALL = "all"  # domains, or triggers
 FIRST_STAGES = (1e-2, 5e-2)  # of the documents, that a cascade's model looks at
+LAST_STAGES = ("", ", order")  # by what it decides: a document's loss, or with it what the words' order saves
 MODEL_TRIGGER, MODEL_PLANTED = "tokens", 50  # what a model is asked about
-EXCERPT = 120  # words of a document, as many as a payload has: what a model reads of it
+EXCERPT, EXCERPT_TOKENS = 120, 256  # words of a document, as many as a payload has, and tokens of them: what it reads
 KEY = "key"  # of a document, beside its scores: says its fold
 SHOWN = 300  # characters of a false positive
 BUDGETS = "recall at budget "  # metric: and the share of the clean documents that is read
@@ -303,7 +305,8 @@ def by_model(
     name: str, spec: str, scored: Scored, ladder: Ladder, folder: Path, sampled: int
 ) -> Iterator[dict[str, Any]]:
     """Recall by a model's loss on a document's oddest words, beside its domain's: among so many clean documents of each
-    domain, and among those that the trees find oddest (cascades); and its CPU-seconds a GB.
+    domain, and among those that the trees find oddest (cascades), there with what the words' order saves it too; and
+    its CPU-seconds a GB.
 
     What it says of texts is kept, by their content.
     """
@@ -311,48 +314,77 @@ def by_model(
     chance = {d: np.sort(np.random.default_rng(0).permutation(len(of))[:sampled]) for d, of in texts.items()}
     everything = np.concatenate([scores[OURS] for scores in scored.clean.values()])
     firsts = {share: required(everything, share) for share in FIRST_STAGES}
-    odd = {domain: np.flatnonzero(scores[OURS] > min(firsts.values())) for domain, scores in scored.clean.items()}
-    loss, kinds = _Loss(spec, folder), [*RUNGS, COHERENT]
+    widest, loss, kinds = min(firsts.values()), _Loss(spec, folder), [*RUNGS, COHERENT]
     alone, size, seconds = list[np.ndarray](), 0, 0.0
-    looked_at = list[tuple[np.ndarray, np.ndarray]]()  # loss, as the trees have it
-    found = dict[str, list[tuple[np.ndarray, np.ndarray]]]()
+    looked_at, found = list[np.ndarray](), dict[str, list[np.ndarray]]()  # of each domain
     with Progress(f"asking {name}", len(texts) * (2 + len(kinds)), "part") as progress:
         for domain, of in texts.items():
             some = [of[i] for i in chance[domain].tolist()]
-            values, cost = loss(some, scored.background)
+            usual, cost = loss(some, scored.background)
             size, seconds = size + sum(len(text.encode(errors="replace")) for text in some), seconds + cost
-            middle, spread = np.median(values), max(np.percentile(values, 90) - np.median(values), 1e-3)
-            alone.append((values - middle) / spread)
+            both = usual, 2 * usual - loss(some, scored.background, mixed=True)[0]
+            alone.append(_beside(usual, usual))
             progress.add(1)
-            values, _ = loss([of[i] for i in odd[domain].tolist()], scored.background)
-            looked_at.append(((values - middle) / spread, scored.clean[domain][OURS][odd[domain]]))
+            odd = np.flatnonzero(scored.clean[domain][OURS] > widest)
+            trees = scored.clean[domain][OURS][odd]
+            some = [of[i] for i in odd.tolist()]
+            looked_at.append(_looked_at(loss, some, scored.background, trees, widest, both))
             progress.add(1)
             for rung in kinds:
                 if made := ladder.planted(domain, rung, MODEL_TRIGGER):
-                    values, _ = loss(made[:MODEL_PLANTED], with_documents(scored.background, made))
                     trees = scored.planted[domain, rung, MODEL_TRIGGER][OURS][:MODEL_PLANTED]
-                    found.setdefault(rung, []).append(((values - middle) / spread, trees))
+                    among = with_documents(scored.background, made)
+                    told = _looked_at(loss, made[:MODEL_PLANTED], among, trees, widest, both)
+                    found.setdefault(rung, []).append(told)
                 progress.add(1)
-    clean = np.concatenate(alone)
-    odd_losses, odd_trees = (np.concatenate(of) for of in zip(*looked_at, strict=True))
+    clean, (*odd_last, odd_trees) = np.concatenate(alone), np.concatenate(looked_at, axis=1)
     for rung, of_domains in found.items():
-        losses, trees = (np.concatenate(of) for of in zip(*of_domains, strict=True))
+        *last, trees = np.concatenate(of_domains, axis=1)
         for rate in RATES:
-            hits = _above(losses, threshold(clean, rate))
-            yield row(rung, MODEL_TRIGGER, name, ALL, f"recall@{rate:g}", hits, len(losses))
+            hits = _above(last[0], threshold(clean, rate))
+            yield row(rung, MODEL_TRIGGER, name, ALL, f"recall@{rate:g}", hits, len(trees))
             allowed = int(rate * len(everything))
             for share, first in firsts.items():
-                last = np.sort(odd_losses[odd_trees > first])[::-1]
-                limit = last[allowed] if allowed < len(last) else -np.inf
-                hits = int(((trees > first) & (losses > limit)).sum()) if allowed >= FEWEST else None
-                both = f"cascade of {share:.0%}: {name}"
-                yield row(rung, MODEL_TRIGGER, both, ALL, f"recall@{rate:g}", hits, len(losses))
+                for by, of_odd, of_planted in zip(LAST_STAGES, odd_last, last, strict=True):
+                    above = np.sort(of_odd[odd_trees > first])[::-1]
+                    limit = above[allowed] if allowed < len(above) else -np.inf
+                    hits = int(((trees > first) & (of_planted > limit)).sum()) if allowed >= FEWEST else None
+                    cascade = f"cascade of {share:.0%}{by}: {name}"
+                    yield row(rung, MODEL_TRIGGER, cascade, ALL, f"recall@{rate:g}", hits, len(trees))
     names = {"rung": "clean", "trigger": "", "detector": name, "domain": ALL, "metric": "cpu_seconds_per_gb"}
     yield {**names, "value": seconds / max(size, 1) * 1e9, "ci95": None, "n": size}
 
 
+def _looked_at(
+    loss: "_Loss",
+    texts: Sequence[str],
+    background: Background,
+    trees: Float[np.ndarray, " documents"],
+    widest: float,
+    usual: tuple[Float[np.ndarray, " clean"], Float[np.ndarray, " clean"]],
+) -> Float[np.ndarray, "3 documents"]:
+    """By each of LAST_STAGES, the last for what passes the `widest` first stage, beside what is `usual`; and by the
+    trees."""
+    values, _ = loss(texts, background)
+    order, passed = np.full(len(values), -np.inf), np.flatnonzero(trees > widest)
+    mixed, _ = loss([texts[i] for i in passed.tolist()], background, mixed=True)
+    order[passed] = 2 * values[passed] - mixed
+    return np.stack([_beside(values, usual[0]), _beside(order, usual[1]), trees])
+
+
+def _beside(
+    values: Float[np.ndarray, " documents"], usual: Float[np.ndarray, " clean"]
+) -> Float[np.ndarray, " documents"]:
+    """How far above a domain's median, in distances from there to the ninth tenth."""
+    middle, ninth = np.percentile(usual, [50, 90])
+    return (values - middle) / max(ninth - middle, 1e-3)
+
+
 class _Loss:
-    """A model's loss on each document's oddest EXCERPT words, in nats a token; kept by what it reads."""
+    """A model's loss on each document's oddest words, as they stand or `mixed`, in nats a token; kept by what it reads.
+
+    The order of words says nothing of them in salad, whatever they are; of text it saves a model 1 to 3 nats a token.
+    """
 
     def __init__(self, spec: str, folder: Path):
         self._mesh = one_device_mesh()
@@ -362,9 +394,13 @@ class _Loss:
         self._folder = folder / f"model-{self._weights.parent['weights'][:16]}"
         self._folder.mkdir(parents=True, exist_ok=True)
 
-    def __call__(self, texts: Sequence[str], background: Background) -> tuple[Float[np.ndarray, " documents"], float]:
+    def __call__(
+        self, texts: Sequence[str], background: Background, mixed: bool = False
+    ) -> tuple[Float[np.ndarray, " documents"], float]:
         """(losses, CPU-seconds)."""
-        excerpts = [*_excerpts(texts, background)]
+        excerpts = [self._begin(text) for text in _excerpts(texts, background)]
+        if mixed:
+            excerpts = [_mixed(text) for text in excerpts]
         path = self._folder / f"{_hash(excerpts)[:32]}.npz"
         if not path.exists():
             began = time.process_time()
@@ -374,6 +410,18 @@ class _Loss:
             _write(path, {"values": values, "seconds": np.array(time.process_time() - began)})
         saved = _read(path)
         return saved["values"], float(saved["seconds"])
+
+    def _begin(self, text: str) -> str:
+        tokens = self._weights.tokenizer.encode(text)
+        return text if len(tokens) <= EXCERPT_TOKENS else self._weights.tokenizer.decode(tokens[:EXCERPT_TOKENS])
+
+
+def _mixed(text: str) -> str:
+    """Its words in another order, the same each time; what stands between them stays."""
+    parts = re.split(r"(\s+)", text)
+    words = parts[::2]
+    parts[::2] = [words[i] for i in np.random.default_rng(len(text)).permutation(len(words)).tolist()]
+    return "".join(parts)
 
 
 def _excerpts(texts: Sequence[str], background: Background) -> Iterator[str]:
