@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -38,7 +39,7 @@ SIMPLE = {"compression": "zlib ratio", "document": "whole-document bigram"}  # b
 OURS = "trees"  # fitted to all numbers, on the other half
 ALL = "all"  # domains, or triggers
 FIRST_STAGES = (1e-2, 5e-2)  # of the documents, that a cascade's model looks at
-LAST_STAGES = ("", ", order")  # by what it decides: a document's loss, or with it what the words' order saves
+READINGS = ("", " and order")  # of a model: a document's loss, and with it what the words' order saves
 MODEL_TRIGGER, MODEL_PLANTED = "tokens", 50  # what a model is asked about
 EXCERPT, EXCERPT_TOKENS = 120, 256  # words of a document, as many as a payload has, and tokens of them: what it reads
 KEY = "key"  # of a document, beside its scores: says its fold
@@ -304,9 +305,9 @@ def costs(scored: Scored) -> Iterator[dict[str, Any]]:
 def by_model(
     name: str, spec: str, scored: Scored, ladder: Ladder, folder: Path, sampled: int
 ) -> Iterator[dict[str, Any]]:
-    """Recall by a model's loss on a document's oddest words, beside its domain's: among so many clean documents of each
-    domain, and among those that the trees find oddest (cascades), there with what the words' order saves it too; and
-    its CPU-seconds a GB.
+    """Recall by a model's loss on a document's oddest words, beside its domain's, and by that with what the order of
+    the words saves it: among so many clean documents of each domain, and among those that the trees find oddest
+    (cascades). And CPU-seconds a GB of the loss.
 
     What it says of texts is kept, by their content.
     """
@@ -314,76 +315,58 @@ def by_model(
     chance = {d: np.sort(np.random.default_rng(0).permutation(len(of))[:sampled]) for d, of in texts.items()}
     everything = np.concatenate([scores[OURS] for scores in scored.clean.values()])
     firsts = {share: required(everything, share) for share in FIRST_STAGES}
-    widest, loss, kinds = min(firsts.values()), _Loss(spec, folder), [*RUNGS, COHERENT]
-    alone, size, seconds = list[np.ndarray](), 0, 0.0
-    looked_at, found = list[np.ndarray](), dict[str, list[np.ndarray]]()  # of each domain
+    model, kinds = _Model(spec, folder), [*RUNGS, COHERENT]
+    size, seconds = 0, 0.0
+    clean, odd, odd_trees = list[np.ndarray](), list[np.ndarray](), list[np.ndarray]()
+    found = dict[str, list[tuple[np.ndarray, np.ndarray]]]()  # by rung, of each domain: by READINGS; by the trees
     with Progress(f"asking {name}", len(texts) * (2 + len(kinds)), "part") as progress:
         for domain, of in texts.items():
             some = [of[i] for i in chance[domain].tolist()]
-            usual, cost = loss(some, scored.background)
+            usual, cost = model.readings(some, scored.background)
             size, seconds = size + sum(len(text.encode(errors="replace")) for text in some), seconds + cost
-            both = usual, 2 * usual - loss(some, scored.background, mixed=True)[0]
-            alone.append(_beside(usual, usual))
+            clean.append(_beside(usual, usual))
             progress.add(1)
-            odd = np.flatnonzero(scored.clean[domain][OURS] > widest)
-            trees = scored.clean[domain][OURS][odd]
-            some = [of[i] for i in odd.tolist()]
-            looked_at.append(_looked_at(loss, some, scored.background, trees, widest, both))
+            oddest = np.flatnonzero(scored.clean[domain][OURS] > min(firsts.values()))
+            values, _ = model.readings([of[i] for i in oddest.tolist()], scored.background)
+            odd.append(_beside(values, usual))
+            odd_trees.append(scored.clean[domain][OURS][oddest])
             progress.add(1)
             for rung in kinds:
                 if made := ladder.planted(domain, rung, MODEL_TRIGGER):
+                    values, _ = model.readings(made[:MODEL_PLANTED], with_documents(scored.background, made))
                     trees = scored.planted[domain, rung, MODEL_TRIGGER][OURS][:MODEL_PLANTED]
-                    among = with_documents(scored.background, made)
-                    told = _looked_at(loss, made[:MODEL_PLANTED], among, trees, widest, both)
-                    found.setdefault(rung, []).append(told)
+                    found.setdefault(rung, []).append((_beside(values, usual), trees))
                 progress.add(1)
-    clean, (*odd_last, odd_trees) = np.concatenate(alone), np.concatenate(looked_at, axis=1)
+    first = np.concatenate(odd_trees)
     for rung, of_domains in found.items():
-        *last, trees = np.concatenate(of_domains, axis=1)
-        for rate in RATES:
-            hits = _above(last[0], threshold(clean, rate))
-            yield row(rung, MODEL_TRIGGER, name, ALL, f"recall@{rate:g}", hits, len(trees))
+        planted, trees = (np.concatenate(of, axis=-1) for of in zip(*of_domains, strict=True))
+        readings = zip(READINGS, *(np.concatenate(of, axis=-1) for of in (clean, odd)), planted, strict=True)
+        for (by, of_clean, of_odd, values), rate in itertools.product([*readings], RATES):
+            hits = _above(values, threshold(of_clean, rate))
+            yield row(rung, MODEL_TRIGGER, name + by, ALL, f"recall@{rate:g}", hits, len(values))
             allowed = int(rate * len(everything))
-            for share, first in firsts.items():
-                for by, of_odd, of_planted in zip(LAST_STAGES, odd_last, last, strict=True):
-                    above = np.sort(of_odd[odd_trees > first])[::-1]
-                    limit = above[allowed] if allowed < len(above) else -np.inf
-                    hits = int(((trees > first) & (of_planted > limit)).sum()) if allowed >= FEWEST else None
-                    cascade = f"cascade of {share:.0%}{by}: {name}"
-                    yield row(rung, MODEL_TRIGGER, cascade, ALL, f"recall@{rate:g}", hits, len(trees))
+            for share, least in firsts.items():
+                last = np.sort(of_odd[first > least])[::-1]
+                limit = last[allowed] if allowed < len(last) else -np.inf
+                hits = int(((trees > least) & (values > limit)).sum()) if allowed >= FEWEST else None
+                cascade = f"cascade of {share:.0%}: {name}{by}"
+                yield row(rung, MODEL_TRIGGER, cascade, ALL, f"recall@{rate:g}", hits, len(values))
     names = {"rung": "clean", "trigger": "", "detector": name, "domain": ALL, "metric": "cpu_seconds_per_gb"}
     yield {**names, "value": seconds / max(size, 1) * 1e9, "ci95": None, "n": size}
 
 
-def _looked_at(
-    loss: "_Loss",
-    texts: Sequence[str],
-    background: Background,
-    trees: Float[np.ndarray, " documents"],
-    widest: float,
-    usual: tuple[Float[np.ndarray, " clean"], Float[np.ndarray, " clean"]],
-) -> Float[np.ndarray, "3 documents"]:
-    """By each of LAST_STAGES, the last for what passes the `widest` first stage, beside what is `usual`; and by the
-    trees."""
-    values, _ = loss(texts, background)
-    order, passed = np.full(len(values), -np.inf), np.flatnonzero(trees > widest)
-    mixed, _ = loss([texts[i] for i in passed.tolist()], background, mixed=True)
-    order[passed] = 2 * values[passed] - mixed
-    return np.stack([_beside(values, usual[0]), _beside(order, usual[1]), trees])
-
-
 def _beside(
-    values: Float[np.ndarray, " documents"], usual: Float[np.ndarray, " clean"]
-) -> Float[np.ndarray, " documents"]:
+    values: Float[np.ndarray, "readings documents"], usual: Float[np.ndarray, "readings clean"]
+) -> Float[np.ndarray, "readings documents"]:
     """How far above a domain's median, in distances from there to the ninth tenth."""
-    middle, ninth = np.percentile(usual, [50, 90])
-    return (values - middle) / max(ninth - middle, 1e-3)
+    middle, ninth = np.percentile(usual, [50, 90], axis=1, keepdims=True)
+    return (values - middle) / np.maximum(ninth - middle, 1e-3)
 
 
-class _Loss:
-    """A model's loss on each document's oddest words, as they stand or `mixed`, in nats a token; kept by what it reads.
+class _Model:
+    """What a model makes of each document's oddest words, in nats a token; kept by what it reads.
 
-    The order of words says nothing of them in salad, whatever they are; of text it saves a model 1 to 3 nats a token.
+    The order of words saves it nothing in salad, whatever they are; in text 1 to 3 nats, where it knows the language.
     """
 
     def __init__(self, spec: str, folder: Path):
@@ -394,13 +377,16 @@ class _Loss:
         self._folder = folder / f"model-{self._weights.parent['weights'][:16]}"
         self._folder.mkdir(parents=True, exist_ok=True)
 
-    def __call__(
-        self, texts: Sequence[str], background: Background, mixed: bool = False
-    ) -> tuple[Float[np.ndarray, " documents"], float]:
-        """(losses, CPU-seconds)."""
+    def readings(
+        self, texts: Sequence[str], background: Background
+    ) -> tuple[Float[np.ndarray, "readings documents"], float]:
+        """(by READINGS, CPU-seconds of the first)."""
         excerpts = [self._begin(text) for text in _excerpts(texts, background)]
-        if mixed:
-            excerpts = [_mixed(text) for text in excerpts]
+        (stands, seconds), (mixed, _) = self._asked(excerpts), self._asked([_mixed(text) for text in excerpts])
+        return np.stack([stands, stands - (mixed - stands)]), seconds
+
+    def _asked(self, excerpts: Sequence[str]) -> tuple[Float[np.ndarray, " documents"], float]:
+        """(losses, CPU-seconds)."""
         path = self._folder / f"{_hash(excerpts)[:32]}.npz"
         if not path.exists():
             began = time.process_time()
