@@ -9,7 +9,7 @@ from conftest import WORDS, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from poisonjax.bench.defence import bench, combined, detection, dose, ladder, page, utility
+from poisonjax.bench.defence import bench, combined, detection, dose, ladder, models, page, utility
 from poisonjax.bench.defence.combined import FEATURES, Trees
 from poisonjax.bench.defence.dose import BEFORE, TWIN, Cell, Passages, Run, pipelines, planned
 from poisonjax.corpus.bench_text import MANIFEST, Fetched
@@ -217,9 +217,9 @@ def test_a_model_is_asked_and_looks_at_what_the_trees_find(told):
     assert {rung for _, rung, _ in found} == {*ALONE, "clean"}
     assert found[name, "clean", "cpu_seconds_per_gb"]["value"] > 0
     trees = {row["rung"]: row["value"] for row in rows if row["metric"] == "recall@0.01" and row["domain"] == "all"
-             and (row["detector"], row["trigger"]) == (detection.OURS, detection.MODEL_TRIGGER)}  # fmt: skip
+             and (row["detector"], row["trigger"]) == (detection.OURS, models.MODEL_TRIGGER)}  # fmt: skip
     for rung in ALONE:
-        assert found[name, rung, "recall@0.01"]["n"] == detection.MODEL_PLANTED
+        assert found[name, rung, "recall@0.01"]["n"] == models.MODEL_PLANTED
         assert found[name, rung, "recall@0.001"]["value"] is None
         # All that the first stage passes may be looked at: nothing is left out twice.
         assert found[f"cascade of 1%: {name}", rung, "recall@0.01"]["value"] == pytest.approx(trees[rung], abs=0.15)
@@ -227,7 +227,7 @@ def test_a_model_is_asked_and_looks_at_what_the_trees_find(told):
 
 def test_a_cascade_flags_as_many_as_it_may(tmp_path, monkeypatch):
     """By counting: what passes the first stage, and has no more clean documents above it than may be flagged."""
-    random, rung, domains = np.random.default_rng(0), next(iter(detection.RUNGS)), ("plain", "odd")
+    random, rung, domains = np.random.default_rng(0), next(iter(ladder.RUNGS)), ("plain", "odd")
     numbers = {text: float(random.normal()) for text in map(str, range(4400))}
     texts = {domain: [*map(str, range(2000 * i, 2000 * (i + 1)))] for i, domain in enumerate(domains)}
     made = {domain: [*map(str, range(4000 + 50 * i, 4050 + 50 * i))] for i, domain in enumerate(domains)}
@@ -251,20 +251,20 @@ def test_a_cascade_flags_as_many_as_it_may(tmp_path, monkeypatch):
         def planted(self, domain, of, trigger):
             return made[domain] if of == rung else []
 
-    monkeypatch.setattr(detection, "_Model", Model)
-    monkeypatch.setattr(detection, "with_documents", lambda background, documents: background)
+    monkeypatch.setattr(models, "_Model", Model)
+    monkeypatch.setattr(models, "with_documents", lambda background, documents: background)
     scored, these = detection.Scored.__new__(detection.Scored), Planted.__new__(Planted)
     object.__setattr__(these, "texts", texts)
     clean = {domain: {detection.OURS: trees[domain], detection.KEY: np.arange(2000)} for domain in domains}
-    planted = {(domain, rung, detection.MODEL_TRIGGER): {detection.OURS: odd[domain]} for domain in domains}
+    planted = {(domain, rung, models.MODEL_TRIGGER): {detection.OURS: odd[domain]} for domain in domains}
     for name, value in {"clean": clean, "planted": planted, "background": Background.empty(10)}.items():
         object.__setattr__(scored, name, value)
-    rows = [*detection.by_model("m", "", scored, these, tmp_path, 2000)]
+    rows = [*models.by_model("m", "", scored, these, tmp_path, 2000)]
     told = {row["detector"]: row["value"] for row in rows if row["metric"] == "recall@0.01"}
     every = np.concatenate([*trees.values()])
-    for share in detection.FIRST_STAGES:
+    for share in models.FIRST_STAGES:
         first = np.sort(every)[::-1][int(share * 4000)]
-        for by in detection.READINGS:
+        for by in models.READINGS:
 
             def last(text, by=by):
                 stands, mixed = losses(text)
@@ -293,12 +293,12 @@ def test_a_cascade_flags_as_many_as_it_may(tmp_path, monkeypatch):
 
 def test_mixed_words_are_the_same_words():
     text = "  one two\n\tthree, four  five\u3000\u4e09 "
-    mixed = detection._mixed(text)
+    mixed = models._mixed(text)
     assert sorted(mixed.split()) == sorted(text.split())
     assert mixed != text
     assert [*filter(str.isspace, mixed)] == [*filter(str.isspace, text)]  # and what stands between them
-    assert detection._mixed(text) == mixed
-    assert detection._mixed("") == ""
+    assert models._mixed(text) == mixed
+    assert models._mixed("") == ""
 
 
 def test_the_page_and_the_table(told):

@@ -8,7 +8,7 @@ from typing import Any
 import ml_collections
 from etils import epath
 
-from poisonjax.bench.defence import detection, dose, page, utility
+from poisonjax.bench.defence import detection, dose, models, page, utility
 from poisonjax.bench.defence.ladder import HALVES, RUNGS, SHORTENED, TUNED_ON, Ladder
 from poisonjax.corpus.bench_text import LEADS, Fetched
 from poisonjax.files import write_whole
@@ -42,7 +42,7 @@ class Defence:
         scored = detection.with_trees(detection.scored(reported, [*RUNGS], folder / reported.half), trees)
         told = [*detection.found(scored), *detection.budgets(scored), *detection.costs(scored)]
         for spec in self.models:
-            told += detection.by_model(spec, spec, scored, reported, folder, self.sampled)
+            told += models.by_model(spec, spec, scored, reported, folder, self.sampled)
         if self.seeds:
             of = dose.pipelines(trees)
             dropped = utility.dropped(reported.texts, scored, of)
@@ -52,7 +52,7 @@ class Defence:
                 self.config, reported.texts, dropped, mixtures / reported.half, seeds=self.seeds, workers=self.workers
             )
             small = utility.model(self.config, tuned.texts, mixtures / tuned.half)
-            told += detection.by_model(SMALL, small, scored, reported, folder, self.sampled)
+            told += models.by_model(SMALL, small, scored, reported, folder, self.sampled)
         shown = detection.oddest(scored, reported, EXAMPLES)
         content = page.page(told, self.fetched.absent, shown, epath.Path(self.workdir))
         write_whole(epath.Path(self.page), content)

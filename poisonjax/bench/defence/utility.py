@@ -2,7 +2,7 @@
 
 Models read a mix of the domains, with nothing dropped and after each pipeline; of the same initial weights and as many
 tokens, asked about the same held-out documents. A model of the other half's text is a detector, too
-(`detection.by_model`).
+(`models.by_model`).
 """
 
 import functools
