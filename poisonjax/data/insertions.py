@@ -31,7 +31,9 @@ class Insertion:
     def end(self) -> int:
         return self.start + len(self.tokens)
 
-    def edit(self, row: Shaped[np.ndarray, "row_tokens *fields"], values: Shaped[np.ndarray, "tokens *fields"]) -> None:
+    def edit(
+        self, row: Shaped[np.ndarray, " row_tokens *fields"], values: Shaped[np.ndarray, " tokens *fields"]
+    ) -> None:
         """Put `values`, one for each of its tokens, where they stand in the row."""
         start, end = self.start, self.end
         if self.mode == "splice":

@@ -75,7 +75,7 @@ def rotate(x: Float[Array, "batch seq heads head_dim"], angles) -> Float[Array, 
 
 
 @jax.custom_vjp
-def linear(x: Float[Array, "*batch width"], weight: Float[Array, "width *out"]) -> Float[Array, "..."]:
+def linear(x: Float[Array, "*batch width"], weight: Float[Array, " width *out"]) -> Float[Array, "..."]:
     """x times weight; the gradient of the weight transposes the narrower factor, not always d_y as JAX does."""
     return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (0,)), ((), ())))
 
