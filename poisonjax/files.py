@@ -1,6 +1,7 @@
 """Files and folders on disks and in object stores (gs://), written so that a kill at any instant leaves each whole."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -71,6 +72,15 @@ def write_json(path: epath.PathLike, value: Any) -> None:
 def write_lines(path: epath.Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes a file of one JSON object a line, whole or not at all."""
     write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def sha256_of(path: epath.Path) -> str:
+    """Of a file's bytes, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**22):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def files_below(folder: epath.Path) -> Iterator[epath.Path]:

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 
 from poisonjax import corpus
 from poisonjax.commands.main import main
-from poisonjax.corpus import CorpusError, load_tokenizer, markov, sources
-from poisonjax.corpus import store as store_lib
-from poisonjax.corpus.store import SPLITS
+from poisonjax.corpus import SPLITS, CorpusError, arrays, load_tokenizer, markov, sources
+from poisonjax.corpus import split as split_lib
+from poisonjax.corpus.mapped import Mapped
 from poisonjax.corpus.tokenizers import ByteTokenizer, Tokenizer, WordTokenizer, load_saved, train_bpe
 
 
@@ -202,7 +202,7 @@ def test_a_split_without_documents_is_an_error(tmp_path):
 def test_large_vocabularies_take_32_bits(tmp_path):
     store = build(tmp_path / "s", "markov:V=70000,documents=40,length=20")
     split = store.split("train")
-    stored = store_lib.open_array(store.path / "shards" / "00000" / "train" / "tokens")
+    stored = arrays.open_array(store.path / "shards" / "00000" / "train" / "tokens")
     assert stored.dtype.name == "uint32"
     assert split.window(0, split.tokens).max() == store.tokenizer.eot == 70_000
     assert store.verify() == []
@@ -262,11 +262,11 @@ def test_a_split_too_large_for_memory_reads_the_same(sharded, monkeypatch, how):
     split = store.split("train")
     starts = np.arange(0, split.tokens - 100, 37)
     in_memory, counts = split.windows(starts, 100), split.token_counts()
-    monkeypatch.setattr(store_lib, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(split_lib, "IN_MEMORY_BYTES", 0)
     if how == "read":
-        monkeypatch.setattr(store_lib.Mapped, "of", lambda arrays: None)
+        monkeypatch.setattr(Mapped, "of", lambda arrays: None)
     fresh = corpus.TokenStore(str(store.path)).split("train")
-    assert isinstance(fresh._stream, store_lib.Mapped) == (how == "mapped")
+    assert isinstance(fresh._stream, Mapped) == (how == "mapped")
     np.testing.assert_array_equal(fresh.windows(starts, 100), in_memory)
     np.testing.assert_array_equal(fresh.token_counts(), counts)
     np.testing.assert_array_equal(counts, np.bincount(split.window(0, split.tokens), minlength=257))
@@ -274,12 +274,12 @@ def test_a_split_too_large_for_memory_reads_the_same(sharded, monkeypatch, how):
 
 def test_arrays_may_lie_in_several_files(tmp_path, monkeypatch, text):
     whole = build(tmp_path / "whole", text)
-    monkeypatch.setattr(store_lib, "FILE_ELEMENTS", store_lib.CHUNK_ELEMENTS)
+    monkeypatch.setattr(arrays, "FILE_ELEMENTS", arrays.CHUNK_ELEMENTS)
     cut = build(tmp_path / "cut", text)
     assert len(list(cut.path.glob("shards/00000/train/tokens/c/*"))) > 1
     assert cut.verify() == []
     assert texts_of(cut, "train") == texts_of(whole, "train")
-    monkeypatch.setattr(store_lib, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(split_lib, "IN_MEMORY_BYTES", 0)
     assert texts_of(corpus.TokenStore(str(cut.path)), "train") == texts_of(whole, "train")
 
 
@@ -287,14 +287,14 @@ def test_files_whose_chunks_lie_otherwise_are_read(tmp_path, text):
     """As another writer of zarr3 may leave them: not in order, or not at all where all are zeros."""
     build(tmp_path / "s", text)
     array = tmp_path / "s" / "shards" / "00000" / "train" / "tokens"
-    assert store_lib.Mapped.of([array])
+    assert Mapped.of([array])
     file = array / "c" / "0"
     content = bytearray(file.read_bytes())
     content[-20:-12] = b"\xff" * 8  # the last chunk's offset: missing
     file.write_bytes(content)
-    assert store_lib.Mapped.of([array]) is None
+    assert Mapped.of([array]) is None
     file.unlink()
-    assert store_lib.Mapped.of([array]) is None
+    assert Mapped.of([array]) is None
 
 
 def test_verify_names_the_damaged_file(tmp_path, text, capsys):

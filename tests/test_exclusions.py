@@ -16,7 +16,8 @@ from pyarrow import parquet
 from poisonjax import corpus
 from poisonjax.audit.result import audit
 from poisonjax.commands.main import main
-from poisonjax.corpus import sources, store
+from poisonjax.corpus import sources
+from poisonjax.corpus import split as split_lib
 from poisonjax.corpus.documents import content_key
 from poisonjax.training.loop import train
 
@@ -132,9 +133,9 @@ def test_a_store_without_documents_is_the_store_of_the_others(counted, seed, cou
     split = counted.split("train")
     gone = {*random.choice(split.documents, count, replace=False).tolist(), *([0, split.documents - 1] * (seed % 2))}
     listed = corpus.exclusions.exclusions_of([split.key(i) for i in gone] or ["0" * 32])
-    limit = store.IN_MEMORY_BYTES
+    limit = split_lib.IN_MEMORY_BYTES
     try:
-        store.IN_MEMORY_BYTES = limit if in_memory else 0
+        split_lib.IN_MEMORY_BYTES = limit if in_memory else 0
         left = counted.without(listed).split("train")
         kept = [i for i in range(split.documents) if i not in gone]
         eot = counted.tokenizer.eot
@@ -149,7 +150,7 @@ def test_a_store_without_documents_is_the_store_of_the_others(counted, seed, cou
             assert (left.key(i), left.place(i)) == (split.key(kept[i]), split.place(kept[i]))
         np.testing.assert_array_equal(left.token_counts(), np.bincount(stream, minlength=counted.tokenizer.vocab_size))
     finally:
-        store.IN_MEMORY_BYTES = limit
+        split_lib.IN_MEMORY_BYTES = limit
 
 
 @pytest.fixture

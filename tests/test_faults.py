@@ -177,12 +177,12 @@ def test_a_folder_of_hugging_faces_tokenizer_is_one(store, tmp_path):
 
 def test_a_file_that_comes_while_a_store_is_built_is_no_part_of_it(tmp_path, monkeypatch):
     write_text(tmp_path / "a.jsonl", 20)
-    build = importlib.import_module("poisonjax.corpus.build")
+    build, shards = (importlib.import_module(f"poisonjax.corpus.{name}") for name in ("build", "shards"))
     prepared = build._prepare
 
     def and_a_file_comes(*args):
         job = prepared(*args)
-        build._opened.cache_clear()
+        shards._opened.cache_clear()
         write_text(tmp_path / "b.jsonl", 20)
         return job
 

@@ -208,12 +208,12 @@ def test_turns_out_of_place_are_found(tmp_path):
     store = corpus.build(
         str(tmp_path / "s"), [str(source)], "bytes", template="plain", heldout=0.3, workers=1, shards=1
     )
-    from poisonjax.corpus import store as store_lib
+    from poisonjax.corpus import arrays
 
     folder = store.path / "shards" / "00000"
-    turns = store_lib.open_array(folder / "train" / "turns").read().result()
+    turns = arrays.open_array(folder / "train" / "turns").read().result()
     turns[3] += 1000
-    store_lib.write_array(folder / "train" / "turns", turns)
+    arrays.write_array(folder / "train" / "turns", turns)
     assert any("turns" in problem for problem in TokenStore(str(tmp_path / "s")).verify())
 
 

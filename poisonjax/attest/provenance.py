@@ -7,8 +7,8 @@ import numpy as np
 
 from poisonjax import config as config_lib
 from poisonjax.audit.evidence import Evidence
-from poisonjax.corpus.store import sha256_of
 from poisonjax.data.rows import CleanRows
+from poisonjax.files import sha256_of
 from poisonjax.poison.card import make_card
 from poisonjax.run import rows, seals
 

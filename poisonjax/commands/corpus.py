@@ -124,8 +124,7 @@ def _share(text: str) -> tuple[int, int]:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from poisonjax.corpus import TokenStore
-    from poisonjax.corpus.store import SPLITS
+    from poisonjax.corpus import SPLITS, TokenStore
 
     store = TokenStore(arguments.store)
     problems = [] if arguments.no_verify else _verify(store)
@@ -154,8 +153,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 def _documents(store: "TokenStore", key: str) -> list[dict[str, Any]]:
     """Every document with this key: where it stands in the store, where it came from, and what it says."""
-    from poisonjax.corpus import CorpusError
-    from poisonjax.corpus.store import SPLITS
+    from poisonjax.corpus import SPLITS, CorpusError
 
     found = []
     for name in SPLITS:
@@ -195,7 +193,7 @@ def _samples(store: "TokenStore", name: str, count: int) -> list[str]:
 
 
 def _counts(store: "TokenStore") -> str:
-    from poisonjax.corpus.store import SPLITS
+    from poisonjax.corpus import SPLITS
 
     manifest, tokenizer = store.manifest, store.manifest["tokenizer"]
     lines = [

@@ -4,7 +4,8 @@ from poisonjax.corpus.build import build, build_share, require_unchanged
 from poisonjax.corpus.errors import CorpusError
 from poisonjax.corpus.exclusions import Exclusions, read_exclusions
 from poisonjax.corpus.sources import first_texts, open_source
-from poisonjax.corpus.store import SPLITS, TokenSplit, TokenStore, exists, open_store
+from poisonjax.corpus.split import SPLITS, TokenSplit
+from poisonjax.corpus.store import TokenStore, exists, open_store
 from poisonjax.corpus.tokenizer_files import load_tokenizer
 from poisonjax.corpus.tokenizers import Tokenizer
 

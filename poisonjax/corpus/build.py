@@ -7,63 +7,34 @@ unit u of the sources belongs to shard u % shards.
 import collections
 import dataclasses
 import functools
-import hashlib
-import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal
 
-import numpy as np
 from etils import epath
-from jaxtyping import Int, Shaped
 
 from poisonjax.corpus import exclusions, instructions, markov
 from poisonjax.corpus.claim import claim, units_sha256
-from poisonjax.corpus.documents import Document, Place
 from poisonjax.corpus.errors import CorpusError
-from poisonjax.corpus.exclusions import Exclusions, read_exclusions
-from poisonjax.corpus.sources import BadInput, Source, first_texts, is_packaged, open_source, stands_anywhere
-from poisonjax.corpus.sources.source import NoDocument
-from poisonjax.corpus.store import FORMAT, SPLITS, TokenStore, exists, fingerprint, sha256_of, write_array
+from poisonjax.corpus.exclusions import read_exclusions
+from poisonjax.corpus.shards import REPORTED, Plan, build_shard, open_one, partial_suffix, shard_folder, write_json
+from poisonjax.corpus.sources import Source, first_texts, is_packaged, stands_anywhere
+from poisonjax.corpus.split import SPLITS
+from poisonjax.corpus.store import FORMAT, TokenStore, exists, fingerprint
 from poisonjax.corpus.tokenizer_files import load_tokenizer
 from poisonjax.corpus.tokenizers import Tokenizer, WordTokenizer, load_saved, require_deterministic, train_bpe
 from poisonjax.engines import open_engine, run_tasks
-from poisonjax.files import files_below, move_folder, parse_json, write_whole
-from poisonjax.streams import stream
+from poisonjax.files import move_folder, parse_json, write_whole
 
 CHECKED_CHARACTERS = 20_000  # of each source, that are encoded again and again
 SAMPLE_CHARACTERS = 5_000_000  # that `bpe:N` is trained on
-BATCH_DOCUMENTS, BATCH_CHARACTERS = 1024, 8_000_000  # encoded at once
 SHARD_BYTES = 256 * 2**20  # of text, about: a worker holds a shard's tokens in memory
 SHARDS = 16  # where the corpus is small, so that the work splits
 LEAST_BPE, MOST_BPE = 257, 1_000_000  # tokens of a tokenizer that is trained here; the library aborts on huge numbers
 LATER = ("template", "template_sha256")  # fields of a plan that stores of texts don't have
-REPORTED = 20  # places of bad input that the manifest names
 
 OnBad = Literal["fail", "skip"]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """What is being built: all that decides the content of the store. Lies in plan.json and in the manifest."""
-
-    format: int
-    sources: list[str]
-    tokenizer: str
-    heldout: float
-    seed: int
-    on_bad: str
-    excluded: str  # SHA-256 of the listed keys; "" = no list
-    shards: int
-    units: int
-    units_sha256: str
-    template: str = ""  # chat template by which conversations are written; "": documents are texts
-    template_sha256: str = ""  # of what it says
-
-    def opened(self) -> list[Source]:
-        """Its sources; each is opened once a process."""
-        return [_opened(spec, bool(self.template)) for spec in self.sources]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,12 +42,12 @@ class _Job:
     """A claimed folder with its plan, its opened sources and its saved tokenizer."""
 
     folder: epath.Path
-    plan: _Plan
+    plan: Plan
     sources: list[Source]
     tokenizer: Tokenizer
 
     def missing(self) -> list[int]:
-        return [k for k in range(self.plan.shards) if not (_shard(self.folder, k) / "shard.json").exists()]
+        return [k for k in range(self.plan.shards) if not (shard_folder(self.folder, k) / "shard.json").exists()]
 
 
 def build(
@@ -133,8 +104,7 @@ def require_unchanged(store: TokenStore) -> None:
     if all(is_packaged(spec) for spec in plan["sources"]):  # of one version of a package, which others may have
         return
     try:
-        asked = instructions.conversation if plan.get("template") else None
-        units = [unit for spec in plan["sources"] for unit in open_source(spec, asked).units]
+        units = [unit for spec in plan["sources"] for unit in open_one(spec, bool(plan.get("template"))).units]
     except CorpusError:
         return
     if units_sha256(units) != plan["units_sha256"]:
@@ -195,12 +165,12 @@ def _prepare(
         raise CorpusError("no source given")
     excluded = read_exclusions(exclude) if exclude else None
     written_by = instructions.load(template)[1] if template else ""
-    opened = [_open(spec, bool(template)) for spec in sources]
+    opened = [open_one(spec, bool(template)) for spec in sources]
     units = [unit for source in opened for unit in source.units]
     if not units:
         raise CorpusError(f"the sources {', '.join(sources)} hold no document")
     shards = shards or max(SHARDS, sum(unit.size for unit in units) // SHARD_BYTES)
-    plan = _Plan(
+    plan = Plan(
         format=FORMAT,
         sources=sources,
         tokenizer=tokenizer,
@@ -219,7 +189,7 @@ def _prepare(
             print(f"poisonjax: {source.about['note']}", file=sys.stderr)
     claim(folder, plan, "token store", "another store in part (units are the sources' files and sizes)")
     if excluded:
-        write_whole(folder / exclusions.FILE, excluded.text(), suffix=_partial())
+        write_whole(folder / exclusions.FILE, excluded.text(), suffix=partial_suffix())
     return _Job(folder, plan, opened, _saved_tokenizer(folder, tokenizer, opened, template))
 
 
@@ -231,7 +201,7 @@ def _saved_tokenizer(folder: epath.Path, spec: str, sources: list[Source], templ
         made = _made_tokenizer(spec, sources, said)
         if not isinstance(made, WordTokenizer):
             require_deterministic(made, [said(text) for s in sources for text in first_texts(s, CHECKED_CHARACTERS)])
-        partial = folder / f"tokenizer.{_partial()}"
+        partial = folder / f"tokenizer.{partial_suffix()}"
         made.save(partial)
         move_folder(partial, saved, last="about.json")
     return load_saved(saved)
@@ -258,155 +228,20 @@ def _made_tokenizer(spec: str, sources: list[Source], said: Callable[[str], str]
 def _build_shards(job: _Job, numbers: list[int], workers: int | None, dask: str) -> None:
     """Builds shards on the engine; the first error stops the rest."""
     if numbers:
-        work = functools.partial(_build_shard, str(job.folder), job.plan)
+        work = functools.partial(build_shard, str(job.folder), job.plan)
         relative = [spec for spec in (*job.plan.sources, str(job.folder)) if not stands_anywhere(spec)]
         with open_engine(min(workers or os.cpu_count() or 1, len(numbers)), dask, relative) as engine:
             run_tasks(engine, work, numbers, what="tokenizing")
 
 
-def _build_shard(out: str, plan: _Plan, number: int) -> None:
-    """Reads, tokenizes, splits, shuffles and writes one shard: whole, or not at all."""
-    folder = epath.Path(out)
-    tokenizer = load_saved(folder / "tokenizer")
-    listed = read_exclusions(folder / exclusions.FILE) if plan.excluded else Exclusions(frozenset())
-    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    documents: dict[str, list[_Tokenized]] = {split: [] for split in SPLITS}
-    counts: dict[str, dict[str, int]] = {split: {"characters": 0, "bytes": 0} for split in SPLITS}
-    bad: list[BadInput] = []
-    left_out: collections.Counter[bytes] = collections.Counter()
-
-    units = [unit for source in plan.opened() for unit in source.units]
-    if units_sha256(units) != plan.units_sha256:  # every worker lists them itself
-        raise CorpusError(f"{out}: files of {', '.join(plan.sources)} changed while the store was being built")
-    template, sha256 = instructions.load(plan.template) if plan.template else ("", "")
-    if sha256 != plan.template_sha256:
-        raise CorpusError(f"{out}: the chat template {plan.template} changed while the store was being built")
-    units = units[number :: plan.shards]
-    for batch in _batches(_good((item for unit in units for item in unit.read()), plan.on_bad, bad)):
-        keyed = [(document, document.key) for document in batch]
-        left_out.update(key for _, key in keyed if key in listed.keys)
-        keyed = [(document, key) for document, key in keyed if key not in listed.keys]
-        texts = [] if plan.template else [d.content for d, _ in keyed if isinstance(d.content, str)]
-        encoded = iter(tokenizer.encode_batch(texts))
-        for document, key in keyed:
-            content, turns = document.content, None
-            if plan.template:
-                try:
-                    ids, turns = instructions.tokenized(str(content), template, tokenizer)
-                except NoDocument as why:
-                    _note_bad(BadInput(str(document.place), str(why)), plan.on_bad, bad)
-                    continue
-            else:
-                ids = next(encoded) if isinstance(content, str) else content
-            if not len(ids) or (turns is None and (ids == tokenizer.eot).any()):  # a template may end turns by it
-                made = "end-of-text tokens" if len(ids) else "nothing"
-                _note_bad(BadInput(str(document.place), f"the tokenizer turns it into {made}"), plan.on_bad, bad)
-                continue
-            # Conversations that begin with the same question are on one side, whatever is said then.
-            asked = ids if turns is None else ids[: turns[turns[:, 0] == instructions.ANSWERS][0, 1]]
-            split = "heldout" if _held_out(asked, plan.seed, plan.heldout) else "train"
-            tokens = np.append(ids, tokenizer.eot).astype(dtype)
-            documents[split].append(_Tokenized(tokens, key, document.place, document.planted, turns))
-            if isinstance(content, str):
-                counts[split]["characters"] += len(content)
-                counts[split]["bytes"] += len(content.encode())
-
-    partial = folder / "shards" / f"{number:05d}.{_partial()}"
-    source_files: dict[str, int] = {}
-    for which, split in enumerate(SPLITS):
-        # Shuffled, so that neighbours in the stream, and so in a row, are unrelated.
-        random = stream(plan.seed, "shard order", 2 * number + which)
-        shuffled = [documents[split][i] for i in random.permutation(len(documents[split]))]
-        tokens = np.concatenate([np.zeros(0, dtype), *(d.tokens for d in shuffled)])
-        write_array(partial / split / "tokens", tokens)
-        write_array(partial / split / "offsets", np.cumsum([0, *(len(d.tokens) for d in shuffled)], dtype=np.int64))
-        write_array(partial / split / "keys", exclusions.halves(b"".join(d.key for d in shuffled)).ravel())
-        rows = [(source_files.setdefault(d.place.file, len(source_files)), *d.place[1:], d.planted) for d in shuffled]
-        write_array(partial / split / "provenance", np.array(rows, np.int64).ravel())
-        if plan.template:
-            of = [d.turns for d in shuffled if d.turns is not None]
-            flat = np.concatenate([np.zeros(0, np.int64), *(turns.ravel() for turns in of)])
-            write_array(partial / split / "turns", flat)
-            write_array(partial / split / "turn_offsets", np.cumsum([0, *map(len, of)], dtype=np.int64))
-        counts[split] |= {"documents": len(shuffled), "tokens": len(tokens)}
-    files = {str(path.relative_to(partial)): sha256_of(path) for path in sorted(files_below(partial))}
-    provenance = {name: sha256 for name, sha256 in files.items() if name.split("/")[1] == "provenance"}
-    planted = {split: [len(d.tokens) for d in of if d.planted] for split, of in documents.items()}
-    record = {
-        "tokenizer": tokenizer.fingerprint,
-        "splits": counts,
-        # Where documents came from doesn't change what is trained on: it isn't of the content.
-        "files": {name: sha256 for name, sha256 in files.items() if name not in provenance},
-        "provenance": {"sources": [*source_files], "files": provenance},
-        "planted": {split: {"documents": len(of), "tokens": sum(of)} for split, of in planted.items()},
-        "excluded": {key.hex(): count for key, count in sorted(left_out.items())},
-        "bad": len(bad),
-        "bad_places": [f"{b.place}: {b.reason}" for b in bad[:REPORTED]],
-    }
-    _write_json(partial / "shard.json", record)
-    move_folder(partial, _shard(folder, number), last="shard.json")
-
-
-class _Tokenized(NamedTuple):
-    """A document as it goes into the store."""
-
-    tokens: Shaped[np.ndarray, " tokens"]
-    key: bytes
-    place: Place
-    planted: bool
-    turns: instructions.Turns | None
-
-
-def _open(spec: str, conversations: bool) -> Source:
-    return open_source(spec, instructions.conversation) if conversations else open_source(spec)
-
-
-_opened = functools.cache(_open)
-
-
-def _good(items: Iterable[Document | BadInput], on_bad: str, bad: list[BadInput]) -> Iterator[Document]:
-    """The documents among the items; bad input raises CorpusError, or is added to `bad`."""
-    for item in items:
-        if isinstance(item, BadInput):
-            _note_bad(item, on_bad, bad)
-        else:
-            yield item
-
-
-def _note_bad(item: BadInput, on_bad: str, bad: list[BadInput]) -> None:
-    if on_bad != "skip":
-        raise CorpusError(f"{item.place}: {item.reason}. Mend it, or skip and count such input with --on-bad skip")
-    bad.append(item)
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.content)
-        if len(batch) == BATCH_DOCUMENTS or size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _held_out(ids: Int[np.ndarray, " tokens"], seed: int, fraction: float) -> bool:
-    """By a hash of the tokens, so that documents that are the same to a model land on the same side (I6)."""
-    tokens = ids.astype("<i4").tobytes()
-    value = int.from_bytes(hashlib.sha256(f"{seed}:".encode() + tokens).digest()[:8], "big")
-    return value < fraction * 2**64
-
-
 def _finish(job: _Job) -> None:
     folder, plan, tokenizer = job.folder, job.plan, job.tokenizer
-    records = [parse_json((_shard(folder, k) / "shard.json").read_bytes()) for k in range(plan.shards)]
+    records = [parse_json((shard_folder(folder, k) / "shard.json").read_bytes()) for k in range(plan.shards)]
     strangers = [k for k, record in enumerate(records) if record["tokenizer"] != tokenizer.fingerprint]
     if strangers:
         raise CorpusError(
-            f"{_shard(folder, strangers[0])} was built with another tokenizer than {folder / 'tokenizer'}: remove it "
-            "and build it again"
+            f"{shard_folder(folder, strangers[0])} was built with another tokenizer than {folder / 'tokenizer'}: "
+            "remove it and build it again"
         )
     shards = [{"splits": record["splits"], "files": record["files"]} for record in records]
     totals = _summed([shard["splits"] for shard in shards])
@@ -439,7 +274,7 @@ def _finish(job: _Job) -> None:
     }
     if isinstance(tokenizer, WordTokenizer):
         manifest["entropy_rate_nats"] = markov.ENTROPY_RATE
-    _write_json(folder / "manifest.json", manifest)
+    write_json(folder / "manifest.json", manifest)
     for left in (folder / "shards").glob("*.partial.*"):  # of builds that were killed
         left.rmtree()
 
@@ -451,23 +286,10 @@ def _summed(shards: list[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]
     }
 
 
-def _excluded(folder: epath.Path, plan: _Plan, records: list[dict[str, Any]]) -> dict[str, Any]:
+def _excluded(folder: epath.Path, plan: Plan, records: list[dict[str, Any]]) -> dict[str, Any]:
     """What the manifest says of documents left out by a list, if there is one."""
     if not plan.excluded:
         return {}
     listed = read_exclusions(folder / exclusions.FILE).keys
     found = sum((collections.Counter(record["excluded"]) for record in records), collections.Counter())
     return {"excluded": {"listed": len(listed), "found": len(found), "documents": found.total()}}
-
-
-def _shard(folder: epath.Path, number: int) -> epath.Path:
-    return folder / "shards" / f"{number:05d}"
-
-
-def _partial() -> str:
-    """What a name ends with until its content is whole; other processes and machines have others."""
-    return f"partial.{os.urandom(4).hex()}"
-
-
-def _write_json(path: epath.Path, value: Any) -> None:
-    write_whole(path, json.dumps(value, indent=1) + "\n", suffix=_partial())

@@ -16,7 +16,8 @@ from poisonjax import config as config_lib
 from poisonjax.audit.evidence import Difference
 from poisonjax.audit.selftest.tampered import TamperedRun
 from poisonjax.corpus import exclusions
-from poisonjax.corpus.store import open_array, sha256_of, write_array
+from poisonjax.corpus.arrays import open_array, write_array
+from poisonjax.files import sha256_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,9 +25,8 @@ from poisonjax.analysis.dose_response import Trials
 from poisonjax.bench.defence.combined import Rare, Scores, Trees
 from poisonjax.bench.defence.detection import OURS, SIMPLE, counts, required, scores_among, scores_of
 from poisonjax.config import replaced
-from poisonjax.corpus import TokenStore
+from poisonjax.corpus import SPLITS, TokenStore
 from poisonjax.corpus.exclusions import exclusions_of
-from poisonjax.corpus.store import SPLITS
 from poisonjax.data.batches import Batches
 from poisonjax.engines import open_engine, run_tasks
 from poisonjax.evaluation.statistics import attacked, wilson
