@@ -7,7 +7,7 @@ from typing import Any
 try:
     import numba
 except ImportError as error:
-    raise ImportError("the scan needs `pip install 'poisonjax[scan]'`") from error
+    raise ImportError("the scan needs `pip install 'poisonjax[scan]'`, the guard 'poisonjax[guard]'") from error
 
 FAST = {"reassoc", "contract", "nsz"}  # sums in any order: for similarities alone
 
