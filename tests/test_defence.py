@@ -270,8 +270,10 @@ def test_a_cascade_flags_as_many_as_it_may(tmp_path, monkeypatch):
                 stands, mixed = losses(text)
                 return stands + (stands - mixed) * bool(by)
 
-            def beside(domain, text, last=last):
-                middle, ninth = np.percentile([*map(last, texts[domain])], [50, 90])
+            usual = {domain: np.percentile([*map(last, texts[domain])], [50, 90]) for domain in domains}
+
+            def beside(domain, text, last=last, usual=usual):
+                middle, ninth = usual[domain]
                 return (last(text) - middle) / (ninth - middle)
 
             above = [
