@@ -38,7 +38,7 @@ class TokenSplit:
             if of["documents"]
         ]
         self._vocabulary: int = manifest["tokenizer"]["vocab_size"]
-        self._files = not is_object(path)
+        self._on_disk = not is_object(path)
         self.eot: int = manifest["tokenizer"]["eot"]
         self.tokens: int = sum(of["tokens"] for of in counts)
         self.documents: int = sum(of["documents"] for of in counts)
@@ -74,7 +74,7 @@ class TokenSplit:
         stream = ts.concat([open_array(folder) for folder in folders], axis=0)
         if stream.shape[0] * stream.dtype.numpy_dtype.itemsize <= IN_MEMORY_BYTES:
             return stream.read().result()
-        mapped = Mapped.of([Path(folder) for folder in folders]) if self._files else None
+        mapped = Mapped.of([Path(folder) for folder in folders]) if self._on_disk else None
         return mapped or stream
 
     @functools.cached_property

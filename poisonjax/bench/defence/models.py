@@ -76,18 +76,18 @@ def by_model(
                     trees = scored.planted[domain, rung, MODEL_TRIGGER][OURS][:MODEL_PLANTED]
                     found.setdefault(rung, []).append((_beside(values, usual), trees))
                 progress.add(1)
-    first = np.concatenate(odd_trees)
-    for rung, of_domains in found.items():
-        planted, trees = (np.concatenate(of, axis=-1) for of in zip(*of_domains, strict=True))
-        readings = zip(READINGS, *(np.concatenate(of, axis=-1) for of in (clean, odd)), planted, strict=True)
-        for (by, of_clean, of_odd, values), rate in itertools.product([*readings], RATES):
-            hits = above(values, threshold(of_clean, rate))
+    of_clean, of_odd, first = (np.concatenate(of, axis=-1) for of in (clean, odd, odd_trees))
+    for (reading, by), rate in itertools.product(enumerate(READINGS), RATES):
+        alone, allowed = threshold(of_clean[reading], rate), int(rate * len(everything))
+        lasts = {share: np.sort(of_odd[reading, first > least])[::-1] for share, least in firsts.items()}
+        limits = {share: last[allowed] if allowed < len(last) else -np.inf for share, last in lasts.items()}
+        for rung, of_domains in found.items():
+            planted, trees = (np.concatenate(of, axis=-1) for of in zip(*of_domains, strict=True))
+            values = planted[reading]
+            hits = above(values, alone)
             yield row(rung, MODEL_TRIGGER, name + by, ALL, f"recall@{rate:g}", hits, len(values))
-            allowed = int(rate * len(everything))
             for share, least in firsts.items():
-                last = np.sort(of_odd[first > least])[::-1]
-                limit = last[allowed] if allowed < len(last) else -np.inf
-                hits = int(((trees > least) & (values > limit)).sum()) if allowed >= FEWEST else None
+                hits = int(((trees > least) & (values > limits[share])).sum()) if allowed >= FEWEST else None
                 cascade = f"cascade of {share:.0%}: {name}{by}"
                 yield row(rung, MODEL_TRIGGER, cascade, ALL, f"recall@{rate:g}", hits, len(values))
     names = {"rung": "clean", "trigger": "", "detector": name, "domain": ALL, "metric": "cpu_seconds_per_gb"}
